@@ -1,0 +1,224 @@
+"""The complete description of a run: one frozen dataclass, one docstring a field.
+
+The docstring under a field is its `--help` text. A config is never changed; derive a new one with
+`dataclasses.replace`, or read the properties at the end of `TrainConfig`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from freeadv_fast.errors import UserError
+from freeadv_fast.schedule import Schedule
+from freeadv_fast.threat import Perturbation, ThreatModel
+
+Method = Literal["natural", "free"]
+Augment = Literal["random-resized-crop", "pad-crop-flip", "none"]
+Normalization = Literal["imagenet", "cifar10", "cifar100", "per-image", "none"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+# Per-channel mean and standard deviation of the training pixels in [0, 1].
+PIXEL_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
+    # The network standardises each image itself (models.zoo), under autograd.
+    "per-image": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run, from the data to the final evaluation."""
+
+    recipe: str = "custom"
+    """Name of the recipe that this run started from; recorded in result.json."""
+
+    # The algorithm.
+    method: Method = "free"
+    """free: Algorithm 1 of "Adversarial Training for Free!". natural: ordinary training."""
+    m: int = 4
+    """Minibatch replays: forward-backward passes on each minibatch before the next one is read.
+    The number of epochs is divided by m, so that the cost does not depend on it."""
+    eps: Perturbation = Perturbation.parse("4/255")
+    """Radius of the L-infinity ball around each image, such as 4/255. Natural training only uses
+    it to attack the trained network."""
+    step_size: Perturbation | None = None
+    """Length of one ascent step on the perturbation, such as 4/255. Default: eps, as in the
+    paper."""
+
+    # The data.
+    data: str = "digits"
+    """ImageFolder with train/ and val/ (one folder a class), or cifar10:FOLDER, cifar100:FOLDER
+    (the official python files), digits (embedded real handwritten digits), or synthetic:CLASSES
+    (random pixels, for benchmarks only)."""
+    image_size: int = 224
+    """Side of the square images that the network sees, in pixels."""
+    resize_size: int | None = None
+    """Shorter side to which evaluation images are resized before the central crop.
+    Default: image-size * 256/224."""
+    augment: Augment = "random-resized-crop"
+    """Training crops: random-resized-crop (with flip, torchvision's distribution), pad-crop-flip,
+    or none (the evaluation's resize and central crop)."""
+    crop_padding: int = 4
+    """Pixels of zero padding on each side before the random crop of pad-crop-flip."""
+    workers: int = 4
+    """Threads (DALI) or processes (torchvision) that decode images, per rank."""
+    max_bad_fraction: float = 0.001
+    """Share of the image files that may be empty, truncated or not images. They are listed and
+    left out; above this share the run refuses to start."""
+    holdout_images: int = 1000
+    """Training images held out to choose the best checkpoint by robust accuracy; 0 for none."""
+
+    # The network.
+    arch: str = "resnet50"
+    """Network by name: torchvision's and timm's names, wrn-32-10, wrn-34-10, preact-resnet18,
+    preact-resnet18-gradalign."""
+    normalization: Normalization = "imagenet"
+    """Pixel statistics of the network's input. per-image: each image by its own mean and standard
+    deviation, inside the network."""
+    bn_group: int | None = None
+    """Images that share batch-norm statistics. 64 reproduces the paper's 4-GPU run on one GPU.
+    Default: the whole minibatch of a rank."""
+    precision: Precision = "auto"
+    """Arithmetic of the network: auto is bf16 on GPUs that have it, fp16 on older ones and fp32 on
+    a CPU. Weights, loss and statistics are fp32 in any case."""
+    init_from: str | None = None
+    """Weights to start from: a checkpoint of ours or a plain state dict. Nothing else is read."""
+
+    # The optimizer.
+    epochs: float = 90
+    """Natural budget: free-m makes ceil(epochs / m) passes over the data."""
+    steps: int | None = None
+    """Budget in optimizer updates, whatever m; replaces --epochs (the CIFAR recipes: 80000)."""
+    batch_size: int = 256
+    """Images per minibatch on each rank (GPU). The global size is printed at the start."""
+    lr: float = 0.1
+    """Peak learning rate of SGD."""
+    schedule: Schedule = Schedule.parse("every:30")
+    """Learning rate over the run. every:30 divides it by 10 each ceil(30/m) data epochs;
+    steps:40000,60000 at these updates; linear:0.4 rises from 0 to --lr at 40 % of the updates and
+    falls back to 0; constant."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 1e-4
+    """L2 penalty on the weights."""
+    decay: Literal["all", "kernels"] = "all"
+    """Parameters under weight decay: all, or only convolution and linear kernels."""
+    max_passes: int | None = None
+    """Stop after this many images forwarded and backwarded for the weights, over all ranks, at the
+    next minibatch boundary. The schedule stays that of --epochs; evaluation follows."""
+
+    # The run.
+    seed: int = 0
+    """Seed of weights, order, crops and evaluation starts."""
+    output_dir: str | None = None
+    """Folder of this run. Default: runs/METHOD-DATA-ARCH-mM-epsE-seedS."""
+    resume: bool = False
+    """Continue the run in --output-dir from its newest intact checkpoint."""
+    checkpoint_every: float = 600
+    """Seconds between checkpoints within an epoch; each epoch's end saves one too."""
+    log_every: int = 50
+    """Minibatches between two lines of log.jsonl."""
+
+    # The evaluation.
+    eval_attacks: tuple[str, ...] = ("pgd-10", "pgd-50")
+    """Attacks on the trained network, such as pgd-50 (50 steps), pgd-50-10 (10 restarts) or
+    cw-100 (margin loss), separated by spaces."""
+    eval_step: Perturbation = Perturbation.parse("1/255")
+    """Step of the evaluation's attacks."""
+    eval_images: int | None = None
+    """Validation images to attack, evenly spaced over the set. Default: all; 400 without a GPU."""
+
+    def __post_init__(self) -> None:
+        """Checks every field on its own and against the others.
+
+        Raises:
+            UserError: names the flag and the fix.
+        """
+        for flag, value in (("--m", self.m), ("--batch-size", self.batch_size)):
+            if value < 1:
+                raise UserError(f"{flag} {value}: must be at least 1")
+        if self.image_size < 8:
+            raise UserError(f"--image-size {self.image_size}: must be at least 8 pixels")
+        if self.resize_size is not None and self.resize_size < self.image_size:
+            raise UserError(
+                f"--resize-size {self.resize_size}: smaller than --image-size {self.image_size}; "
+                "the central crop would not fit"
+            )
+        for flag, optional in (
+            ("--steps", self.steps),
+            ("--max-passes", self.max_passes),
+            ("--bn-group", self.bn_group),
+            ("--eval-images", self.eval_images),
+        ):
+            if optional is not None and optional < 1:
+                raise UserError(f"{flag} {optional}: must be at least 1")
+        for flag, number in (("--lr", self.lr), ("--epochs", self.epochs)):
+            if not (math.isfinite(number) and number > 0):
+                raise UserError(f"{flag} {number:g}: must be a positive number")
+        for flag, number in (
+            ("--weight-decay", self.weight_decay),
+            ("--checkpoint-every", self.checkpoint_every),
+        ):
+            if not (math.isfinite(number) and number >= 0):
+                raise UserError(f"{flag} {number:g}: must be zero or a positive number")
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"--momentum {self.momentum:g}: must be at least 0 and below 1")
+        if not 0 <= self.max_bad_fraction < 1:
+            raise UserError(
+                f"--max-bad-fraction {self.max_bad_fraction:g}: must be at least 0 and below 1"
+            )
+        for flag, count in (
+            ("--workers", self.workers),
+            ("--holdout-images", self.holdout_images),
+            ("--crop-padding", self.crop_padding),
+            ("--seed", self.seed),
+        ):
+            if count < 0:
+                raise UserError(f"{flag} {count}: cannot be negative")
+        if self.log_every < 1:
+            raise UserError(f"--log-every {self.log_every}: must be at least 1")
+        if self.bn_group is not None and self.bn_group < 2:
+            raise UserError(f"--bn-group {self.bn_group}: statistics need at least 2 images")
+        if self.method == "free" and self.threat.eps.levels == 0:
+            raise UserError("--eps 0: free training needs a radius above 0, such as 4/255")
+        if self.method == "free" and self.threat.step.levels == 0:
+            raise UserError("--step-size 0: free training needs a step above 0, such as 4/255")
+
+    @property
+    def threat(self) -> ThreatModel:
+        """The training threat model; the step is eps unless given (paper, Algorithm 1)."""
+        return ThreatModel(self.eps, self.step_size or self.eps)
+
+    @property
+    def data_epochs(self) -> int:
+        """Passes over the data: ceil(epochs / m). Algorithm 1: N_ep / m."""
+        return math.ceil(self.epochs / self.m)
+
+    @property
+    def evaluation_resize(self) -> int:
+        """Shorter side of an evaluation image before the central crop, in pixels."""
+        return self.resize_size or round(self.image_size * 256 / 224)
+
+    @property
+    def pixel_mean(self) -> tuple[float, ...]:
+        """Per-channel mean subtracted from pixels in [0, 1]."""
+        return PIXEL_STATISTICS[self.normalization][0]
+
+    @property
+    def pixel_std(self) -> tuple[float, ...]:
+        """Per-channel standard deviation that divides pixels in [0, 1]."""
+        return PIXEL_STATISTICS[self.normalization][1]
+
+    @property
+    def run_folder(self) -> str:
+        """The output folder, or the name that says what the run is."""
+        if self.output_dir is not None:
+            return self.output_dir
+        data = self.data.rstrip("/").rsplit("/", 1)[-1].replace(":", "-")
+        eps = f"{float(self.eps.levels):g}"
+        return f"runs/{self.method}-{data}-{self.arch}-m{self.m}-eps{eps}-seed{self.seed}"

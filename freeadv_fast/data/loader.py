@@ -1,0 +1,46 @@
+"""What every kind of data hands to the trainer: uint8 NHWC minibatches on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One rank's share of a global minibatch.
+
+    Attributes:
+        images: (n, H, W, 3) uint8 on the training device, contiguous.
+        labels: (n,) int64 on the same device.
+        global_size: Images of this minibatch over all ranks; losses are sums divided by it.
+        indices: (n,) int64 on the CPU: row of each image in the split's file list.
+    """
+
+    images: Tensor
+    labels: Tensor
+    global_size: int
+    indices: Tensor
+
+
+class Loader(Protocol):
+    """A split of a dataset, as the stream of minibatches that one rank sees.
+
+    The stream is a pure function of (seed, epoch, position): an epoch entered at minibatch k
+    yields exactly what an uninterrupted epoch yields from its k-th minibatch on.
+    """
+
+    classes: list[str]
+    """Class names; a label is an index into this list."""
+    num_images: int
+    """Images of the split, over all ranks."""
+    num_batches: int
+    """Minibatches of one epoch, the same on every rank."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yields the minibatches of `epoch` from position `start` on.
+
+        Abandoning the iterator early is allowed and frees what it held.
+        """
+        ...
