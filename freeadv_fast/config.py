@@ -127,7 +127,7 @@ class TrainConfig:
     # The evaluation.
     eval_attacks: tuple[str, ...] = ("pgd-10", "pgd-50")
     """Attacks on the trained network, such as pgd-50 (50 steps), pgd-50-10 (10 restarts) or
-    cw-100 (margin loss), separated by spaces."""
+    cw-100 (margin loss), separated by commas."""
     eval_step: Perturbation = Perturbation.parse("1/255")
     """Step of the evaluation's attacks."""
     eval_images: int | None = None

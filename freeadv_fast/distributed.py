@@ -10,11 +10,15 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from freeadv_fast.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +64,24 @@ class World:
         dist.gather_object(value, values if self.is_main else None, group=self.host_group)
         return values if self.is_main else []
 
-    def broadcast_from_main(self, value: object) -> object:
-        """Rank 0's `value` on every rank; the host group carries it."""
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Runs `work` on rank 0 and returns its value on every rank.
+
+        Raises:
+            UserError: on every rank, when rank 0's work raised one; so all of them leave.
+        """
         if self.size == 1:
-            return value
-        box = [value]
+            return work()
+        box: list[object] = [None]
+        if self.is_main:
+            try:
+                box = [work()]
+            except UserError as error:
+                box = [error]
         dist.broadcast_object_list(box, src=0, group=self.host_group)
-        return box[0]
+        if isinstance(box[0], UserError):
+            raise box[0]
+        return box[0]  # type: ignore[return-value]
 
     def barrier(self) -> None:
         """Waits on the host until every rank is here."""

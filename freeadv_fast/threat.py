@@ -56,8 +56,9 @@ class Perturbation:
 
     def __str__(self) -> str:
         """The form users write: ``4/255``, or ``2.5/255``."""
-        whole = self.levels.denominator == 1
-        return f"{self.levels.numerator if whole else float(self.levels):g}/255"
+        if self.levels.denominator == 1:
+            return f"{self.levels.numerator}/255"
+        return f"{float(self.levels)!r}/255"
 
     def __float__(self) -> float:
         """The distance as a fraction of the pixel range, for attacks on images in [0, 1]."""

@@ -1,0 +1,200 @@
+"""Images from disk to uint8 minibatches on the device; `build_loaders` is the way in."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, Protocol
+
+import numpy as np
+
+from freeadv_fast.config import TrainConfig
+from freeadv_fast.data.cifar import CIFAR, load_cifar
+from freeadv_fast.data.cifar import IMAGE_SIZE as CIFAR_SIZE
+from freeadv_fast.data.digits import digits_folder
+from freeadv_fast.data.folder import (
+    NO_DALI,
+    FolderLoader,
+    available_backend,
+    build_decoder,
+    refuse_other_classes,
+    split_folder,
+)
+from freeadv_fast.data.index import ImageIndex, index_images
+from freeadv_fast.data.loader import Batch, Loader
+from freeadv_fast.data.resident import ResidentImages, ResidentLoader
+from freeadv_fast.data.split import balanced_rows, evenly_spaced_rows
+from freeadv_fast.data.stream import Ints, Stream
+from freeadv_fast.data.synthetic import build_synthetic
+from freeadv_fast.distributed import World
+from freeadv_fast.errors import UserError
+
+__all__ = ["Batch", "Loader", "Loaders", "build_loaders", "build_val_loader"]
+
+SplitName = Literal["train", "val"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaders:
+    """The splits of a run, as one rank sees them.
+
+    Attributes:
+        train: Training images without the held-out ones.
+        holdout: Training images that choose the best checkpoint, read with the evaluation's
+            preprocessing; None where none are held out.
+        val: Validation images: those of --eval-images, evenly spaced over the set.
+        lines: What the user should know about the data, a line each.
+    """
+
+    train: Loader
+    holdout: Loader | None
+    val: Loader
+    lines: tuple[str, ...]
+
+    def describe(self) -> list[str]:
+        """Lines for the user: how many images, read by what, and which files were left out."""
+        held_out = f", {self.holdout.num_images:,} held out" if self.holdout else ""
+        counts = (
+            f"data: {self.train.num_images:,} training images{held_out}, "
+            f"{self.val.num_images:,} validation images, {len(self.train.classes):,} classes"
+        )
+        return [counts, *self.lines]
+
+
+def build_loaders(config: TrainConfig, world: World) -> Loaders:
+    """Builds the training, held-out and validation loaders of a run.
+
+    Args:
+        config: The run; `data` says what to read.
+        world: This process among the others, and its device.
+
+    Raises:
+        UserError: anything wrong with the data, in one line.
+    """
+    train, val = (_open_split(config, world, split) for split in ("train", "val"))
+    refuse_other_classes(config.data, train.classes, val.classes)
+    held_out = balanced_rows(train.labels, config.holdout_images)
+    if config.holdout_images and 2 * config.holdout_images >= len(train.labels):
+        raise UserError(
+            f"--holdout-images {config.holdout_images}: half of the {len(train.labels)} training "
+            "images or more; hold out fewer, or none with 0"
+        )
+    kept = np.setdiff1d(np.arange(len(train.labels)), held_out)
+    return Loaders(
+        train=train.loader(_stream(config, world, kept, config.seed)),
+        holdout=train.loader(_stream(config, world, held_out)) if len(held_out) else None,
+        val=val.loader(_stream(config, world, _val_rows(val, config.eval_images))),
+        lines=train.lines + tuple(line for line in val.lines if line not in train.lines),
+    )
+
+
+def build_val_loader(config: TrainConfig, world: World, num_images: int | None) -> Loader:
+    """The validation loader of an evaluation: exact shards, no image twice, none padded.
+
+    Args:
+        config: The run; `data` says what to read.
+        world: This process among the others. Rank r reads rows r, r + W, ... of the subset.
+        num_images: Images to read over all ranks, evenly spaced over the set; None for all.
+
+    Raises:
+        UserError: anything wrong with the data, in one line.
+    """
+    val = _open_split(config, world, "val")
+    return val.loader(_stream(config, world, _val_rows(val, num_images)))
+
+
+def _stream(config: TrainConfig, world: World, rows: Ints, seed: int | None = None) -> Stream:
+    """The stream of some rows over this run's ranks."""
+    return Stream(rows, config.batch_size, world.rank, world.size, seed)
+
+
+class _Split(Protocol):
+    """An opened half of a dataset."""
+
+    classes: list[str]
+    labels: Ints
+    lines: tuple[str, ...]
+
+    def loader(self, stream: Stream) -> Loader:
+        """A loader for some of its rows."""
+        ...
+
+
+class _FolderSplit:
+    """A split of image files; its loaders share one decoder."""
+
+    def __init__(self, config: TrainConfig, world: World, index: ImageIndex) -> None:
+        """Chooses the decoder."""
+        self.config, self.world, self.index = config, world, index
+        self.classes, self.labels = index.classes, index.labels
+        backend = available_backend()
+        self.decoder = build_decoder(backend, index, config, world.device)
+        self.lines: tuple[str, ...] = (f"images are decoded by {self.decoder}",)
+        if backend == "torchvision":
+            self.lines = (NO_DALI,)
+        if index.num_bad:
+            self.lines += (
+                f"{index.num_bad:,} bad files of {index.folder} left out, listed in "
+                f"{index.bad_list or 'no file: the cache cannot be written'}",
+            )
+
+    def loader(self, stream: Stream) -> Loader:
+        """A loader for some of its rows."""
+        return FolderLoader(self.index, stream, self.decoder, self.config, self.world.device)
+
+
+class _ResidentSplit:
+    """A split that lives on the device."""
+
+    def __init__(self, config: TrainConfig, images: ResidentImages) -> None:
+        """Keeps the images."""
+        self.config, self.images = config, images
+        self.classes, self.labels = images.classes, images.labels
+        self.lines: tuple[str, ...] = ("images are resident on the device",)
+
+    def loader(self, stream: Stream) -> Loader:
+        """A loader for some of its rows."""
+        return ResidentLoader(self.images, stream, self.config)
+
+
+def _val_rows(val: _Split, num_images: int | None) -> Ints:
+    """Rows of an evaluation over `num_images` images; all of them for None."""
+    return evenly_spaced_rows(len(val.labels), num_images)
+
+
+def _open_split(config: TrainConfig, world: World, split: SplitName) -> _Split:
+    """Opens what --data names.
+
+    Raises:
+        UserError: it cannot be opened, in one line.
+    """
+
+    def announce(line: str) -> None:
+        if world.is_main:
+            print(line, flush=True)
+
+    kind, colon, rest = config.data.partition(":")
+    if kind in CIFAR:
+        _refuse_cifar_options(config, kind, rest)
+        return _ResidentSplit(config, load_cifar(kind, rest, split, world.device, announce))
+    if kind == "synthetic":
+        images = build_synthetic(rest, config.image_size, split, world.device)
+        return _ResidentSplit(config, images)
+    data = digits_folder() if config.data == "digits" else config.data
+    folder = split_folder(data, split)
+    return _FolderSplit(config, world, index_images(folder, config.max_bad_fraction, announce))
+
+
+def _refuse_cifar_options(config: TrainConfig, kind: str, folder: str) -> None:
+    """Raises UserError where the set cannot be read the way the flags ask."""
+    if not folder:
+        raise UserError(f"--data {config.data}: name the folder of the files, {kind}:FOLDER")
+    if config.image_size != CIFAR_SIZE:
+        raise UserError(
+            f"--image-size {config.image_size}: {kind} has {CIFAR_SIZE} pixels a side and is not "
+            f"resized; use --image-size {CIFAR_SIZE}"
+        )
+    if config.augment == "random-resized-crop":
+        raise UserError(
+            f"--augment random-resized-crop: {kind} is cropped on the device; use "
+            "--augment pad-crop-flip or --augment none"
+        )

@@ -1,0 +1,1 @@
+"""Networks by name, their batch norms in groups, and the layers between pixels and network."""

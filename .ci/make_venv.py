@@ -1,0 +1,279 @@
+"""Makes .venv: the environment that `make run`, `make test` and `make lint` share.
+
+Standard library only, no root, no ensurepip needed. Run it as often as you like: it does nothing
+when .venv is up to date, and it repairs or replaces what it finds otherwise.
+"""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import hashlib
+import html.parser
+import importlib.util
+import json
+import os
+import re
+import shutil
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "freeadv_fast.stamp"  # what the finished environment was made from
+UNFINISHED = VENV / "freeadv_fast.unfinished"  # there while pip works; left behind by a kill
+CONSTRAINTS = ROOT / "constraints.txt"
+DALI = "nvidia-dali-cuda130"
+# What compiles the extension and must be there before the package itself.
+BUILD_REQUIREMENTS = ["setuptools", "wheel", "ninja", "torch"]
+
+
+def main() -> None:
+    """Brings .venv up to date."""
+    if sys.version_info < (3, 11):
+        raise SystemExit(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
+    os.chdir(ROOT)
+    clean_environment()
+    with Path(__file__).open() as lock:
+        # Two makes may start at once; the second then finds the work done.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        key = fingerprint()
+        if STAMP.is_file() and STAMP.read_text() == key and is_healthy() and is_complete():
+            return
+        started = time.monotonic()
+        if not is_healthy():
+            remove(VENV)
+            say(f"making {VENV.name} with Python {sys.version.split()[0]}")
+            VENV.mkdir()
+            UNFINISHED.touch()
+            make_environment()
+        install()
+        STAMP.write_text(key)
+        say(f"{VENV.name} is ready after {time.monotonic() - started:.0f} s")
+
+
+def clean_environment() -> None:
+    """Takes out of the environment what would make pip or Python leave .venv."""
+    for name in ("PYTHONHOME", "PYTHONPATH", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT"):
+        os.environ.pop(name, None)
+    os.environ["PIP_USER"] = "0"
+    os.environ["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
+    # ninja, installed a moment ago, is found by the build of the extension.
+    os.environ["PATH"] = f"{VENV / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
+def fingerprint() -> str:
+    """Hash of all that the environment depends on: this path, Python, the compilers, our files."""
+    toolchain = load_toolchain()
+    facts: list[object] = [
+        str(ROOT),
+        sys.version,
+        sys.base_prefix,
+        toolchain.find_cxx(),
+        toolchain.has_python_headers(),
+        str(toolchain.find_cuda_home()),
+        os.environ.get("FREEADV_FAST_EXTENSION"),
+        os.environ.get("TORCH_CUDA_ARCH_LIST"),
+    ]
+    files = [ROOT / name for name in ("setup.py", "pyproject.toml", "constraints.txt")]
+    files += [Path(__file__), ROOT / "freeadv_fast/toolchain.py", ROOT / "freeadv_fast/__init__.py"]
+    for path in files + sorted((ROOT / "csrc").iterdir()):
+        facts += [path.name, hashlib.sha256(path.read_bytes()).hexdigest()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def load_toolchain():
+    """freeadv_fast/toolchain.py, which needs no installed package."""
+    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "freeadv_fast/toolchain.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def is_healthy() -> bool:
+    """Whether .venv is a whole environment of this Python at this place, with a working pip."""
+    if not PYTHON.exists() or UNFINISHED.exists() or not is_at_home():
+        return False
+    ask = "import sys, pip; print(sys.version, sys.prefix)"
+    done = subprocess.run([PYTHON, "-c", ask], capture_output=True, text=True, check=False)
+    return done.returncode == 0 and done.stdout.strip() == f"{sys.version} {VENV}"
+
+
+def is_at_home() -> bool:
+    """Whether .venv was made here: its scripts hold absolute paths and do not survive a move."""
+    script = VENV / "bin" / "torchrun"
+    if not script.is_file():
+        return True
+    return script.read_text(errors="replace").startswith(f"#!{VENV / 'bin'}/")
+
+
+def is_complete() -> bool:
+    """Whether the packages that matter are found, without importing them."""
+    ask = (
+        "from importlib.util import find_spec; import pytest; "
+        f"assert find_spec('torch') and find_spec('freeadv_fast').origin.startswith({str(ROOT)!r})"
+    )
+    command = [PYTHON, "-I", "-c", ask]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def make_environment() -> None:
+    """An environment with pip, by ensurepip where Python has it (Debian splits it off)."""
+    if importlib.util.find_spec("ensurepip"):
+        command = [sys.executable, "-m", "venv", str(VENV)]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+            return
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--clear", "--without-pip", str(VENV)], check=True
+    )
+    UNFINISHED.touch()
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = fetch_pip(Path(folder))
+        # A wheel is a zip file, and pip can run from its own.
+        run([PYTHON, f"{wheel}/pip", "install", "--quiet", "--no-index", wheel])
+
+
+def install() -> None:
+    """Installs the pinned packages, then this checkout on top of them, editable."""
+    UNFINISHED.touch()
+    pip = [PYTHON, "-m", "pip", "install", "--constraint", CONSTRAINTS]
+    if not sys.stdout.isatty():
+        pip.append("--quiet")
+    say("installing torch with its CUDA libraries; the first time takes minutes")
+    run([*pip, "--only-binary", ":all:", *BUILD_REQUIREMENTS])
+    say(f"installing {DALI}, the fast JPEG loader")
+    if subprocess.run([*pip, "--only-binary", ":all:", DALI], check=False).returncode != 0:
+        say(f"{DALI} cannot be installed here; torchvision's loader is used instead")
+    say("building freeadv_fast and installing what it needs")
+    run([*pip, "--no-build-isolation", "--editable", f"{ROOT}[dev]"])
+    say(describe_extension())
+    UNFINISHED.unlink()
+
+
+def describe_extension() -> str:
+    """One line about freeadv_fast._C."""
+    ask = (
+        "import json; from freeadv_fast.environment import build_info as b; print(json.dumps(b()))"
+    )
+    done = subprocess.run([PYTHON, "-c", ask], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"error: freeadv_fast does not import:\n{done.stderr}")
+    info = json.loads(done.stdout)
+    if info["extension"] is None:
+        return f"no compiled extension, everything else works: {info['why']}"
+    cuda = f"CUDA {info['cuda']}" if info["cuda"] else "no CUDA"
+    return f"compiled extension: {info['compiler']}, {cuda}"
+
+
+def fetch_pip(folder: Path) -> Path:
+    """Downloads the newest pip wheel from the package index and checks its hash."""
+    index = os.environ.get("PIP_INDEX_URL") or "https://pypi.org/simple"
+    page = f"{index.rstrip('/')}/pip/"
+    wheels = {}
+    for link in list_links(page):
+        url, _, fragment = link.partition("#")
+        name = urllib.parse.unquote(url.rsplit("/", 1)[-1])
+        # Final releases only: a pre-release has letters in its version.
+        match = re.fullmatch(r"pip-(\d+(?:\.\d+)*)-py3-none-any\.whl", name)
+        if match and fragment.startswith("sha256="):
+            version = tuple(int(part) for part in match[1].split("."))
+            wheels[version] = (name, url, fragment.removeprefix("sha256="))
+    if not wheels:
+        raise SystemExit(f"error: no pip wheel with a sha256 is listed by {without_secrets(page)}")
+    name, url, sha256 = wheels[max(wheels)]
+    say(f"this Python has no ensurepip; fetching {name}")
+    content = fetch(url)
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise SystemExit(f"error: {name} does not have the sha256 that the index lists")
+    wheel = folder / name
+    wheel.write_bytes(content)
+    return wheel
+
+
+class Anchors(html.parser.HTMLParser):
+    """The links of a PEP 503 index page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Keeps the target of every <a>."""
+        href = dict(attrs).get("href")
+        if tag == "a" and href:
+            self.links.append(href)
+
+
+def list_links(page: str) -> list[str]:
+    """The files of an index page, PEP 691 (JSON) or PEP 503 (HTML), as absolute url#sha256=..."""
+    content = fetch(page, accept="application/vnd.pypi.simple.v1+json, text/html;q=0.5")
+    if content.lstrip().startswith(b"{"):
+        files = json.loads(content)["files"]
+        links = [f"{f['url']}#sha256={f['hashes'].get('sha256', '')}" for f in files]
+    else:
+        anchors = Anchors()
+        anchors.feed(content.decode())
+        links = anchors.links
+    return [urllib.parse.urljoin(page, link) for link in links]
+
+
+def fetch(url: str, accept: str = "*/*") -> bytes:
+    """Reads a URL; a name and password in it are sent as HTTP basic authentication."""
+    parts = urllib.parse.urlsplit(url)
+    request = urllib.request.Request(without_secrets(url), headers={"Accept": accept})
+    if parts.username:
+        secret = (
+            f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
+        )
+        token = base64.b64encode(secret.encode()).decode()
+        request.add_header("Authorization", f"Basic {token}")
+    context = ssl.create_default_context(cafile=os.environ.get("PIP_CERT") or None)
+    try:
+        with urllib.request.urlopen(request, timeout=60, context=context) as response:
+            return response.read()
+    except (urllib.error.URLError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise SystemExit(
+            f"error: {without_secrets(url)} cannot be read ({reason}); set PIP_INDEX_URL to an "
+            "index that this machine reaches, or install python3-venv and ca-certificates"
+        ) from None
+
+
+def without_secrets(url: str) -> str:
+    """The URL without the name and password that it may carry."""
+    parts = urllib.parse.urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def run(command: list[str | Path]) -> None:
+    """Runs a command; its failure ends this script with its own message above."""
+    status = subprocess.run(command, check=False).returncode
+    if status != 0:
+        # pip undid what it could not finish, so the environment may be used again.
+        UNFINISHED.unlink(missing_ok=True)
+        raise SystemExit(f"error: exit status {status} from {' '.join(map(str, command))}")
+
+
+def remove(path: Path) -> None:
+    """Removes a folder, a file or a link; absent is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def say(line: str) -> None:
+    """One line of progress."""
+    print(f"make_venv: {line}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

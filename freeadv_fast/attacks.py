@@ -1,0 +1,192 @@
+"""Attacks for evaluation: untargeted L-infinity PGD on the cross entropy or on the margin (CW).
+
+Everything here is in [0, 1] pixels and fp32; the network is one that `models.normalize` wrapped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from freeadv_fast.errors import UserError
+from freeadv_fast.threat import ThreatModel
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum over the batch of the cross entropy; (N, classes) fp32 and (N,) int64 to ()."""
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum over the batch of -relu(z_y - max over the other classes), kappa = 0.
+
+    So "CW" in Free AT's and Madry's evaluation code: once an image is misclassified its gradient
+    is zero and it stays where it is. (Carlini and Wagner 2017 minimise the L2 distance instead.)
+
+    Args:
+        logits: (N, classes), at least 2 classes.
+        labels: (N,) int64.
+    """
+    labels = labels[:, None]
+    true_logit = logits.gather(1, labels).squeeze(1)
+    other_logit = logits.scatter(1, labels, -torch.inf).amax(1)
+    return -F.relu(true_logit - other_logit).sum()
+
+
+LOSSES: dict[str, Loss] = {"pgd": cross_entropy, "cw": margin}
+
+
+@dataclasses.dataclass(frozen=True)
+class Attack:
+    """An attack by name: ``pgd-50``, ``pgd-50-10`` (10 restarts), ``cw-100``.
+
+    Attributes:
+        loss: ``pgd`` (cross entropy) or ``cw`` (margin).
+        steps: Sign steps a restart.
+        restarts: Random starts; an image falls if any of them fools the network.
+    """
+
+    loss: str
+    steps: int
+    restarts: int = 1
+
+    @classmethod
+    def parse(cls, text: str | Attack) -> Attack:
+        """Reads LOSS-STEPS or LOSS-STEPS-RESTARTS.
+
+        Raises:
+            UserError: any other form.
+        """
+        if isinstance(text, Attack):
+            return text
+        match = re.fullmatch(r"([a-z]+)-([1-9]\d{0,6})(?:-([1-9]\d{0,6}))?", text)
+        if match is None or match[1] not in LOSSES:
+            raise UserError(
+                f"--eval-attacks {text}: no such attack; write pgd-50 (50 steps), pgd-50-10 "
+                "(10 restarts) or cw-100 (margin loss)"
+            )
+        return cls(match[1], int(match[2]), int(match[3] or 1))
+
+    def __str__(self) -> str:
+        """The form users write."""
+        return f"{self.loss}-{self.steps}" + (f"-{self.restarts}" if self.restarts > 1 else "")
+
+
+class Perturbed(NamedTuple):
+    """What an attack leaves behind.
+
+    Attributes:
+        images: (N, 3, H, W) float32: the first point that fooled the network; where none did, the
+            last restart's; the clean image where that is misclassified already.
+        is_fooled: (N,) bool: whether the network misclassifies the clean image or the point of any
+            restart.
+    """
+
+    images: Tensor
+    is_fooled: Tensor
+
+
+def is_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """(N,) bool: the largest logit is the label's. A row that holds a NaN is wrong."""
+    return (logits.argmax(1) == labels) & ~logits.isnan().any(1)
+
+
+def perturb(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    attack: Attack,
+    threat: ThreatModel,
+    generator: torch.Generator | None = None,
+    random_start: bool = True,
+    is_standing: Tensor | None = None,
+) -> Perturbed:
+    """Attacks a batch, each restart only those images that still stand.
+
+    Success is an OR over the clean image and the restarts. Keeping the point of larger loss, as the
+    reference code does, would overstate robustness: with C classes the cross entropy of a correct
+    image can exceed that of a misclassified one (anything up to ln C against ln 2).
+
+    Args:
+        model: Network of [0, 1] images, in eval mode: no image's logits depend on another image.
+        images: (N, 3, H, W) float32 in [0, 1].
+        labels: (N,) int64.
+        attack: Loss, steps, restarts.
+        threat: Radius of the ball and length of a step.
+        generator: Source of the random starts, on the images' device; restart r draws the r-th
+            batch of noise for all N images, whichever still stand. None: torch's global one.
+        random_start: Start at a uniform point of the ball instead of the image.
+        is_standing: (N,) bool, `is_correct` of the clean images where the caller has it already.
+
+    Returns:
+        Points in the ball and in [0, 1], and whether each image fell.
+    """
+    adversarial = images.clone()
+    if is_standing is None:
+        with torch.no_grad():
+            is_standing = is_correct(model(images), labels)
+    is_standing = is_standing.clone()
+    for _ in range(attack.restarts):
+        start = images
+        if random_start:
+            radius = float(threat.eps)
+            noise = torch.empty_like(images).uniform_(-radius, radius, generator=generator)
+            start = images + noise
+        rows = is_standing.nonzero().squeeze(1)
+        if len(rows) == 0:
+            continue
+        points = ascend(
+            model, images[rows], labels[rows], start=start[rows], attack=attack, threat=threat
+        )
+        adversarial[rows] = points
+        with torch.no_grad():
+            is_standing[rows] = is_correct(model(points), labels[rows])
+    return Perturbed(adversarial, ~is_standing)
+
+
+def ascend(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    start: Tensor,
+    attack: Attack,
+    threat: ThreatModel,
+) -> Tensor:
+    """One restart: `attack.steps` times x <- project(x + step * sign(gradient of the loss at x)).
+
+    The projection is onto the ball around the image, then onto [0, 1]. The gradient is taken with
+    respect to the image alone; a non-finite entry moves nothing.
+
+    Args:
+        model: Network of [0, 1] images, in eval mode.
+        images: (N, 3, H, W) float32 in [0, 1], centres of the balls.
+        labels: (N,) int64.
+        start: (N, 3, H, W) float32; projected before the first step.
+        attack: Loss and steps; restarts are the caller's.
+        threat: Radius of the ball and length of a step.
+
+    Returns:
+        (N, 3, H, W) float32 points.
+    """
+    loss = LOSSES[attack.loss]
+    lower = (images - float(threat.eps)).clamp_(min=0)
+    upper = (images + float(threat.eps)).clamp_(max=1)
+    points = torch.clamp(start, lower, upper)
+    for _ in range(attack.steps):
+        points.requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(loss(model(points), labels), points)
+        direction = gradient.nan_to_num_(0, 0, 0).sign_()
+        points = points.detach().add_(direction, alpha=float(threat.step))
+        points = torch.clamp(points, lower, upper)
+    return points

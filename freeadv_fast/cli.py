@@ -1,0 +1,281 @@
+"""The command line: recipe first, flags second, one line for every mistake.
+
+`run_training` is the body of every training script in launch/. What was typed wins over the
+recipe; what was not typed may still depend on the machine (`resolve`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+import yaml
+
+from freeadv_fast.config import Method, TrainConfig
+from freeadv_fast.config_file import config_to_dict, load_config
+from freeadv_fast.errors import UserError
+from freeadv_fast.recipes import DEFAULTS, RECIPES, find_recipe
+from freeadv_fast.schedule import Schedule
+from freeadv_fast.signals import Interrupted
+from freeadv_fast.threat import Perturbation
+
+# Without a GPU a full evaluation takes hours; 400 images and 20 steps take minutes.
+CPU_EVAL_ATTACKS = ("pgd-20",)
+CPU_EVAL_IMAGES = 400
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+    """A training run. Without --data it trains on embedded real images."""
+
+    run: tyro.conf.OmitArgPrefixes[TrainConfig]
+    config: str | None = None
+    """Replay a saved run: path of its config.yaml. Flags beside it win."""
+    dry_run: bool = False
+    """Print the resolved configuration, the steps and the first minibatch's shapes, and stop."""
+
+
+def run_training(method: Method, dataset: str, argv: Sequence[str] | None = None) -> int:
+    """Parses a command line, trains, and returns the process's exit status.
+
+    Args:
+        method: The script's method; --method changes it.
+        dataset: ``imagenet`` or ``cifar``: whose recipe --data alone selects. Without --data the
+            embedded recipe of the method is used.
+        argv: Arguments; those of the process by default.
+    """
+
+    def work() -> int:
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        command, typed = parse(arguments, method, dataset)
+        from freeadv_fast.train import dry_run, train  # seconds of imports that --help can spare
+
+        config, remarks = resolve(command.run, typed)
+        if is_main_rank():
+            print_plan(config, remarks, is_embedded="data" not in typed and config.data == "digits")
+        if command.dry_run:
+            for line in dry_run(config):
+                if is_main_rank():
+                    print(line)
+            return 0
+        train(config)
+        return 0
+
+    return guard(work)
+
+
+def guard(work: Callable[[], int]) -> int:
+    """Runs `work`; a user's mistake becomes one line and status 2, a signal 128 + its number."""
+    try:
+        return work()
+    except UserError as error:
+        if is_main_rank():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except Interrupted as interrupted:
+        if is_main_rank():
+            print(
+                f"stopped by {interrupted}; everything is saved, continue with --resume",
+                file=sys.stderr,
+                flush=True,
+            )
+        return 128 + interrupted.signum
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: --output-dir: {error.strerror}; free some space and add --resume",
+              file=sys.stderr, flush=True)  # fmt: skip
+        return 2
+
+
+def is_main_rank() -> bool:
+    """Whether this process speaks for all; known before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def parse(arguments: list[str], method: Method, dataset: str) -> tuple[CommandLine, set[str]]:
+    """Reads a command line on top of its recipe.
+
+    Args:
+        arguments: Without the program's name.
+        method: The script's method.
+        dataset: Whose recipes the user's own data are trained with.
+
+    Returns:
+        The command and the names of the fields that were typed (or come from --config).
+
+    Raises:
+        UserError: unknown flags (with the nearest name), bad values.
+    """
+    refuse_unknown_flags(arguments)
+    for flag in ("--eps", "--step-size", "--eval-step"):  # here, so that the message names it
+        Perturbation.parse(value_of(arguments, flag) or "0", flag)
+    typed = {flag_name(argument) for argument in arguments if argument.startswith("--")}
+    config_path = value_of(arguments, "--config")
+    recipe = value_of(arguments, "--recipe")
+    if config_path is not None:
+        base = load_config(Path(config_path))
+        typed |= {field.name for field in dataclasses.fields(TrainConfig)}
+    elif recipe is not None:
+        base = find_recipe(recipe)
+    else:
+        defaults = DEFAULTS[dataset if "data" in typed else "digits"]
+        base = RECIPES[defaults.get(value_of(arguments, "--method") or method, defaults[method])]
+    command = parse_with_tyro(arguments, CommandLine(base))
+    if config_path is None and "data" not in typed and base.data != "digits":
+        raise UserError(f"--data: recipe {base.recipe} needs it; give the folder of its images")
+    return command, typed
+
+
+def parse_with_tyro(arguments: list[str], default: CommandLine) -> CommandLine:
+    """tyro's parser, its boxed complaints turned into one-line user errors."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                CommandLine,
+                args=arguments,
+                default=default,
+                config=(tyro.conf.FlagCreatePairsOff,),
+                registry=value_registry(),
+            )
+    except SystemExit as leaving:
+        if leaving.code in (0, None):  # --help
+            raise
+        cause: BaseException | None = leaving
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise UserError(first_sentence(complaint.getvalue())) from None
+
+
+def first_sentence(box: str) -> str:
+    """The message inside a box that tyro drew, as one line."""
+    words = []
+    for line in box.splitlines()[1:]:
+        text = line.strip(" │|")
+        if not text or set(text) <= set("─-╰╯╭╮"):
+            break
+        words.append(text)
+    return " ".join(words).removeprefix("Error parsing ") or "the command line cannot be read; see --help"
+
+
+def value_registry() -> tyro.constructors.ConstructorRegistry:
+    """How tyro reads and shows our own types: 4/255, every:30, pgd-10,pgd-50."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    def spec(kind: type, metavar: str, read: Callable[[str], Any]) -> Any:
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=metavar,
+            instance_from_str=lambda words: read(words[0]),
+            is_instance=lambda value: isinstance(value, kind),
+            str_from_instance=lambda value: [
+                ",".join(value) if isinstance(value, tuple) else str(value)
+            ],
+        )
+
+    @registry.primitive_rule
+    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+        if info.type is Perturbation or info.type == Perturbation | None:
+            return spec(Perturbation, "K/255", Perturbation.parse)
+        if info.type is Schedule:
+            return spec(Schedule, "SCHEDULE", Schedule.parse)
+        if info.type == tuple[str, ...]:
+            return spec(tuple, "NAME,NAME", lambda text: tuple(text.split(",")))
+        return None
+
+    return registry
+
+
+def refuse_unknown_flags(arguments: list[str]) -> None:
+    """Names the nearest flag for one that does not exist.
+
+    Raises:
+        UserError: an argument starts with ``--`` and is no flag of ours.
+    """
+    fields = [*dataclasses.fields(TrainConfig), *dataclasses.fields(CommandLine)]
+    known = {"--" + field.name.replace("_", "-") for field in fields if field.name != "run"}
+    for argument in arguments:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if argument.startswith("--") and flag not in known | {"--help"}:
+            near = difflib.get_close_matches(flag, sorted(known), n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else "; see --help"
+            raise UserError(f"{argument.partition('=')[0]}: no such flag{hint}")
+
+
+def flag_name(argument: str) -> str:
+    """The field that a flag sets: ``--batch-size=8`` sets ``batch_size``."""
+    return argument.removeprefix("--").partition("=")[0].replace("-", "_")
+
+
+def value_of(arguments: list[str], flag: str) -> str | None:
+    """The value typed after a flag, if any."""
+    for index, argument in enumerate(arguments):
+        if argument == flag and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(flag + "="):
+            return argument.partition("=")[2]
+    return None
+
+
+def resolve(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str]]:
+    """Settles what depends on the machine and was not typed.
+
+    Args:
+        config: Recipe and flags.
+        typed: Fields that the user typed; they stay.
+
+    Returns:
+        The config to train with, and a remark a line about what was settled.
+    """
+    remarks = []
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_ranks > 1 and "batch_size" not in typed:
+        share = max(1, config.batch_size // num_ranks)
+        remarks.append(
+            f"recipe batch {config.batch_size} over {num_ranks} ranks: {share} per rank "
+            "(--batch-size sets it per rank)"
+        )
+        config = dataclasses.replace(config, batch_size=share)
+    if not torch.cuda.is_available() and config.eps.levels:
+        if "eval_attacks" not in typed and config.eval_attacks != CPU_EVAL_ATTACKS:
+            full = ",".join(config.eval_attacks)
+            config = dataclasses.replace(config, eval_attacks=CPU_EVAL_ATTACKS)
+            remarks.append(f"no GPU: evaluating with pgd-20 only; all: --eval-attacks {full}")
+        if "eval_images" not in typed:
+            config = dataclasses.replace(config, eval_images=CPU_EVAL_IMAGES)
+            remarks.append(
+                f"no GPU: attacking at most {CPU_EVAL_IMAGES} validation images; "
+                "more: --eval-images N, or launch/evaluate.py afterwards"
+            )
+        if "holdout_images" not in typed and config.holdout_images > CPU_EVAL_IMAGES:
+            config = dataclasses.replace(config, holdout_images=CPU_EVAL_IMAGES)
+    return config, remarks
+
+
+def print_plan(config: TrainConfig, remarks: list[str], is_embedded: bool) -> None:
+    """Prints what will be done, before anything is."""
+    if is_embedded:
+        print("no --data: training on embedded real handwritten digits (32 px); "
+              "--data FOLDER trains on yours")  # fmt: skip
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    print(yaml.safe_dump(config_to_dict(config), sort_keys=False).rstrip())
+    print(
+        f"global batch {config.batch_size * num_ranks} = {num_ranks} x {config.batch_size}, "
+        f"output folder {config.run_folder}"
+    )
+    for remark in remarks:
+        print(remark)
+    sys.stdout.flush()

@@ -1,0 +1,190 @@
+"""An ImageFolder split as a loader: plans from the stream, pixels from one of two decoders."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import importlib.util
+import os
+from collections.abc import Generator, Iterator
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from freeadv_fast.config import TrainConfig
+from freeadv_fast.data.crop import pad_images, random_crop_flip
+from freeadv_fast.data.index import ImageIndex, is_image_name, shortened
+from freeadv_fast.data.loader import Batch
+from freeadv_fast.data.plan import Plan, plan_evaluation, plan_random_resized_crop
+from freeadv_fast.data.prefetch import prefetched
+from freeadv_fast.data.stream import Share, Stream
+from freeadv_fast.errors import UserError
+
+Backend = Literal["dali", "torchvision"]
+
+NO_DALI = (
+    "NVIDIA DALI is not installed: images are decoded by torchvision, more slowly "
+    "(pip install nvidia-dali-cuda130)"
+)
+
+
+class Decoder(Protocol):
+    """Executes plans."""
+
+    def decode(self, plans: Iterator[Plan]) -> Generator[Tensor, None, None]:
+        """Yields one (n, size, size, 3) uint8 tensor on the device a plan, in order."""
+        ...
+
+
+def available_backend() -> Backend:
+    """DALI where it is installed, else torchvision."""
+    found = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali")
+    return "dali" if found else "torchvision"
+
+
+def build_decoder(
+    backend: Backend, index: ImageIndex, config: TrainConfig, device: torch.device
+) -> Decoder:
+    """The decoder of a split.
+
+    Args:
+        backend: Which library decodes.
+        index: The split.
+        config: Gives image size, batch size and workers.
+        device: Where the minibatches live.
+    """
+    if backend == "dali":
+        from freeadv_fast.data.folder_dali import DaliDecoder
+
+        return DaliDecoder(
+            index,
+            image_size=config.image_size,
+            batch_size=config.batch_size,
+            num_workers=config.workers,
+            device=device,
+        )
+    from freeadv_fast.data.folder_torchvision import TorchvisionDecoder
+
+    return TorchvisionDecoder(
+        index, image_size=config.image_size, num_workers=config.workers, device=device
+    )
+
+
+class FolderLoader:
+    """A split of an ImageFolder, see `loader.Loader`."""
+
+    def __init__(
+        self,
+        index: ImageIndex,
+        stream: Stream,
+        decoder: Decoder,
+        config: TrainConfig,
+        device: torch.device,
+    ) -> None:
+        """Reads the rows of `stream`.
+
+        Args:
+            index: The split's files.
+            stream: Which of them, when. Without a seed: evaluation preprocessing.
+            decoder: Executes the plans.
+            config: Gives augmentation, sizes and seed.
+            device: Where the minibatches live.
+        """
+        self.index = index
+        self.stream = stream
+        self.decoder = decoder
+        self.config = config
+        self.device = device
+        self.augment = config.augment if stream.seed is not None else "none"
+        self.classes = index.classes
+        self.num_images = stream.num_images
+        self.num_batches = stream.num_batches
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yields the minibatches of `epoch` from position `start` on, decoded ahead."""
+        return prefetched(self._batches(epoch, start), self.device)
+
+    def _batches(self, epoch: int, start: int) -> Generator[Batch, None, None]:
+        """The minibatches on the current stream."""
+        decoding: collections.deque[Share] = collections.deque()
+
+        def plans() -> Iterator[Plan]:
+            for share in self.stream.shares(epoch, start):
+                decoding.append(share)
+                yield self._plan(share, epoch)
+
+        with contextlib.closing(self.decoder.decode(plans())) as decoded:
+            for images in decoded:
+                share = decoding.popleft()
+                rows = torch.from_numpy(share.rows.copy())
+                labels = torch.from_numpy(self.index.labels[share.rows])
+                yield Batch(
+                    self._augmented(images, share, epoch),
+                    labels.to(self.device, non_blocking=True),
+                    share.global_size,
+                    rows,
+                )
+
+    def _plan(self, share: Share, epoch: int) -> Plan:
+        """What the decoder does with a share."""
+        config, sizes = self.config, self.index.sizes[share.rows]
+        if self.augment == "random-resized-crop":
+            return plan_random_resized_crop(
+                share.rows, sizes, config.image_size, config.seed, epoch
+            )
+        return plan_evaluation(share.rows, sizes, config.image_size, config.evaluation_resize)
+
+    def _augmented(self, images: Tensor, share: Share, epoch: int) -> Tensor:
+        """What happens after decoding, on the device."""
+        if self.augment != "pad-crop-flip":
+            return images
+        padding = self.config.crop_padding
+        slots = torch.arange(len(images)).numpy()
+        padded = pad_images(images, padding)
+        return random_crop_flip(padded, slots, share.rows, padding, self.config.seed, epoch)
+
+
+def split_folder(data: str, split: Literal["train", "val"]) -> str:
+    """The folder of a split, after a look at how the data lie.
+
+    Args:
+        data: What the user gave as --data.
+        split: Which half.
+
+    Raises:
+        UserError: missing or empty folder, no train/ or val/, or images that are not sorted into
+            one folder a class.
+    """
+    if not os.path.isdir(data):
+        raise UserError(f"--data {data}: no such folder")
+    if not os.listdir(data):
+        raise UserError(f"--data {data}: the folder is empty; it must hold train/ and val/")
+    folder = os.path.join(data, split)
+    if not os.path.isdir(folder):
+        raise UserError(
+            f"--data {data}: no {split}/ folder in it; an ImageFolder holds train/ and val/ with "
+            "one folder a class in each"
+        )
+    with os.scandir(folder) as entries:
+        is_folder = {entry.name: entry.is_dir() for entry in entries}
+    if any(is_folder.values()):
+        return folder
+    if any(is_image_name(name) for name in is_folder):
+        raise UserError(
+            f"--data {data}: {split}/ holds images but no class folders; move each image to "
+            f"{split}/CLASS/, with the class names of train/ (for ImageNet, the script valprep.sh "
+            "of github.com/soumith/imagenetloader.torch does it)"
+        )
+    raise UserError(f"--data {data}: {split}/ is empty; it must hold one folder a class")
+
+
+def refuse_other_classes(data: str, train: list[str], val: list[str]) -> None:
+    """Raises UserError where train and val do not hold the same class folders."""
+    for names, others, where in ((train, val, "val"), (val, train, "train")):
+        missing = sorted(set(names) - set(others))
+        if missing:
+            raise UserError(
+                f"--data {data}: {where}/ lacks {len(missing)} of the {len(names)} classes: "
+                f"{shortened(missing)}; both splits need the same class folders"
+            )

@@ -1,0 +1,198 @@
+"""The order of a dataset and the random draws of each image, as pure functions of position.
+
+Nothing here has a state: a counter-based generator (SplitMix64) hashes (seed, epoch, image index,
+draw number), so that a run resumed in the middle of an epoch, or read by another backend, sees
+the same images under the same crops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from freeadv_fast.errors import UserError
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+# Draw numbers. One draw each for the order and the flip, two for a window's corner, and then the
+# tries of RandomResizedCrop with two draws each.
+ORDER_DRAW = 0
+FLIP_DRAW = 1
+CORNER_DRAWS = range(2, 4)
+NUM_TRIES = 10
+TRY_DRAWS = range(4, 4 + 2 * NUM_TRIES)
+
+# RandomResizedCrop's defaults in torchvision: share of the area, width over height.
+AREA_RANGE = (0.08, 1.0)
+ASPECT_RANGE = (3 / 4, 4 / 3)
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finalizer (Steele, Lea and Flood 2014), elementwise."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
+
+
+def random_bits(seed: int, epoch: int, indices: Ints, draws: range) -> NDArray[np.uint64]:
+    """Hashes (seed, epoch, index, draw number): 64 random bits for each image and draw.
+
+    Args:
+        seed: The run's seed, >= 0.
+        epoch: Data epoch, >= 0.
+        indices: (n,) image indices.
+        draws: d draw numbers.
+
+    Returns:
+        (n, d) uint64.
+    """
+    state = _mix(np.array([seed % 2**64], np.uint64) + _GAMMA)
+    for counter in (np.array([epoch]), indices):
+        state = _mix(state + _GAMMA * (counter.astype(np.uint64) + np.uint64(1)))
+    offsets = _GAMMA * (np.array(draws, np.uint64) + np.uint64(1))
+    return _mix(state[:, None] + offsets)
+
+
+def random_uniform(seed: int, epoch: int, indices: Ints, draws: range) -> Floats:
+    """As `random_bits`, as (n, d) float64 in [0, 1) with 53 random bits."""
+    bits = random_bits(seed, epoch, indices, draws) >> np.uint64(11)
+    return bits.astype(np.float64) * 2.0**-53
+
+
+def random_flips(seed: int, epoch: int, indices: Ints) -> NDArray[np.bool_]:
+    """Whether each image is mirrored left to right: (n,) bool, probability one half."""
+    return random_uniform(seed, epoch, indices, range(FLIP_DRAW, FLIP_DRAW + 1))[:, 0] < 0.5
+
+
+def random_offsets(seed: int, epoch: int, indices: Ints, num_offsets: int) -> Ints:
+    """The (top, left) corner of each image's pad-and-crop window: (n, 2) in 0..num_offsets-1."""
+    uniform = random_uniform(seed, epoch, indices, CORNER_DRAWS)
+    return (uniform * num_offsets).astype(np.int64)
+
+
+def random_resized_windows(seed: int, epoch: int, indices: Ints, sizes: Ints) -> Ints:
+    """Windows with the distribution of torchvision's RandomResizedCrop.
+
+    Args:
+        seed: The run's seed.
+        epoch: Data epoch.
+        indices: (n,) image indices.
+        sizes: (n, 2) height and width of each image in pixels.
+
+    Returns:
+        (n, 4) top, left, height, width in pixels of the image.
+    """
+    height, width = sizes[:, :1], sizes[:, 1:]
+    draws = random_uniform(seed, epoch, indices, TRY_DRAWS)
+    area = height * width * (AREA_RANGE[0] + np.diff(AREA_RANGE) * draws[:, :NUM_TRIES])
+    low, high = np.log(ASPECT_RANGE)
+    aspect = np.exp(low + (high - low) * draws[:, NUM_TRIES:])
+    try_w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+    try_h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (0 < try_w) & (try_w <= width) & (0 < try_h) & (try_h <= height)
+    first = fits.argmax(axis=1)[:, None]
+    window = np.concatenate(
+        [np.take_along_axis(try_h, first, 1), np.take_along_axis(try_w, first, 1)], axis=1
+    )
+    corner = random_uniform(seed, epoch, indices, CORNER_DRAWS) * (sizes - window + 1)
+    fallback = _central_windows(sizes)
+    found = fits.any(axis=1)[:, None]
+    return np.concatenate(
+        [
+            np.where(found, corner.astype(np.int64), (sizes - fallback) // 2),
+            np.where(found, window, fallback),
+        ],
+        axis=1,
+    )
+
+
+def _central_windows(sizes: Ints) -> Ints:
+    """Largest (height, width), (n, 2), with an allowed aspect: what ten failed tries end in."""
+    height, width = sizes[:, 0], sizes[:, 1]
+    tallest = np.rint(width / ASPECT_RANGE[0]).astype(np.int64)
+    widest = np.rint(height * ASPECT_RANGE[1]).astype(np.int64)
+    return np.stack([np.minimum(height, tallest), np.minimum(width, widest)], axis=1)
+
+
+class Share(NamedTuple):
+    """One rank's rows of a global minibatch.
+
+    Attributes:
+        rows: (n,) int64 rows of the split's file list.
+        global_size: Images of the minibatch over all ranks.
+    """
+
+    rows: Ints
+    global_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Which images a rank sees, and when.
+
+    Global minibatch t holds rows [t B W, (t + 1) B W) of the epoch's order, and rank r takes
+    rows r, r + W, r + 2W, ... of it. A training epoch leaves out a last global minibatch of fewer
+    than two images a rank: batch norm cannot train on one.
+
+    Attributes:
+        rows: (N,) int64 rows of the split's file list that this stream walks.
+        batch_size: B, images of a minibatch on one rank.
+        rank: r, this process.
+        world_size: W, processes.
+        seed: Seed of the order; None for evaluation: fixed order, nothing left out.
+    """
+
+    rows: Ints
+    batch_size: int
+    rank: int
+    world_size: int
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a training minibatch is larger than a rank's share."""
+        share = len(self.rows) // self.world_size
+        if self.seed is not None and self.batch_size > share:
+            ranks = f" over {self.world_size} ranks" if self.world_size > 1 else ""
+            raise UserError(
+                f"--batch-size {self.batch_size}: larger than a rank's share of the training "
+                f"images, {share} ({len(self.rows)} images{ranks})"
+            )
+
+    @property
+    def num_images(self) -> int:
+        """Images of the stream over all ranks."""
+        return len(self.rows)
+
+    @property
+    def num_batches(self) -> int:
+        """Global minibatches of one epoch, the same on every rank."""
+        full, rest = divmod(len(self.rows), self.batch_size * self.world_size)
+        fewest = 1 if self.seed is None else 2 * self.world_size
+        return full + (rest >= fewest)
+
+    def order(self, epoch: int) -> Ints:
+        """All rows in the order of `epoch`: (N,) int64, a permutation drawn from the seed."""
+        if self.seed is None:
+            return self.rows
+        keys = random_bits(self.seed, epoch, self.rows, range(ORDER_DRAW, ORDER_DRAW + 1))
+        return self.rows[np.argsort(keys[:, 0], kind="stable")]
+
+    def shares(self, epoch: int, start: int = 0) -> Iterator[Share]:
+        """Yields this rank's shares of `epoch` from global minibatch `start` on.
+
+        In an evaluation's last minibatch a rank may have no image; it then yields one share less.
+        """
+        order = self.order(epoch)
+        global_batch = self.batch_size * self.world_size
+        for number in range(start, self.num_batches):
+            rows = order[number * global_batch : (number + 1) * global_batch]
+            mine = rows[self.rank :: self.world_size]
+            if len(mine) > 0:
+                yield Share(mine, len(rows))

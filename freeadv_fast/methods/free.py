@@ -1,0 +1,83 @@
+"""Free adversarial training: Shafahi et al., "Adversarial Training for Free!", NeurIPS 2019.
+
+Algorithm 1. Each minibatch is replayed m times. One backward pass yields the gradient of the
+weights and the gradient of the perturbation; both are taken at the same point (x + delta, theta).
+The perturbation is never reset: it carries over from one minibatch to the next.
+
+Where paper and reference code differ: Algorithm 1 adds delta without clipping to the pixel range,
+both reference implementations clip x + delta before the network and let the gradient through
+where 0 <= x + delta <= 1. We follow the code. Row i of delta belongs to batch slot i; a smaller
+last minibatch uses and updates the first rows only, as in the reference code. Batch norm stays in
+training mode, and its running statistics move in every replay.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from freeadv_fast import ops
+from freeadv_fast.learner import Learner
+from freeadv_fast.threat import ThreatModel
+
+
+class Free:
+    """Algorithm 1 of the paper, one minibatch at a time.
+
+    Args:
+        learner: The network in training.
+        threat: Radius eps and step size of the perturbation; the paper's step is eps.
+        m: Replays of each minibatch.
+        minibatch_shape: (N, H, W, 3) of a full minibatch on this rank.
+        device: Where training runs.
+    """
+
+    is_adversarial = True
+
+    def __init__(
+        self,
+        learner: Learner,
+        threat: ThreatModel,
+        *,
+        m: int,
+        minibatch_shape: tuple[int, int, int, int],
+        device: torch.device,
+    ) -> None:
+        """Starts with delta = 0, line 2 of Algorithm 1."""
+        self.learner = learner
+        self.m = m
+        self.eps = float(threat.eps.levels)
+        self.step_size = float(threat.step.levels)
+        self.unit = threat.delta_unit
+        self.delta = threat.zero_delta(minibatch_shape, device)
+
+    def train_minibatch(self, images: Tensor, labels: Tensor, global_size: int) -> None:
+        """Replays one minibatch m times; delta carries over to the next one.
+
+        Args:
+            images: (n, H, W, 3) uint8, n at most N. labels: (n,) int64.
+            global_size: Images of the minibatch over all ranks.
+        """
+        learner, delta = self.learner, self.delta[: len(images)]
+        for _ in range(self.m):
+            x = learner.network_input(images, delta, self.unit).requires_grad_()
+            loss = learner.loss(x, labels, global_size)
+            learner.backward(loss)  # one pass: g_theta and g_adv
+            ops.sign_ascent_(
+                delta,
+                x.grad,
+                images,
+                learner.meters.nonfinite_gradients,
+                step=self.step_size,
+                eps=self.eps,
+                unit=self.unit,
+            )
+            learner.step()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The perturbation, (N, H, W, 3)."""
+        return {"delta": self.delta}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continues with a saved perturbation."""
+        self.delta.copy_(state["delta"])

@@ -1,0 +1,118 @@
+"""The only door to the compiled code: picks an implementation once per device, and says which.
+
+The trainer calls these functions and never asks where it runs. Formulas, bytes and numerics are
+told at the top of each file in `freeadv_fast.kernels`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from freeadv_fast.kernels import perturb_normalize as _perturb_normalize
+from freeadv_fast.kernels import sign_ascent as _sign_ascent
+
+Backend = Literal["triton", "eager"]
+
+# Triton compiles for Volta and newer; a Pascal GPU runs the references.
+OLDEST_CAPABILITY = (7, 0)
+
+
+@functools.cache
+def backend(device: torch.device | str) -> Backend:
+    """Which implementation runs on a device.
+
+    Args:
+        device: Where the tensors live.
+
+    Returns:
+        "triton": compiled kernels, on CUDA devices that Triton supports. "eager": the references
+        in plain PyTorch, everywhere else.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return "eager"
+    return "triton" if torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY else "eager"
+
+
+def perturb_normalize(
+    images: Tensor,
+    delta: Tensor | None,
+    pixel_mean: Tensor,
+    pixel_std: Tensor,
+    *,
+    unit: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The normalised network input at images + delta, in one pass over memory.
+
+    Computes ``(clip(images + unit * delta, 0, 255) / 255 - pixel_mean) / pixel_std`` in float32,
+    in that order, and rounds once to `dtype`. No autograd runs through it: call
+    ``requires_grad_()`` on the result, a leaf, and hand its gradient to `sign_ascent_`.
+
+    Args:
+        images: (N, H, W, C) uint8, contiguous.
+        delta: (N, H, W, C) int8, float16 or float32, contiguous, finite; None for clean images.
+        pixel_mean: (C,) float32, of pixels in [0, 1].
+        pixel_std: (C,) float32, likewise, above 0.
+        unit: Grey levels (1/255) that one unit of `delta` stands for.
+        dtype: bfloat16, float16 or float32; float64 computes in float64 (tests).
+
+    Returns:
+        (N, C, H, W) in `dtype`, in channels_last memory, without a gradient.
+
+    Raises:
+        RuntimeError: shapes, dtypes, layouts or devices disagree, or delta requires grad.
+
+    Source: Shafahi et al. 2019, Algorithm 1, the argument x + delta.
+    """
+    if backend(images.device) == "triton":
+        return _perturb_normalize.perturb_normalize(
+            images, delta, pixel_mean, pixel_std, unit=unit, dtype=dtype
+        )
+    return _perturb_normalize.perturb_normalize_ref(
+        images, delta, pixel_mean, pixel_std, unit, dtype
+    )
+
+
+def sign_ascent_(
+    delta: Tensor,
+    grad: Tensor,
+    images: Tensor,
+    nonfinite: Tensor,
+    *,
+    step: float,
+    eps: float,
+    unit: float = 1.0,
+) -> None:
+    """One sign step up the loss and back into the L-infinity ball, in place.
+
+    Computes ``delta <- clip(delta + step * sign(grad) * mask, -eps, +eps)`` with
+    ``mask = 0 <= images + delta <= 255``, inclusive and taken before the update: there, and only
+    there, does gradient pass the clip of `perturb_normalize`. ``sign(0) = 0``. A gradient that is
+    NaN or infinite moves nothing and is counted; the host never waits.
+
+    Args:
+        delta: (N, H, W, C) int8, float16 or float32, contiguous, in `unit` grey levels; updated.
+        grad: (N, C, H, W) gradient at the network input, bfloat16, float16, float32 or float64;
+            any layout, copied unless channels_last.
+        images: (N, H, W, C) uint8, contiguous.
+        nonfinite: One int64 on the device; the number of non-finite gradients is added to it.
+        step: Length of the step in grey levels (1/255).
+        eps: Radius of the ball in grey levels.
+        unit: Grey levels that one unit of `delta` stands for. An int8 delta counts steps:
+            ``unit == step``, and eps is a whole number of steps, at most 127.
+
+    Raises:
+        RuntimeError: shapes, dtypes, layouts or devices disagree, or int8 would not be exact.
+
+    Source: Shafahi et al. 2019, Algorithm 1, lines 9 to 11.
+    """
+    if backend(delta.device) == "triton":
+        _sign_ascent.sign_ascent_(delta, grad, images, nonfinite, step=step, eps=eps, unit=unit)
+    else:
+        _sign_ascent.sign_ascent_ref_(delta, grad, images, nonfinite, step, eps, unit)

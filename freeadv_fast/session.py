@@ -1,0 +1,322 @@
+"""Everything a run needs before its first minibatch: folder, data, network, restored state."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from freeadv_fast import checkpoint
+from freeadv_fast.config import TrainConfig
+from freeadv_fast.config_file import config_to_dict, save_config
+from freeadv_fast.data import Loaders, build_loaders
+from freeadv_fast.distributed import World
+from freeadv_fast.environment import environment
+from freeadv_fast.errors import UserError
+from freeadv_fast.learner import Learner, Pixels
+from freeadv_fast.methods import TrainingMethod, build_method
+from freeadv_fast.models.zoo import build_model
+from freeadv_fast.optim import build_sgd
+from freeadv_fast.runlog import RunFolder, RunLog, read_json, write_json
+from freeadv_fast.threat import ThreatModel
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Fields that a resumed run may change: none of them touches a weight.
+FREE_TO_CHANGE = {
+    "checkpoint_every",
+    "eval_attacks",
+    "eval_images",
+    "eval_step",
+    "log_every",
+    "max_bad_fraction",
+    "max_passes",
+    "output_dir",
+    "recipe",
+    "resume",
+    "workers",
+}
+
+# Same machine, versions, ranks and threads: what bit-identical resumption rests on.
+REPRODUCIBLE_WITH = ("hardware", "versions", "threads", "ranks")
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is; saved with every checkpoint.
+
+    Attributes:
+        epoch: Data epochs finished. minibatch: Minibatches of the current one finished.
+        passes: Images forwarded and backwarded for the weights, over all ranks.
+        train_seconds: Seconds in the training loop, checkpoints included, evaluation excluded.
+        best_score: Held-out accuracy of best.pt. best_epoch: The epoch it is from.
+        last_line: The last line of training metrics.
+    """
+
+    epoch: int = 0
+    minibatch: int = 0
+    passes: int = 0
+    train_seconds: float = 0.0
+    best_score: float = -1.0
+    best_epoch: int = -1
+    last_line: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Clock:
+    """Seconds spent training, over all sessions of a run."""
+
+    def __init__(self, seconds: float, passes: int) -> None:
+        """Continues from earlier sessions' seconds, paused."""
+        self._before, self._started = seconds, None
+        self._lap = (seconds, passes)
+
+    def start(self) -> None:
+        """Starts counting."""
+        self._started = time.monotonic()
+
+    def pause(self) -> None:
+        """Stops counting."""
+        self._before, self._started = self.seconds, None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds counted so far."""
+        running = 0.0 if self._started is None else time.monotonic() - self._started
+        return self._before + running
+
+    def lap(self, passes: int) -> float:
+        """Passes a second since the last lap, given the passes done by now."""
+        (seconds_before, passes_before), seconds = self._lap, self.seconds
+        self._lap = (seconds, passes)
+        return (passes - passes_before) / max(seconds - seconds_before, 1e-9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """A budget in data epochs and optimizer updates."""
+
+    data_epochs: int
+    total_updates: int
+    updates_per_epoch: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, num_batches: int) -> Budget:
+        """The budget of a config on data with so many minibatches an epoch."""
+        per_epoch = num_batches * config.m
+        if config.steps is None:
+            return cls(config.data_epochs, config.data_epochs * per_epoch, per_epoch)
+        return cls(-(-config.steps // per_epoch), config.steps, per_epoch)
+
+
+@dataclasses.dataclass
+class Run:
+    """A run in progress: what the training loop reads and moves forward."""
+
+    config: TrainConfig
+    world: World
+    folder: RunFolder
+    loaders: Loaders
+    budget: Budget
+    model: nn.Module
+    learner: Learner
+    method: TrainingMethod
+    progress: Progress
+    clock: Clock
+    log: RunLog
+    saved_at: float
+
+    @property
+    def evaluation_threat(self) -> ThreatModel:
+        """Radius and step of validation and of the final attacks."""
+        return ThreatModel(self.config.eps, self.config.eval_step)
+
+    @property
+    def is_budget_spent(self) -> bool:
+        """Whether --max-passes or the update budget is reached."""
+        limit = self.config.max_passes
+        return (limit is not None and self.progress.passes >= limit) or (
+            self.learner.updates >= self.budget.total_updates
+        )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.progress.epoch >= self.budget.data_epochs or self.is_budget_spent
+
+
+def prepare(config: TrainConfig, world: World) -> Run | None:
+    """Builds a run, restored from its checkpoint when it is resumed.
+
+    Returns:
+        None when the run in the folder is finished and there is nothing to do.
+
+    Raises:
+        UserError: data, folder, network or checkpoint cannot be used.
+    """
+    folder = RunFolder(Path(config.run_folder))
+    if config.resume and folder.result.exists():
+        say(world, f"{folder.root} is finished; its result is in {folder.result}")
+        return None
+    loaders = build_loaders(config, world)
+    for line in loaders.describe():
+        say(world, line)
+    budget = Budget.of(config, loaders.train.num_batches)
+    torch.manual_seed(config.seed)
+    model, learner = build_learner(config, world, budget, loaders.train.classes)
+    method = build_method(config, learner, world.device)
+    progress, log_bytes = Progress(), 0
+    world.on_main(lambda: folder.claim(config.resume))
+    state = find_checkpoint(config, world, folder) if config.resume else None
+    if state is not None:
+        progress = restore(state, config, world, model, learner, method)
+        log_bytes = int(state["log_bytes"])
+    record = environment(ranks=world.size)
+    if state is not None:
+        warn_about_changes(folder, record, world)
+    world.on_main(lambda: write_description(folder, config, record))
+    total = budget.data_epochs * loaders.train.num_images * config.m
+    total = min(total, config.max_passes or total)
+    log = RunLog(folder, total, log_bytes, progress.passes, world.is_main)
+    clock = Clock(progress.train_seconds, progress.passes)
+    return Run(
+        config, world, folder, loaders, budget, model, learner, method, progress, clock, log,
+        saved_at=time.monotonic(),
+    )  # fmt: skip
+
+
+def build_learner(
+    config: TrainConfig, world: World, budget: Budget, classes: list[str]
+) -> tuple[nn.Module, Learner]:
+    """The network on its device, and the learner around it."""
+    model = build_model(
+        config.arch,
+        len(classes),
+        image_size=config.image_size,
+        per_image_standardize=config.normalization == "per-image",
+        bn_group=config.bn_group,
+    )
+    if config.init_from is not None:
+        state = checkpoint.load_checkpoint(Path(config.init_from), "--init-from")
+        checkpoint.load_weights(model, state, config.arch, f"--init-from {config.init_from}")
+    model = model.to(world.device, memory_format=torch.channels_last)
+    net: nn.Module = model
+    if world.size > 1:
+        # Each rank keeps its own running statistics (checkpoint.averaged_buffers); broadcasting
+        # them at every forward would also break two forwards before one backward.
+        net = DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    optimizer = build_sgd(
+        model,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        decay=config.decay,
+    )
+    pixels = Pixels(
+        torch.tensor(config.pixel_mean, device=world.device),
+        torch.tensor(config.pixel_std, device=world.device),
+        PRECISIONS[resolve_precision(config.precision, world.device)],
+    )
+
+    def lr_at(update: int) -> float:
+        return config.lr * config.schedule.factor(
+            update,
+            total_updates=budget.total_updates,
+            updates_per_epoch=budget.updates_per_epoch,
+            m=config.m,
+        )
+
+    return model, Learner(net, optimizer, lr_at, pixels, world.size)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """What ``auto`` means here: bf16 on GPUs that have it, fp16 on older ones, fp32 on a CPU."""
+    if precision != "auto":
+        return precision
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def find_checkpoint(
+    config: TrainConfig, world: World, folder: RunFolder
+) -> dict[str, Any] | None:
+    """The state to resume from: rank 0 chooses the file, every rank reads it."""
+    path = world.on_main(lambda: checkpoint.newest_intact(folder.checkpoints))
+    if path is None:
+        say(world, f"--resume: no checkpoint in {folder.checkpoints}; starting from the beginning")
+        return None
+    say(world, f"resuming from {path}")
+    state = checkpoint.load_checkpoint(path)
+    saved, current = state["config"], config_to_dict(config)
+    for name in sorted(set(saved) - FREE_TO_CHANGE):
+        if saved[name] != current.get(name):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} {current.get(name)}: the run in {folder.root} was made with "
+                f"{flag} {saved[name]}; resume it with that, or choose another --output-dir"
+            )
+    if len(state["ranks"]) != world.size:
+        raise UserError(
+            f"--nproc-per-node {world.size}: the run in {folder.root} was made with "
+            f"{len(state['ranks'])} ranks; resume it with as many"
+        )
+    return state
+
+
+def restore(
+    state: dict[str, Any],
+    config: TrainConfig,
+    world: World,
+    model: nn.Module,
+    learner: Learner,
+    method: TrainingMethod,
+) -> Progress:
+    """Puts every part back where the checkpoint left it."""
+    checkpoint.load_weights(model, state, config.arch, "--resume")
+    own = state["ranks"][world.rank]
+    for name, buffer in checkpoint.batch_norm_buffers(model).items():
+        buffer.copy_(own["buffers"][name])
+    learner.load_state_dict(state["learner"])
+    learner.meters.load_state_dict(own["meters"])
+    method.load_state_dict(own["method"])
+    checkpoint.restore_random_state(own["random"], world.device)
+    return Progress(**state["progress"])
+
+
+def warn_about_changes(folder: RunFolder, record: dict[str, Any], world: World) -> None:
+    """Says what differs from the session before: the rest will then not be bit-identical."""
+    if not world.is_main or not folder.environment.exists():
+        return
+    before = read_json(folder.environment)
+    changed = [key for key in REPRODUCIBLE_WITH if before.get(key) != record.get(key)]
+    if changed:
+        say(world, f"warning: {', '.join(changed)} changed since the checkpoint (see "
+            f"{folder.environment}); the rest of the run will not be bit-identical")  # fmt: skip
+
+
+def write_description(folder: RunFolder, config: TrainConfig, record: dict[str, Any]) -> None:
+    """Writes config.yaml and env.json."""
+    save_config(config, folder.config)
+    write_json(folder.environment, record)
+
+
+def to_cpu(value: Any) -> Any:
+    """The same nested state with every tensor on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: to_cpu(entry) for key, entry in value.items()}
+    return value
+
+
+def say(world: World, text: str) -> None:
+    """Prints a line, once for all ranks."""
+    if world.is_main:
+        print(text, flush=True)

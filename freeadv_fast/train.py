@@ -1,0 +1,252 @@
+"""Training, from a config to a result: the loop, its checkpoints and its selection.
+
+A batch's way is short: the loader yields it, the method trains on it, the host counts it. What
+needs the device's answer (metrics, finite weights, held-out accuracy) is asked for at logs,
+checkpoints and epoch ends only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from freeadv_fast import checkpoint, session
+from freeadv_fast.attacks import Attack
+from freeadv_fast.conclude import Result, conclude
+from freeadv_fast.config import TrainConfig
+from freeadv_fast.config_file import config_to_dict
+from freeadv_fast.data.loader import Batch
+from freeadv_fast.distributed import join_world, leave_world
+from freeadv_fast.errors import UserError
+from freeadv_fast.evaluate import evaluate
+from freeadv_fast.session import Run
+from freeadv_fast.signals import Interrupted, StopRequests
+
+# Ten steps tell robust weights from weak ones; the final evaluation uses the recipe's attacks.
+SELECTION_ATTACK = Attack.parse("pgd-10")
+
+
+def train(config: TrainConfig) -> Result | None:
+    """Trains, selects, evaluates and reports a network as a config says.
+
+    Args:
+        config: The whole run. Under torchrun every rank calls this with the same config.
+
+    Returns:
+        What result.json holds; None when ``resume`` finds the run finished.
+
+    Raises:
+        UserError: a flag, the data or the output folder is wrong, or the loss became non-finite.
+        Interrupted: a signal asked to stop; everything is saved for ``resume``.
+    """
+    world = join_world()
+    try:
+        run = session.prepare(config, world)
+        if run is None:
+            return None
+        try:
+            with StopRequests() as stop:
+                train_epochs(run, stop)
+                stop.leave_at_once = True
+                return conclude(run)
+        finally:
+            run.log.close()
+    finally:
+        leave_world()
+
+
+def train_epochs(run: Run, stop: StopRequests) -> None:
+    """Trains until the budget is spent; each data epoch ends with a selection and a checkpoint."""
+    progress = run.progress
+    while not run.is_complete:
+        run.clock.start()
+        train_epoch(run, stop)
+        run.clock.pause()
+        select(run)
+        progress.epoch += 1
+        progress.minibatch = 0
+        save(run)
+
+
+def train_epoch(run: Run, stop: StopRequests) -> None:
+    """Trains on what is left of one data epoch, saving in between as often as asked."""
+    config, progress = run.config, run.progress
+    run.model.train()
+    batch = None
+    for batch in run.loaders.train.epoch(progress.epoch, progress.minibatch):
+        run.method.train_minibatch(batch.images, batch.labels, batch.global_size)
+        progress.minibatch += 1
+        progress.passes += batch.global_size * config.m
+        run.log.advance(batch.global_size * config.m)
+        if progress.minibatch % config.log_every == 0:
+            log_training(run, batch)
+        if run.is_budget_spent:
+            break
+        obey_requests(run, stop)
+    if batch is not None and progress.minibatch % config.log_every != 0:
+        log_training(run, batch)
+
+
+def obey_requests(run: Run, stop: StopRequests) -> None:
+    """Saves when it is time to, and leaves when a signal asked; all ranks together."""
+    is_due = time.monotonic() - run.saved_at >= run.config.checkpoint_every
+    signum, must_save = run.world.max_on_host([stop.received, int(is_due)])
+    if signum or must_save:
+        save(run)
+    if signum:
+        raise Interrupted(signum)
+
+
+def log_training(run: Run, batch: Batch) -> None:
+    """Reads the meters, refuses a non-finite loss, and writes a line of log.jsonl."""
+    progress, learner = run.progress, run.learner
+    reading = learner.meters.read(run.world)
+    if reading.nonfinite_losses and not learner.scaler.is_enabled():
+        refuse_nonfinite(run)
+    line: dict[str, Any] = {
+        "passes": progress.passes,
+        "epoch": progress.epoch,
+        "updates": learner.updates,
+        "loss": reading.loss,
+        "lr": learner.lr_at(learner.updates - 1),
+        "passes_per_second": run.clock.lap(progress.passes),
+        "nonfinite_gradients": reading.nonfinite_gradients,
+    }
+    if run.method.is_adversarial:
+        line["train_adversarial_accuracy"] = reading.accuracy
+        hits = learner.clean_hits(batch.images, batch.labels).to(torch.float64)
+        line["train_clean_accuracy"] = run.world.sum_(hits).item() / batch.global_size
+    else:
+        line["train_clean_accuracy"] = reading.accuracy
+    progress.last_line = line
+    run.log.write(line)
+
+
+def refuse_nonfinite(run: Run) -> None:
+    """Stops a run whose loss or weights are no longer finite.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
+        f"--lr {run.config.lr:g}: the loss became non-finite in epoch {run.progress.epoch} after "
+        f"{run.progress.passes} passes; {run.folder.checkpoints / checkpoint.LAST} keeps the last "
+        "good weights, lower --lr"
+    )
+
+
+def select(run: Run) -> None:
+    """Measures the held-out slice and keeps the weights as best.pt if none were better.
+
+    Adversarial methods select by robust accuracy, natural training by clean accuracy: its robust
+    accuracy is highest before it has learnt anything.
+    """
+    config, progress = run.config, run.progress
+    if run.loaders.holdout is None or not run.progress.last_line:
+        return
+    attacks = (SELECTION_ATTACK,) if run.method.is_adversarial else ()
+    with checkpoint.averaged_buffers(run.model, run.world):
+        measured = evaluate(
+            run.model,
+            run.loaders.holdout,
+            attacks,
+            run.evaluation_threat,
+            world=run.world,
+            mean=config.pixel_mean,
+            std=config.pixel_std,
+            seed=config.seed,
+            label=f"epoch {progress.epoch} held-out",
+        )
+        robust = measured.robust_accuracy.get(str(SELECTION_ATTACK))
+        score = robust if run.method.is_adversarial else measured.clean_accuracy
+        line = progress.last_line | {"holdout_clean_accuracy": measured.clean_accuracy}
+        if robust is not None:
+            line["holdout_robust_accuracy"] = robust
+        run.log.write(line)
+        if score is not None and score > progress.best_score:
+            progress.best_score, progress.best_epoch = score, progress.epoch
+            save_best(run)
+    run.log.say(
+        f"epoch {progress.epoch}: held-out clean {measured.clean_accuracy:.1%}"
+        + (f", {SELECTION_ATTACK} {robust:.1%}" if robust is not None else "")
+        + f", loss {line['loss']:.3f}, {line['passes_per_second']:.0f} passes/s"
+    )
+
+
+def save_best(run: Run) -> None:
+    """Writes best.pt: weights and what they are, nothing to continue from."""
+    refuse_nonfinite_weights(run)
+    state = identity(run) | {"model": run.model.state_dict(), "epoch": run.progress.best_epoch}
+    write(run, state, checkpoint.BEST)
+
+
+def save(run: Run) -> None:
+    """Writes last.pt: everything that makes the next update what it would have been.
+
+    Rank 0's weights and optimizer stand for all; perturbation, running statistics, generators and
+    sums are each rank's own. Inside ``model`` the running statistics are the ranks' mean.
+    """
+    refuse_nonfinite_weights(run)
+    run.progress.train_seconds = run.clock.seconds
+    rank_state = {
+        "method": run.method.state_dict(),
+        "meters": run.learner.meters.state_dict(),
+        "random": checkpoint.random_state(run.world.device),
+        "buffers": checkpoint.batch_norm_buffers(run.model),
+    }
+    rank_states = run.world.gather_on_host(session.to_cpu(rank_state))
+    with checkpoint.averaged_buffers(run.model, run.world):
+        state = identity(run) | {
+            "model": run.model.state_dict(),
+            "learner": run.learner.state_dict(),
+            "progress": dataclasses.asdict(run.progress),
+            "log_bytes": run.log.num_bytes,
+            "ranks": rank_states,
+        }
+        write(run, state, checkpoint.LAST)
+    run.saved_at = time.monotonic()
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What a checkpoint says about itself."""
+    return {
+        "arch": run.config.arch,
+        "classes": list(run.loaders.train.classes),
+        "config": config_to_dict(run.config),
+    }
+
+
+def write(run: Run, state: dict[str, Any], name: str) -> None:
+    """Rank 0 writes; if it cannot, every rank learns why."""
+    run.world.on_main(lambda: checkpoint.save_checkpoint(state, run.folder.checkpoints, name))
+
+
+def refuse_nonfinite_weights(run: Run) -> None:
+    """Keeps a checkpoint of finite weights from being replaced by one of others."""
+    if not all(bool(torch.isfinite(p).all()) for p in run.model.parameters()):
+        refuse_nonfinite(run)
+
+
+def dry_run(config: TrainConfig) -> list[str]:
+    """What `train` would do: data, steps and the first minibatch; writes nothing."""
+    world = join_world()
+    try:
+        loaders = session.build_loaders(config, world)
+        budget = session.Budget.of(config, loaders.train.num_batches)
+        batch = next(iter(loaders.train.epoch(0)))
+        return [
+            *loaders.describe(),
+            f"global batch {batch.global_size} = {world.size} ranks x {config.batch_size}",
+            f"{budget.data_epochs} data epochs x {loaders.train.num_batches} minibatches x "
+            f"m {config.m} = {budget.total_updates} updates",
+            f"first minibatch: images {tuple(batch.images.shape)} {batch.images.dtype}, "
+            f"labels {tuple(batch.labels.shape)} {batch.labels.dtype}",
+            f"output folder: {os.fspath(Path(config.run_folder))}",
+        ]
+    finally:
+        leave_world()

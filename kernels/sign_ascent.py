@@ -1,0 +1,315 @@
+"""One ascent step on the perturbation, in place, in one pass.
+
+    s     = image + unit * delta              grey levels, before the update
+    mask  = 0 <= s <= 255, inclusive          where the clip of `perturb_normalize` lets gradient by
+    delta <- clip(delta + step * sign(grad) * mask, -eps, +eps)
+
+Fused: pixel mask, sign, step, projection, and the count of non-finite gradients, which move
+nothing. sign(0) = 0. `step`, `eps` and `unit` are in grey levels (1/255); delta is stored in units.
+The gradient is the one at the normalised input, logically (N, C, H, W): 1/std > 0 does not change
+its sign, and its channels_last memory has the linear order of the (N, H, W, C) images.
+
+Bytes per value, bfloat16 gradient and int8 delta: 2 + 1 + 1 read, 1 written. The eager chain in
+float32 moves about 60.
+
+Numerics: int8 delta counts steps (unit = step) and moves on the integers, so nothing is rounded;
+float delta is updated in float32 and rounded once. Gradients are compared, never converted
+downwards: a float64 gradient of 1e-300 still has its sign.
+
+Source: Shafahi et al., "Adversarial Training for Free!", 2019, Algorithm 1, lines 9 to 11; the mask
+is that of the authors' code, whose gradient passes through the clip.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:  # torch builds without CUDA may come without Triton; the reference remains
+
+    def jit(kernel):
+        """Leaves a kernel as it is; nothing launches it."""
+        return kernel
+
+
+# Values per thread in which a CPU walks, so that temporaries stay in its cache.
+CPU_CHUNK = 1 << 18
+# 4 warps. A tile gives each thread 16 bytes of the widest tensor: no access is split.
+NUM_THREADS = 128
+# Tiles per program: independent loads in flight, one count and at most one atomic for all.
+TILES = 4
+INT8_MAX = 127
+DELTA_DTYPES = (torch.int8, torch.float16, torch.float32)
+GRAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def _check(
+    delta: Tensor, grad: Tensor, images: Tensor, nonfinite: Tensor, step: float, eps: float,
+    unit: float,
+) -> None:  # fmt: skip
+    """Refuses inputs that the formula is not defined for.
+
+    Raises:
+        RuntimeError: shows what disagrees.
+    """
+    if images.dim() != 4 or images.dtype is not torch.uint8 or not images.is_contiguous():
+        raise RuntimeError(
+            "images: expected contiguous uint8 (N, H, W, C), got "
+            f"{images.dtype} {tuple(images.shape)} with strides {images.stride()}"
+        )
+    if delta.shape != images.shape:
+        raise RuntimeError(
+            f"delta {tuple(delta.shape)} and images {tuple(images.shape)} differ in shape"
+        )
+    if delta.dtype not in DELTA_DTYPES or not delta.is_contiguous() or delta.requires_grad:
+        raise RuntimeError(
+            "delta: expected contiguous int8, float16 or float32 without requires_grad, got "
+            f"{delta.dtype} with strides {delta.stride()}, requires_grad={delta.requires_grad}"
+        )
+    num, height, width, channels = images.shape
+    if grad.shape != (num, channels, height, width):
+        raise RuntimeError(
+            f"grad: expected {(num, channels, height, width)} (N, C, H, W) for images "
+            f"{tuple(images.shape)}, got {tuple(grad.shape)}"
+        )
+    if grad.dtype not in GRAD_DTYPES:
+        raise RuntimeError(f"grad: {grad.dtype} is no float dtype")
+    if nonfinite.numel() != 1 or nonfinite.dtype is not torch.int64:
+        raise RuntimeError(
+            f"nonfinite: expected one int64, got {nonfinite.dtype} {tuple(nonfinite.shape)}"
+        )
+    for name, other in (("delta", delta), ("grad", grad), ("nonfinite", nonfinite)):
+        if other.device != images.device:
+            raise RuntimeError(f"{name} is on {other.device}, images are on {images.device}")
+    if step < 0 or eps < 0 or unit <= 0:
+        raise RuntimeError(f"step {step}, eps {eps}, unit {unit}: expected >= 0, >= 0 and > 0")
+    if delta.dtype is torch.int8:
+        steps = eps / unit
+        if step != unit or abs(steps - round(steps)) > 1e-6 or round(steps) > INT8_MAX:
+            raise RuntimeError(
+                "int8 delta counts steps: expected unit = step and eps a whole number of steps "
+                f"up to {INT8_MAX}, got step {step}, eps {eps}, unit {unit}"
+            )
+
+
+def _in_units(delta: Tensor, step: float, eps: float, unit: float) -> tuple[float, float]:
+    """Step and radius in the units in which `delta` is stored; whole numbers for int8."""
+    if delta.dtype is torch.int8:
+        return 1.0, float(round(eps / unit))
+    return step / unit, eps / unit
+
+
+def sign_ascent_ref_(
+    delta: Tensor,
+    grad: Tensor,
+    images: Tensor,
+    nonfinite: Tensor,
+    step: float,
+    eps: float,
+    unit: float,
+) -> None:
+    """The specification in plain PyTorch, and the path of a CPU."""
+    _check(delta, grad, images, nonfinite, step, eps, unit)
+    step, eps = _in_units(delta, step, eps, unit)
+    grad = grad.detach().permute(0, 2, 3, 1).contiguous()
+    chunk = max(delta.numel(), 1)
+    if delta.device.type == "cpu":
+        chunk = CPU_CHUNK * torch.get_num_threads()
+    pieces = [t.view(-1).split(chunk) for t in (delta, grad, images)]
+    for d, g, image in zip(*pieces, strict=True):
+        is_finite = g.abs().lt_(torch.inf)  # 1 or 0 in g's dtype; false for NaN
+        # Counted in float32: exact below 2^24, and vectorised where a sum of bools is not.
+        nonfinite.add_(g.numel() - is_finite.sum(dtype=torch.float64).to(torch.int64))
+        stored = d.to(torch.float32)
+        s = stored.mul(unit).add_(image)
+        inside = s.eq_(s.clamp(0, 255))
+        # sign(NaN) is 0 and sign(+-inf) is +-1: the product is 0 wherever is_finite is.
+        direction = torch.sign(g).mul_(is_finite).to(torch.float32).mul_(inside)
+        d.copy_(direction.mul_(step).add_(stored).clamp_(-eps, eps))
+
+
+@jit
+def _count_nonfinite(grad_ptr, offsets, left, STRIDE: tl.constexpr, TILES: tl.constexpr):
+    """How many of the program's gradients are NaN or infinite."""
+    count = tl.zeros(offsets.shape, tl.int32)
+    for tile in tl.static_range(TILES):
+        at = offsets + tile * STRIDE
+        grad = tl.load(grad_ptr + at, mask=at < left, other=0.0).to(tl.float32)
+        count += tl.where(tl.abs(grad) < float("inf"), 0, 1)
+    return tl.sum(count, 0)
+
+
+@jit
+def _ascend(
+    delta_ptr,
+    grad_ptr,
+    image_ptr,
+    offsets,
+    left,
+    step,
+    eps,
+    unit,
+    MASKED: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """TILES tiles at `offsets`, STRIDE apart; if MASKED, only where the offset is below `left`.
+
+    Returns:
+        The largest absolute gradient in float32 per lane, NaN if one was NaN.
+    """
+    largest = tl.zeros(offsets.shape, tl.float32)
+    step_bits = tl.full(offsets.shape, step, tl.float32).to(tl.uint32, bitcast=True)
+    for tile in tl.static_range(TILES):
+        at = offsets + tile * STRIDE
+        mask = at < left if MASKED else None
+        grad = tl.load(grad_ptr + at, mask=mask, other=0.0 if MASKED else None)
+        delta = tl.load(delta_ptr + at, mask=mask).to(tl.float32)
+        s = unit * delta + tl.load(image_ptr + at, mask=mask).to(tl.float32)
+        grad32 = grad.to(tl.float32)  # keeps the sign bit; float64 may underflow or overflow
+        largest = tl.maximum(largest, tl.abs(grad32), propagate_nan=tl.PropagateNan.ALL)
+        # Floats from +0 up are ordered like their bits, negative ones lie above: one unsigned
+        # comparison tests both ends of a range. Instructions, not bytes, would bound this kernel.
+        bits = grad32.to(tl.uint32, bitcast=True)
+        if grad.dtype == tl.float64:
+            is_usable = (tl.abs(grad) > 0.0) & (tl.abs(grad) < float("inf"))
+        else:
+            is_usable = (bits & 0x7FFFFFFF) - 1 < 0x7F7FFFFF  # 0 < |grad| < inf
+        is_inside = s.to(tl.uint32, bitcast=True) <= 0x437F0000  # 0 <= s <= 255; s is never -0
+        signed_step = (step_bits | (bits & 0x80000000)).to(tl.float32, bitcast=True)
+        move = tl.where(is_usable & is_inside, signed_step, 0.0)
+        delta = tl.minimum(tl.maximum(delta + move, -eps), eps)
+        tl.store(delta_ptr + at, delta.to(delta_ptr.dtype.element_ty), mask=mask)
+    return largest
+
+
+@jit
+def _sign_ascent_kernel(
+    delta_ptr,  # [N, H, W, C] i8 | fp16 | fp32, updated in place
+    nonfinite_ptr,  # [1] i64, incremented
+    grad_ptr,  # [N, H, W, C] bf16 | fp16 | fp32 | fp64
+    image_ptr,  # [N, H, W, C] u8
+    total,  # N*H*W*C
+    step,  # in units of delta
+    eps,  # in units of delta
+    unit,  # grey levels in one unit of delta
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Linear in memory: program p takes TILES * BLOCK neighbouring values."""
+    start = tl.program_id(0).to(tl.int64) * (TILES * BLOCK)
+    left = tl.minimum(total - start, TILES * BLOCK)
+    delta = delta_ptr + start
+    grad = grad_ptr + start
+    image = image_ptr + start
+    offsets = tl.arange(0, BLOCK)
+    # Whole programs go unmasked: wide accesses whatever the total's divisors.
+    if left == TILES * BLOCK:
+        largest = _ascend(
+            delta, grad, image, offsets, left, step, eps, unit, False, BLOCK, TILES
+        )  # fmt: skip
+    else:
+        largest = _ascend(
+            delta, grad, image, offsets, left, step, eps, unit, True, BLOCK, TILES
+        )  # fmt: skip
+    # Counting costs every value three instructions; it is done only where there is one to count.
+    is_finite = (largest < float("inf")).to(tl.int32)
+    if tl.min(is_finite, 0) == 0:
+        num = _count_nonfinite(grad, offsets, left, BLOCK, TILES)
+        tl.atomic_add(nonfinite_ptr, num.to(tl.int64))
+
+
+def _launch_(
+    delta: Tensor,
+    grad: Tensor,
+    images: Tensor,
+    nonfinite: Tensor,
+    step: float,
+    eps: float,
+    unit: float,
+) -> None:
+    """Runs the kernel on inputs that the public function has checked."""
+    grad = grad.permute(0, 2, 3, 1).contiguous()
+    step, eps = _in_units(delta, step, eps, unit)
+    total = delta.numel()
+    if total:
+        block = NUM_THREADS * 16 // max(grad.element_size(), delta.element_size())
+        with torch.cuda.device_of(delta):
+            _sign_ascent_kernel[(triton.cdiv(total, TILES * block),)](
+                delta,
+                nonfinite,
+                grad,
+                images,
+                total,
+                step,
+                eps,
+                unit,
+                BLOCK=block,
+                TILES=TILES,
+                num_warps=NUM_THREADS // 32,
+                # unit * delta is rounded before the addition, as in the reference.
+                enable_fp_fusion=False,
+            )
+
+
+_op_ = torch.library.custom_op(
+    "freeadv_fast::sign_ascent_",
+    sign_ascent_ref_,
+    mutates_args=("delta", "nonfinite"),
+    device_types="cpu",
+)
+_op_.register_kernel("cuda", _launch_)
+
+
+@_op_.register_fake
+def _(
+    delta: Tensor,
+    grad: Tensor,
+    images: Tensor,
+    nonfinite: Tensor,
+    step: float,
+    eps: float,
+    unit: float,
+) -> None:
+    """Nothing is returned."""
+
+
+def sign_ascent_(
+    delta: Tensor,
+    grad: Tensor,
+    images: Tensor,
+    nonfinite: Tensor,
+    *,
+    step: float,
+    eps: float,
+    unit: float = 1.0,
+) -> None:
+    """Moves the perturbation one sign step up the loss and back into the L-infinity ball.
+
+    Computes ``delta <- clip(delta + step * sign(grad) * mask, -eps, +eps)`` in place, with
+    ``mask = 0 <= images + delta <= 255`` taken before the update: there, and only there, does
+    gradient pass the clip to the pixel range.
+
+    Args:
+        delta: (N, H, W, C) int8, float16 or float32, contiguous, in `unit` grey levels; updated.
+        grad: (N, C, H, W) gradient at the normalised input, bfloat16 to float64; channels_last,
+            else it is copied. Non-finite values move nothing.
+        images: (N, H, W, C) uint8, contiguous.
+        nonfinite: One int64 on the device; the number of non-finite gradients is added to it.
+        step: Length of the step in grey levels.
+        eps: Radius of the ball in grey levels.
+        unit: Grey levels that one unit of `delta` stands for. int8: unit = step, and eps a whole
+            number of steps, at most 127.
+
+    Raises:
+        RuntimeError: shapes, dtypes, layouts or devices disagree; int8 would not be exact.
+
+    Source: Shafahi et al. 2019, Algorithm 1, lines 9 to 11.
+    """
+    _check(delta, grad, images, nonfinite, step, eps, unit)
+    _op_(delta, grad, images, nonfinite, step, eps, unit)

@@ -1,0 +1,29 @@
+"""Exports a run's network: safetensors under stock keys, with and without the normaliser.
+
+python launch/export.py runs/x --output-dir exported
+"""
+
+import sys
+
+import tyro
+
+from freeadv_fast.cli import guard
+from freeadv_fast.saved_run import export_run
+
+
+def main(
+    run: tyro.conf.Positional[str], output_dir: str | None = None, checkpoint: str = "best"
+) -> int:
+    """Writes model.safetensors, model_with_normalizer.safetensors and config.json.
+
+    Args:
+        run: The run's output folder.
+        output_dir: Folder to write. Default: export/ in the run's folder.
+        checkpoint: best, last, or a path.
+    """
+    print(f"wrote {export_run(run, output_dir, checkpoint)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guard(lambda: tyro.cli(main)))

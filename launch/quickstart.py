@@ -1,0 +1,34 @@
+"""The quickest look: a natural and a free network on embedded real images, side by side.
+
+    make run
+
+Flags are those of the training scripts and go to both runs, such as --max-passes 2000.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from freeadv_fast.cli import run_training
+from freeadv_fast.report import results_table
+from freeadv_fast.runlog import read_json
+
+
+def main() -> int:
+    """Trains both networks, each in a folder of its own, and prints their results as a table."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    rows = []
+    for method in ("natural", "free"):
+        folder = Path("runs") / f"quickstart-{stamp}-{method}"
+        flags = ["--method", method, "--output-dir", str(folder), *sys.argv[1:]]
+        status = run_training(method, "digits", flags)
+        if status != 0:
+            return status
+        rows.append(read_json(folder / "result.json"))
+    print()
+    print(results_table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""Fixtures shared by the tests: one thread, a private cache, a small network."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from freeadv_fast.distributed import World
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Two OpenMP threads on a busy machine can stall a step by seconds."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def cache_home(tmp_path_factory):
+    """One private cache for all tests of a worker, so that digits are written once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(cache_home, monkeypatch):
+    """Nothing is read from or written to the user's own cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+
+
+@pytest.fixture
+def world():
+    """This process alone, on the CPU."""
+    return World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def repository():
+    """The checkout's root."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def test_data():
+    """The folder of real images, or a skip."""
+    folder = Path(os.environ.get("FREEADV_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("real images are not here; set FREEADV_TEST_DATA")
+    return folder
+
+
+@pytest.fixture
+def small_network():
+    """Builds a seeded convolutional network with batch norm: (n, 3, 8, 8) to (n, 5)."""
+
+    def build(dtype=torch.float32):
+        torch.manual_seed(3)
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 3, padding=1, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 8, 3, stride=2, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(8 * 16, 5),
+        ).to(dtype)
+
+    return build

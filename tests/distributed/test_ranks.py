@@ -1,0 +1,87 @@
+"""Two ranks against one, in fp64 over gloo."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from freeadv_fast.models.batch_norm import apply_bn_groups
+
+WORKER = Path(__file__).with_name("free_worker.py")
+RANK_BATCH = 4
+
+
+def torchrun(num_ranks, *arguments, cwd=None):
+    """Runs a script on that many gloo ranks of this machine, on a port of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(num_ranks), *map(str, arguments),
+    ]  # fmt: skip
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def load_worker():
+    """The worker's own builder, so that both sides build the same thing."""
+    spec = importlib.util.spec_from_file_location("free_worker", WORKER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def minibatches(sizes):
+    """Fixed minibatches, extremes of the pixel range common in them."""
+    generator = torch.Generator().manual_seed(5)
+    for size in sizes:
+        images = torch.randint(-60, 316, (size, 8, 8, 3), generator=generator)
+        labels = torch.randint(0, 5, (size,), generator=generator)
+        yield images.clamp(0, 255).to(torch.uint8), labels
+
+
+def train_alone(network, batches):
+    """One rank, twice the batch, batch-norm groups of one rank's batch.
+
+    Delta is laid out as the two ranks' buffers end to end, so a smaller minibatch reads and writes
+    the first rows of each half, as the two ranks do.
+    """
+    apply_bn_groups(network, RANK_BATCH)
+    free = load_worker().build_free(network, 1, 2 * RANK_BATCH)
+    for images, labels in batches:
+        share = len(images) // 2
+        rows = torch.cat([torch.arange(share), RANK_BATCH + torch.arange(share)])
+        whole, free.delta = free.delta, free.delta[rows]
+        free.train_minibatch(images, labels, len(images))
+        whole[rows] = free.delta
+        free.delta = whole
+    return free.delta
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (8, 6, 8)], ids=["full", "smaller"])
+def test_two_ranks_equal_one_rank_of_twice_the_batch(small_network, tmp_path, sizes):
+    """Weights to 1e-9, delta exactly, also with a smaller minibatch in between."""
+    batches = list(minibatches(sizes))
+    network = small_network(torch.float64)
+    fixture = tmp_path / "fixture.pt"
+    torch.save({"network": network, "minibatches": batches, "rank_batch": RANK_BATCH}, fixture)
+    done = torchrun(2, WORKER, fixture, tmp_path)
+    assert done.returncode == 0, done.stderr
+    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+
+    delta = train_alone(network, batches)
+    assert torch.equal(torch.cat([ranks[0]["delta"], ranks[1]["delta"]]), delta)
+    assert not torch.equal(ranks[0]["delta"], ranks[1]["delta"])
+    for name, parameter in network.named_parameters():
+        for state in ranks:
+            torch.testing.assert_close(
+                state["network"][name], parameter.detach(), rtol=0, atol=1e-9, msg=name
+            )
+    for name, buffer in network.named_buffers():
+        if buffer.is_floating_point():  # statistics: the mean over the ranks
+            mean = (ranks[0]["network"][name] + ranks[1]["network"][name]) / 2
+            torch.testing.assert_close(mean, buffer, rtol=0, atol=1e-9, msg=name)

@@ -1,0 +1,169 @@
+"""The scripts as a person types them, on real images."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+import yaml
+
+from freeadv_fast.cli import run_training
+
+SHORT = ["--max-passes", "1500", "--eval-images", "24", "--holdout-images", "20"]
+
+
+def shell(repository, cwd, *command, **environment):
+    """Runs a command outside the checkout, one thread a process."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    words = [str(repository / word) if word.startswith("launch/") else word for word in command]
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=variables, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def imagenette(test_data, tmp_path):
+    """Twelve training and six validation images of each Imagenette class, as an ImageFolder."""
+    for archive, per_class in (("imagenette224_train_a.zip", 12), ("imagenette224_val.zip", 6)):
+        counts = {}
+        with zipfile.ZipFile(test_data / "imagenette224" / archive) as images:
+            for name in images.namelist():
+                folder = name.rsplit("/", 1)[0]
+                if not name.endswith("/") and counts.setdefault(folder, 0) < per_class:
+                    counts[folder] += 1
+                    images.extract(name, tmp_path / "imagenette")
+    return tmp_path / "imagenette"
+
+
+def test_embedded_digits_end_to_end(tmp_path, monkeypatch, capsys):
+    """No --data: trains, evaluates, draws, exports; every file of a run is there."""
+    monkeypatch.chdir(tmp_path)
+    assert run_training("free", "imagenet", [*SHORT, "--m", "2"]) == 0
+    first_line = capsys.readouterr().out.splitlines()[0]
+    assert first_line.startswith("no --data: training on embedded real handwritten digits")
+    folder = tmp_path / "runs" / "free-digits-resnet18-m2-eps40-seed0"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["passes"] >= 1500
+    assert result["passes"] < 1500 + 64 * 2
+    assert set(result["robust_accuracy"]) == {"pgd-20"}
+    for key in ("clean_accuracy", "train_seconds", "passes_per_second", "versions", "device"):
+        assert result[key] is not None
+    assert (result["method"], result["m"], result["num_eval_images"]) == ("free", 2, 24)
+    assert 0 <= result["robust_accuracy"]["pgd-20"] <= result["clean_accuracy"] <= 1
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (config["eps"], config["data"], config["m"]) == ("40/255", "digits", 2)
+    environment = json.loads((folder / "env.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    assert "build_info" in environment
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert {"passes", "epoch", "loss", "passes_per_second"} <= set(line)
+    assert any("holdout_robust_accuracy" in line for line in lines)
+    for picture in ("training.png", "perturbations.png"):
+        assert (folder / "plots" / picture).read_bytes().startswith(b"\x89PNG")
+    assert (folder / "checkpoints" / "best.pt").exists()
+    assert any(folder.glob("events.out.tfevents.*"))
+
+
+def test_quickstart_shows_that_the_natural_model_falls_and_the_free_one_stands(
+    repository, tmp_path
+):
+    """A shortened `make run`: the table, and at least 20 points between the two."""
+    done = shell(
+        repository, tmp_path, "launch/quickstart.py", "--epochs", "12", "--eval-images", "120",
+        XDG_CACHE_HOME=os.environ["XDG_CACHE_HOME"],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = {}
+    for path in (tmp_path / "runs").glob("*/result.json"):
+        result = json.loads(path.read_text())
+        results[result["method"]] = result
+    natural, free = results["natural"], results["free"]
+    assert natural["clean_accuracy"] > 0.8
+    assert free["clean_accuracy"] > 0.6
+    gap = free["robust_accuracy"]["pgd-20"] - natural["robust_accuracy"]["pgd-20"]
+    assert gap >= 0.2, done.stdout
+    assert natural["eps"] == free["eps"]
+    table = done.stdout.splitlines()[-4:]
+    assert any("natural" in line for line in table)
+    assert any("free" in line for line in table)
+
+
+def test_two_ranks_train_on_real_jpegs(repository, imagenette, tmp_path):
+    """torchrun over gloo: one result, the global batch printed, running statistics averaged."""
+    done = shell(
+        repository, tmp_path, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", "2", "launch/imagenet_free.py", "--m", "4",
+        "--data", str(imagenette), "--arch", "resnet18", "--image-size", "64",
+        "--batch-size", "8", "--max-passes", "160", "--eval-images", "11",
+        "--holdout-images", "10", "--workers", "1", "--eval-attacks", "pgd-2",
+        XDG_CACHE_HOME=os.environ["XDG_CACHE_HOME"],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("global batch 16 = 2 x 8") == 1
+    (path,) = (tmp_path / "runs").glob("*/result.json")
+    result = json.loads(path.read_text())
+    assert (result["ranks"], result["num_eval_images"], result["passes"]) == (2, 11, 192)
+    state = torch.load(path.parent / "checkpoints" / "last.pt", weights_only=True)
+    own = [rank["buffers"]["bn1.running_mean"] for rank in state["ranks"]]
+    torch.testing.assert_close(state["model"]["bn1.running_mean"], (own[0] + own[1]) / 2)
+    assert not torch.equal(own[0], own[1])
+    deltas = [rank["method"]["delta"] for rank in state["ranks"]]
+    assert not torch.equal(deltas[0], deltas[1])
+
+
+def test_a_mistake_under_torchrun_is_said_once(repository, tmp_path):
+    """Rank 0 prints the line; torchrun's trailer is its own."""
+    done = shell(
+        repository, tmp_path, "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", "2", "launch/imagenet_free.py", "--data", "nowhere",
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count("error: --data nowhere") == 1
+
+
+def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
+    """The resolved configuration, the steps, the first minibatch's shapes."""
+    monkeypatch.chdir(tmp_path)
+    assert run_training("free", "imagenet", ["--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "eps: 40/255" in out
+    assert "images (64, 32, 32, 3) torch.uint8" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_saved_run_replays_to_the_same_weights(tmp_path, monkeypatch):
+    """--config RUN/config.yaml is the same run again."""
+    monkeypatch.chdir(tmp_path)
+    assert run_training("free", "imagenet", [*SHORT, "--output-dir", "one"]) == 0
+    assert (
+        run_training("free", "imagenet", ["--config", "one/config.yaml", "--output-dir", "two"])
+        == 0
+    )
+    one, two = (torch.load(f"{name}/checkpoints/last.pt", weights_only=True) for name in
+                ("one", "two"))  # fmt: skip
+    for name, value in one["model"].items():
+        assert torch.equal(value, two["model"][name]), name
+
+
+def test_evaluate_and_export_a_run(repository, tmp_path, monkeypatch):
+    """launch/evaluate.py adds attacks to a finished run; its result.json stays as it was."""
+    monkeypatch.chdir(tmp_path)
+    assert run_training("free", "imagenet", [*SHORT, "--output-dir", "run"]) == 0
+    before = (tmp_path / "run" / "result.json").read_bytes()
+    shutil.rmtree(tmp_path / "run" / "export")
+    cache = os.environ["XDG_CACHE_HOME"]
+    done = shell(repository, tmp_path, "launch/evaluate.py", "run", "--attacks", "pgd-3,cw-3",
+                 "--eval-images", "16", XDG_CACHE_HOME=cache)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "cw-3" in done.stdout
+    assert (tmp_path / "run" / "result.json").read_bytes() == before
+    assert list((tmp_path / "run").glob("evaluation-*.json"))
+    done = shell(repository, tmp_path, "launch/export.py", "run", XDG_CACHE_HOME=cache)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "export" / "config.json").exists()

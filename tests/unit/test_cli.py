@@ -1,0 +1,146 @@
+"""The command line: what is typed wins, what is wrong gets one line."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from freeadv_fast import cli
+from freeadv_fast.cli import parse, resolve
+from freeadv_fast.config import TrainConfig
+from freeadv_fast.config_file import config_to_dict, load_config, save_config
+from freeadv_fast.errors import UserError
+from freeadv_fast.recipes import RECIPES
+
+
+def parsed(line):
+    """The config of a command line of launch/imagenet_free.py."""
+    return parse(line.split(), "free", "imagenet")[0].run
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--eps 4", "--eps 4: larger than the whole pixel range; did you mean 4/255?"),
+        ("--eps -1/255", "--eps -1/255: a perturbation cannot be negative"),
+        ("--eps 0", "--eps 0: free training needs a radius above 0"),
+        ("--step-size 2", "--step-size 2: larger than the whole pixel range"),
+        ("--m 0", "--m 0: must be at least 1"),
+        ("--m four", "--m: invalid literal"),
+        ("--batch-size 0", "--batch-size 0: must be at least 1"),
+        ("--lr nan", "--lr nan: must be a positive number"),
+        ("--lr -0.1", "--lr -0.1: must be a positive number"),
+        ("--epochs 0", "--epochs 0: must be a positive number"),
+        ("--bathc-size 8", "--bathc-size: no such flag; did you mean --batch-size?"),
+        ("--step_sise=1/255", "--step_sise: no such flag; did you mean --step-size?"),
+        ("--recipe imagenet-rn50-free", "did you mean imagenet-rn50-free-m"),
+        ("--recipe imagenet-rn50-natural", "--data: recipe imagenet-rn50-natural needs it"),
+        ("--schedule daily", "--schedule daily: write every:30"),
+        ("--config nowhere.yaml", "--config nowhere.yaml: No such file"),
+        ("--resize-size 16", "--resize-size 16: smaller than --image-size 32"),
+        ("--bn-group 1", "--bn-group 1: statistics need at least 2 images"),
+    ],
+)
+def test_mistakes_get_one_line(line, message):
+    """The flag and the fix, without line breaks."""
+    with pytest.raises(UserError) as caught:
+        parsed(line)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_mistakes_leave_with_status_2_and_no_traceback(capsys):
+    """On rank 0 the line; nothing else."""
+    assert cli.run_training("free", "imagenet", ["--m", "0"]) == 2
+    assert capsys.readouterr().err == "error: --m 0: must be at least 1\n"
+
+
+def test_other_ranks_are_silent(capsys, monkeypatch):
+    """One line for all ranks."""
+    monkeypatch.setenv("RANK", "1")
+    assert cli.run_training("free", "imagenet", ["--m", "0"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_without_data_the_embedded_recipe_is_used_and_flags_win():
+    """The embedded recipe of the method, then what was typed."""
+    assert parsed("").recipe == "digits-free"
+    config = parsed("--m 2 --eps 8/255 --batch-size 16")
+    assert (config.data, config.m, config.batch_size) == ("digits", 2, 16)
+    assert str(config.threat.eps) == "8/255"
+    assert parsed("--method natural").m == 1
+
+
+def test_data_selects_the_paper_row():
+    """The headline job: ResNet-50, 90 epochs' budget, batch 256, drops each 30."""
+    config = parsed("--m 4 --data /imagenet")
+    assert config.recipe == "imagenet-rn50-free-m4-eps4"
+    assert (config.arch, config.epochs, config.batch_size) == ("resnet50", 90, 256)
+    assert (config.data_epochs, str(config.schedule)) == (23, "every:30")
+    assert parsed("--data /imagenet --method natural").recipe == "imagenet-rn50-natural"
+
+
+def test_step_size_follows_eps_unless_typed():
+    """Algorithm 1's step is eps."""
+    assert parsed("--data /x --eps 2/255").threat.step.levels == 2
+    assert parsed("--data /x --eps 4/255 --step-size 1/255").threat.step.levels == 1
+
+
+def test_a_saved_config_replays(tmp_path):
+    """Every recipe survives the file, and flags beside --config win."""
+    for name, config in RECIPES.items():
+        path = tmp_path / f"{name}.yaml"
+        save_config(config, path)
+        assert load_config(path) == config
+    config = parsed(f"--config {tmp_path / 'imagenet-rn101-free-m4-eps4.yaml'} --seed 7")
+    assert config == dataclasses.replace(RECIPES["imagenet-rn101-free-m4-eps4"], seed=7)
+
+
+def test_a_damaged_config_is_refused(tmp_path):
+    """Unknown fields, wrong types, not YAML at all."""
+    for text, message in (
+        ("m: 4\nmm: 5", "unknown fields mm"),
+        ("m: [", "not a YAML file"),
+        ("4", "not a saved configuration"),
+        ("eps: 4", "did you mean 4/255?"),
+    ):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        with pytest.raises(UserError, match="^--") as caught:
+            load_config(path)
+        assert message in str(caught.value)
+
+
+def test_the_recipe_batch_is_the_papers_global_batch(monkeypatch):
+    """256 over 4 ranks is 64 each; a typed --batch-size is per rank."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    recipe = RECIPES["imagenet-rn50-free-m4-eps4"]
+    config, remarks = resolve(recipe, {"data"})
+    assert config.batch_size == 64
+    assert any("64 per rank" in remark for remark in remarks)
+    assert resolve(recipe, {"data", "batch_size"})[0].batch_size == 256
+
+
+def test_without_a_gpu_the_evaluation_is_limited_and_says_how_to_run_the_full_one(monkeypatch):
+    """One PGD-20 on at most 400 images, unless typed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe = RECIPES["imagenet-rn50-free-m4-eps4"]
+    config, remarks = resolve(recipe, set())
+    assert (config.eval_attacks, config.eval_images) == (("pgd-20",), 400)
+    assert config.holdout_images == 400
+    assert any("--eval-attacks pgd-10,pgd-50,pgd-100" in remark for remark in remarks)
+    config, _ = resolve(recipe, {"eval_attacks", "eval_images", "holdout_images"})
+    assert config == recipe
+
+
+def test_help_explains_every_flag(capsys):
+    """Each field of the config appears with its docstring."""
+    with pytest.raises(SystemExit) as leaving:
+        cli.run_training("free", "imagenet", ["--help"])
+    assert leaving.value.code == 0
+    text = capsys.readouterr().out
+    for name in config_to_dict(TrainConfig()):
+        assert "--" + name.replace("_", "-") in text
+    for name in ("--config", "--dry-run"):
+        assert name in text
+    assert "Radius of the L-infinity ball" in text

@@ -1,0 +1,281 @@
+"""Counts against a slow loop, one image at a time; ranks; what evaluation leaves as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from freeadv_fast import saved_run
+from freeadv_fast.attacks import Attack
+from freeadv_fast.config import TrainConfig
+from freeadv_fast.config_file import save_config
+from freeadv_fast.data.loader import Batch
+from freeadv_fast.distributed import World
+from freeadv_fast.errors import UserError
+from freeadv_fast.evaluate import evaluate
+from freeadv_fast.models.zoo import build_model
+from freeadv_fast.saved_run import evaluate_run, export_run, load_run
+from freeadv_fast.threat import Perturbation, ThreatModel
+
+MEAN, STD = (0.5, 0.4, 0.6), (0.2, 0.25, 0.3)
+THREAT = ThreatModel(Perturbation.parse("2/255"), Perturbation.parse("1/255"))
+
+
+class FixedLoader:
+    """Given batches of random images, as one rank would see them."""
+
+    def __init__(self, sizes, *, first_index=0, num_classes=5, image_size=8):
+        generator = torch.Generator().manual_seed(first_index)
+        self.classes = [f"class {i}" for i in range(num_classes)]
+        self.num_images, self.num_batches = sum(sizes), len(sizes)
+        shape = (image_size, image_size, 3)
+        self.batches = []
+        for size in sizes:
+            images = torch.randint(0, 256, (size, *shape), generator=generator).to(torch.uint8)
+            labels = torch.randint(num_classes, (size,), generator=generator)
+            indices = torch.arange(first_index, first_index + size)
+            self.batches.append(Batch(images, labels, size, indices))
+            first_index += size
+
+    def epoch(self, epoch, start=0):
+        yield from self.batches[start:]
+
+
+@pytest.fixture
+def network(small_network):
+    """In training mode, one layer frozen in eval mode: evaluation must give both back."""
+    network = small_network()
+    for layer in network:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_var.uniform_(0.2, 0.4)
+    network[1].eval()
+    return network
+
+
+def label_by_network(loader, network):
+    """Makes most labels the network's own guesses, so that attacks have something to break."""
+    inner = nn.Sequential(*network).eval()
+    for batch in loader.batches:
+        x = batch.images.permute(0, 3, 1, 2) / 255
+        x = (x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+        with torch.no_grad():
+            guesses = inner(x).argmax(1)
+        batch.labels[1::2] = guesses[1::2]
+    network.train()
+    network[1].eval()
+    return loader
+
+
+def slow_counts(network, loader, attack, seed):
+    """Algorithm from the definition, image by image: [images, top-1, standing]."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
+    eps, step = float(THREAT.eps), float(THREAT.step)
+    total = torch.zeros(3, dtype=torch.int64)
+    modes = [module.training for module in network.modules()]
+    network.eval()
+    for batch in loader.batches:
+        if len(batch.labels) == 0:
+            continue
+        images = batch.images.permute(0, 3, 1, 2).float() / 255
+        generator = torch.Generator().manual_seed(seed * 2**40 + int(batch.indices[0]))
+        noise = [
+            torch.empty_like(images).uniform_(-eps, eps, generator=generator)
+            for _ in range(attack.restarts)
+        ]
+        for row, (image, label) in enumerate(zip(images, batch.labels, strict=True)):
+
+            def logits_of(x):
+                return network(((x - mean) / std)[None])
+
+            is_right = logits_of(image).argmax().item() == label.item()
+            total += torch.tensor([1, is_right, 0])
+            for draw in noise:
+                x = (image + draw[row]).clamp(0, 1)
+                for _ in range(attack.steps):
+                    x = x.detach().requires_grad_()
+                    logits = logits_of(x)
+                    if attack.loss == "pgd":
+                        loss = F.cross_entropy(logits, label[None])
+                    else:
+                        others = torch.cat([logits[0, :label], logits[0, label + 1 :]])
+                        loss = -(logits[0, label] - others.max()).clamp_min(0)
+                    loss.backward()
+                    x = x.detach() + step * x.grad.sign()
+                    x = torch.minimum(torch.maximum(x, image - eps), image + eps).clamp(0, 1)
+                is_right = is_right and logits_of(x).argmax().item() == label.item()
+            total[2] += is_right
+    for module, was_training in zip(network.modules(), modes, strict=True):
+        module.training = was_training
+    return total
+
+
+@pytest.mark.parametrize("name", ["pgd-4", "pgd-3-3", "cw-4-2"])
+def test_counts_equal_a_slow_loop(network, world, name):
+    loader = label_by_network(FixedLoader([7, 5, 0, 1]), network)
+    attack = Attack.parse(name)
+    result = evaluate(network, loader, [name], THREAT, world=world, mean=MEAN, std=STD, seed=3)
+    num_images, top1, standing = slow_counts(network, loader, attack, seed=3).tolist()
+    assert 0 < standing < top1 < num_images == result.num_images == 13
+    assert result.clean_accuracy == top1 / 13
+    assert result.robust_accuracy == {name: standing / 13}
+    assert result.clean_top5 is None
+    assert result.seconds > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeWorld(World):
+    """One of two ranks; the other's counts are added by hand."""
+
+    others: list = dataclasses.field(default_factory=list)
+    seen: list = dataclasses.field(default_factory=list)
+
+    def sum_(self, tensor):
+        self.seen.append(tensor.clone())
+        for other in self.others:
+            tensor += other
+        return tensor
+
+
+def test_two_ranks_sum_their_counts(network):
+    cpu = torch.device("cpu")
+    loaders = [
+        label_by_network(FixedLoader([3, 4]), network),
+        label_by_network(FixedLoader([3, 2], first_index=50), network),
+    ]
+    one = FakeWorld(1, 2, cpu)
+    evaluate(network, loaders[1], ["pgd-3"], THREAT, world=one, mean=MEAN, std=STD)
+    zero = FakeWorld(0, 2, cpu, others=one.seen)
+    result = evaluate(network, loaders[0], ["pgd-3"], THREAT, world=zero, mean=MEAN, std=STD)
+    expected = sum(slow_counts(network, x, Attack("pgd", 3), seed=0) for x in loaders).tolist()
+    assert result.num_images == expected[0] == 12
+    assert result.clean_accuracy == expected[1] / 12
+    assert result.robust_accuracy["pgd-3"] == expected[2] / 12
+
+
+def test_top5_counts_the_five_largest(world):
+    class Ranks(nn.Module):
+        """Logits fall with the class's index: class k is the (k+1)-th guess."""
+
+        def forward(self, images):
+            return -torch.arange(8.0).repeat(len(images), 1) + images.mean() * 0
+
+    loader = FixedLoader([8], num_classes=8)
+    loader.batches[0].labels.copy_(torch.arange(8))
+    result = evaluate(Ranks(), loader, [], THREAT, world=world, mean=MEAN, std=STD)
+    assert (result.clean_accuracy, result.clean_top5) == (1 / 8, 5 / 8)
+    assert result.robust_accuracy == {}
+
+
+def test_nothing_is_left_changed(network, world):
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    modes = [module.training for module in network.modules()]
+    torch.backends.cudnn.allow_tf32 = True
+    seen = []
+
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network
+
+        def forward(self, x):
+            seen.append(
+                (torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu"), x.dtype)
+            )
+            return self.inner(x)
+
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16):
+        evaluate(Watched(), FixedLoader([4]), ["pgd-2"], THREAT, world=world, mean=MEAN, std=STD)
+    assert set(seen) == {(False, False, torch.float32)}
+    assert torch.backends.cudnn.allow_tf32
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in network.modules()] == modes
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_evaluation_is_a_function_of_its_seed(network, world):
+    threat = ThreatModel(Perturbation.parse("8/255"), Perturbation.parse("0.5/255"))
+
+    def run(seed):
+        loader = label_by_network(FixedLoader([40]), network)
+        return evaluate(
+            network, loader, ["pgd-1"], threat, world=world, mean=MEAN, std=STD, seed=seed
+        ).robust_accuracy
+
+    assert run(1) == run(1)
+    assert len({run(seed)["pgd-1"] for seed in range(6)}) > 1
+
+
+def test_no_images_is_an_error(network, world):
+    with pytest.raises(ValueError, match="no images to evaluate"):
+        evaluate(network, FixedLoader([]), [], THREAT, world=world, mean=MEAN, std=STD)
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    """A finished run of a small network on fixed batches."""
+    monkeypatch.setattr(
+        saved_run,
+        "build_val_loader",
+        lambda config, world, num_images: FixedLoader(
+            [num_images or 9], num_classes=6, image_size=config.image_size
+        ),
+    )
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    config = TrainConfig(
+        arch="resnet18", image_size=32, normalization="per-image", eval_attacks=("pgd-2",)
+    )
+    save_config(config, folder / "config.yaml")
+    (folder / "result.json").write_text("kept")
+    torch.manual_seed(0)
+    model = build_model("resnet18", 6, image_size=32, per_image_standardize=True)
+    state = {"model": model.state_dict(), "classes": [f"class {i}" for i in range(6)]}
+    torch.save(state, folder / "checkpoints" / "last.pt")
+    return folder
+
+
+def test_a_run_is_evaluated_from_its_folder(run_folder, capsys):
+    first = evaluate_run(run_folder)
+    assert (first.num_images, list(first.robust_accuracy)) == (9, ["pgd-2"])
+    assert first.clean_top5 is not None
+    evaluate_run(run_folder, attacks=["cw-1-2", "pgd-1"], eps="8/255", step="2/255", num_images=5)
+    assert (run_folder / "result.json").read_text() == "kept"
+    names = sorted(path.name for path in run_folder.glob("evaluation-*"))
+    assert names == [
+        "evaluation-last-cw-1-2_pgd-1-eps8-step2-n5.json",
+        "evaluation-last-pgd-2-eps4-step1-n9.json",
+    ]
+    record = json.loads((run_folder / names[0]).read_text())
+    assert (record["eps"], record["attack_step"], record["num_eval_images"]) == (
+        "8/255",
+        "2/255",
+        5,
+    )
+    assert set(record["robust_accuracy"]) == {"cw-1-2", "pgd-1"}
+    assert "top-5" in capsys.readouterr().out
+
+
+def test_a_run_is_exported_again(run_folder):
+    assert export_run(run_folder) == run_folder / "export"
+    assert (run_folder / "export" / "model.safetensors").is_file()
+
+
+def test_what_is_not_a_run_is_refused(run_folder, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"^RUN .*nothing: not a run's folder; it has no config"):
+        load_run(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"--checkpoint .*x\.pt: no such file"):
+        load_run(run_folder, str(tmp_path / "x.pt"))
+    with pytest.raises(UserError, match="--eval-attacks fgsm: no such attack"):
+        evaluate_run(run_folder, attacks=["fgsm"])
+    with pytest.raises(UserError, match="--step 2: larger than the whole pixel range"):
+        evaluate_run(run_folder, step="2")
+    monkeypatch.setattr(saved_run, "build_val_loader", lambda *_: FixedLoader([3], num_classes=5))
+    with pytest.raises(UserError, match="--data digits: its 5 classes are not the 6 that"):
+        evaluate_run(run_folder)

@@ -1,0 +1,63 @@
+"""Learning-rate schedules against the reference code's own numbers."""
+
+import pytest
+
+from freeadv_fast.errors import UserError
+from freeadv_fast.schedule import Schedule
+
+
+@pytest.mark.parametrize(
+    ("m", "drops"), [(1, (30, 60)), (2, (15, 30)), (4, (8, 16)), (6, (5, 10)), (8, (4, 8))]
+)
+def test_every_30_drops_where_the_reference_code_drops(m, drops):
+    """lr = 0.1 ** (epoch // ceil(30/m)) over ceil(90/m) data epochs; 7 minibatches an epoch."""
+    schedule, per_epoch = Schedule.parse("every:30"), 7 * m
+    epochs = -(-90 // m)
+
+    def factor(epoch):
+        return schedule.factor(
+            epoch * per_epoch, total_updates=epochs * per_epoch, updates_per_epoch=per_epoch, m=m
+        )
+
+    assert factor(drops[0] - 1) == pytest.approx(1)
+    assert factor(drops[0]) == pytest.approx(0.1)
+    assert factor(drops[1] - 1) == pytest.approx(0.1)
+    assert factor(drops[1]) == pytest.approx(0.01)
+
+
+def test_steps_do_not_scale_with_m():
+    """The CIFAR code drops at updates 40,000 and 60,000 whatever m."""
+    schedule = Schedule.parse("steps:40000,60000")
+    factors = [
+        schedule.factor(update, total_updates=80_000, updates_per_epoch=391 * 8, m=8)
+        for update in (39_999, 40_000, 59_999, 60_000)
+    ]
+    assert factors == pytest.approx([1, 0.1, 0.1, 0.01])
+
+
+def test_linear_rises_and_falls():
+    """The peak is where it was asked for; no update has rate 0."""
+    schedule = Schedule.parse("linear:0.4")
+    factors = [
+        schedule.factor(update, total_updates=100, updates_per_epoch=10, m=1)
+        for update in range(100)
+    ]
+    assert max(factors) == pytest.approx(1)
+    assert factors.index(max(factors)) == 39
+    assert min(factors) > 0
+    assert factors[69] == pytest.approx(31 / 60)
+
+
+@pytest.mark.parametrize(
+    "text", ["every", "every:0", "steps:", "linear:1.5", "constant:3", "x", "steps:a"]
+)
+def test_refuses(text):
+    """Anything else, naming the flag."""
+    with pytest.raises(UserError, match="--schedule"):
+        Schedule.parse(text)
+
+
+@pytest.mark.parametrize("text", ["every:30", "steps:40000,60000", "linear:0.4", "constant"])
+def test_prints_back(text):
+    """What a config file holds is what a user writes."""
+    assert str(Schedule.parse(text)) == text
