@@ -151,6 +151,7 @@ def choose_build() -> tuple[list[Extension], type[build_ext]]:
 
 extensions, build_command = choose_build()
 setup(
+    license="Apache-2.0",
     packages=[
         *find_packages(include=["freeadv_fast", "freeadv_fast.*"]),
         "freeadv_fast.kernels",

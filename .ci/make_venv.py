@@ -38,7 +38,7 @@ BUILD_REQUIREMENTS = ["setuptools", "wheel", "ninja", "torch"]
 
 def main() -> None:
     """Brings .venv up to date."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - python3 may be any on this machine
         raise SystemExit(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
     os.chdir(ROOT)
     clean_environment()
@@ -127,13 +127,13 @@ def is_complete() -> bool:
 
 def make_environment() -> None:
     """An environment with pip, by ensurepip where Python has it (Debian splits it off)."""
+    # Not sys.executable: in an activated shell that is the very .venv that was just removed.
+    venv = [sys._base_executable, "-m", "venv"]
     if importlib.util.find_spec("ensurepip"):
-        command = [sys.executable, "-m", "venv", str(VENV)]
-        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+        if subprocess.run([*venv, VENV], capture_output=True, check=False).returncode == 0:
             return
-    subprocess.run(
-        [sys.executable, "-m", "venv", "--clear", "--without-pip", str(VENV)], check=True
-    )
+        say("ensurepip does not work here")
+    run([*venv, "--clear", "--without-pip", VENV])
     UNFINISHED.touch()
     with tempfile.TemporaryDirectory() as folder:
         wheel = fetch_pip(Path(folder))
@@ -153,6 +153,7 @@ def install() -> None:
     if subprocess.run([*pip, "--only-binary", ":all:", DALI], check=False).returncode != 0:
         say(f"{DALI} cannot be installed here; torchvision's loader is used instead")
     say("building freeadv_fast and installing what it needs")
+    os.environ["PYTHONWARNINGS"] = "ignore"  # setuptools warns whoever installs editable
     run([*pip, "--no-build-isolation", "--editable", f"{ROOT}[dev]"])
     say(describe_extension())
     UNFINISHED.unlink()
@@ -161,7 +162,7 @@ def install() -> None:
 def describe_extension() -> str:
     """One line about freeadv_fast._C."""
     ask = (
-        "import json; from freeadv_fast.environment import build_info as b; print(json.dumps(b()))"
+        "import json; from freeadv_fast import environment as e; print(json.dumps(e.build_info()))"
     )
     done = subprocess.run([PYTHON, "-c", ask], capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -189,7 +190,7 @@ def fetch_pip(folder: Path) -> Path:
     if not wheels:
         raise SystemExit(f"error: no pip wheel with a sha256 is listed by {without_secrets(page)}")
     name, url, sha256 = wheels[max(wheels)]
-    say(f"this Python has no ensurepip; fetching {name}")
+    say(f"fetching {name}")
     content = fetch(url)
     if hashlib.sha256(content).hexdigest() != sha256:
         raise SystemExit(f"error: {name} does not have the sha256 that the index lists")
@@ -230,9 +231,7 @@ def fetch(url: str, accept: str = "*/*") -> bytes:
     parts = urllib.parse.urlsplit(url)
     request = urllib.request.Request(without_secrets(url), headers={"Accept": accept})
     if parts.username:
-        secret = (
-            f"{urllib.parse.unquote(parts.username)}:{urllib.parse.unquote(parts.password or '')}"
-        )
+        secret = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}")
         token = base64.b64encode(secret.encode()).decode()
         request.add_header("Authorization", f"Basic {token}")
     context = ssl.create_default_context(cafile=os.environ.get("PIP_CERT") or None)

@@ -59,8 +59,12 @@ class Attack:
     restarts: int = 1
 
     @classmethod
-    def parse(cls, text: str | Attack) -> Attack:
+    def parse(cls, text: str | Attack, flag: str = "--eval-attacks") -> Attack:
         """Reads LOSS-STEPS or LOSS-STEPS-RESTARTS.
+
+        Args:
+            text: What the user wrote.
+            flag: The flag to name when the text is refused.
 
         Raises:
             UserError: any other form.
@@ -70,7 +74,7 @@ class Attack:
         match = re.fullmatch(r"([a-z]+)-([1-9]\d{0,6})(?:-([1-9]\d{0,6}))?", text)
         if match is None or match[1] not in LOSSES:
             raise UserError(
-                f"--eval-attacks {text}: no such attack; write pgd-50 (50 steps), pgd-50-10 "
+                f"{flag} {text}: no such attack; write pgd-50 (50 steps), pgd-50-10 "
                 "(10 restarts) or cw-100 (margin loss)"
             )
         return cls(match[1], int(match[2]), int(match[3] or 1))

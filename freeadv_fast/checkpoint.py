@@ -43,7 +43,8 @@ def save_checkpoint(state: dict[str, Any], folder: Path, name: str = LAST) -> No
             os.replace(path, folder / PREVIOUS)
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise UserError(
             f"--output-dir: cannot save {path}: {error.strerror or error}; "
             "the checkpoint before it is kept, free some space and add --resume"

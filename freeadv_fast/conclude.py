@@ -8,7 +8,7 @@ from typing import Any
 from freeadv_fast import checkpoint, export, report
 from freeadv_fast.attacks import Attack
 from freeadv_fast.data import build_val_loader
-from freeadv_fast.environment import versions
+from freeadv_fast.environment import hardware, versions
 from freeadv_fast.evaluate import Evaluation, evaluate
 from freeadv_fast.models.normalize import with_normalizer
 from freeadv_fast.runlog import read_log, write_json
@@ -94,7 +94,7 @@ def describe(run: Run, measured: Evaluation, best_epoch: int) -> Result:
     """Gathers the result's fields."""
     config, progress = run.config, run.progress
     holdout = run.loaders.holdout
-    device = report.device_name(run.world.device)
+    processors = hardware()
     return Result(
         recipe=config.recipe,
         method=config.method,
@@ -116,7 +116,7 @@ def describe(run: Run, measured: Evaluation, best_epoch: int) -> Result:
         seed=config.seed,
         ranks=run.world.size,
         precision=str(run.learner.pixels.dtype).removeprefix("torch."),
-        device=device,
+        device=(processors["gpus"] or [processors["cpu"]])[0],
         versions=versions(),
     )
 

@@ -146,8 +146,12 @@ def count_batch(
 
 
 def _generator(seed: int, first_index: int, device: torch.device) -> torch.Generator:
-    """The random starts of one minibatch; 2**40 images apart from those of the next seed."""
-    return torch.Generator(device).manual_seed((seed * 2**40 + first_index) % 2**63)
+    """The random starts of one minibatch.
+
+    torch's CPU generator keeps 32 bits of a seed; the odd multiplier (Knuth's) moves the indices of
+    neighbouring seeds far apart in them.
+    """
+    return torch.Generator(device).manual_seed((seed * 2654435761 + first_index) % 2**32)
 
 
 def _running_text(counts: Tensor, attacks: Sequence[Attack]) -> str:

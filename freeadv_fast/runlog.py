@@ -89,7 +89,7 @@ class RunLog:
         if not is_writer:
             return
         self.file = folder.log.open("a+b")
-        self.file.truncate(log_bytes)
+        self.file.truncate(min(log_bytes, self.file.seek(0, os.SEEK_END)))
         self.file.seek(0, os.SEEK_END)
         self.board = SummaryWriter(str(folder.root), purge_step=passes or None)
         self.bar = tqdm(

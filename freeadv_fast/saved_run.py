@@ -16,6 +16,7 @@ from freeadv_fast.config import TrainConfig
 from freeadv_fast.config_file import load_config
 from freeadv_fast.data import build_val_loader
 from freeadv_fast.distributed import World, join_world, leave_world
+from freeadv_fast.environment import versions
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluate import Evaluation, evaluate
 from freeadv_fast.export import export_model
@@ -113,7 +114,8 @@ def evaluate_run(
     """
     chosen: dict[str, Any] = {
         "data": data,
-        "eval_attacks": attacks and tuple(str(Attack.parse(attack)) for attack in attacks),
+        "eval_attacks": attacks
+        and tuple(str(Attack.parse(attack, "--attacks")) for attack in attacks),
         "eps": None if eps is None else Perturbation.parse(eps),
         "eval_step": None if step is None else Perturbation.parse(step, "--step"),
         "eval_images": num_images,
@@ -206,6 +208,7 @@ def _write_evaluation(run: SavedRun, measured: Evaluation) -> Path:
         "num_eval_images": measured.num_images,
         "seconds": round(measured.seconds, 3),
         "seed": config.seed,
+        "versions": versions(),
     }
     write_json(path, record)
     return path

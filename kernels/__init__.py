@@ -4,6 +4,6 @@
 # copy would register every custom op twice, silently.
 if __name__ == "kernels":
     raise ImportError(
-        "this folder is installed as freeadv_fast.kernels: `pip install --no-build-isolation -e .`, "
-        "then `import freeadv_fast.kernels`"
+        "this folder is not a package of its own; after `pip install --no-build-isolation -e .`, "
+        "import freeadv_fast.kernels"
     )

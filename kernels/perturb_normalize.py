@@ -156,7 +156,7 @@ def _normalize(
     x_ptr,
     image_ptr,
     delta_ptr,
-    offsets,
+    at,
     left,
     mean,
     std,
@@ -165,25 +165,21 @@ def _normalize(
     HAS_DELTA: tl.constexpr,
     MASKED: tl.constexpr,
     FMA: tl.constexpr,
-    STRIDE: tl.constexpr,
-    TILES: tl.constexpr,
 ):
-    """TILES tiles at `offsets`, STRIDE apart; if MASKED, only where the offset is below `left`."""
-    for tile in tl.static_range(TILES):
-        at = offsets + tile * STRIDE
-        mask = at < left if MASKED else None
-        s = tl.load(image_ptr + at, mask=mask).to(tl.float32)
-        if HAS_DELTA:
-            s += unit * tl.load(delta_ptr + at, mask=mask).to(tl.float32)
-        pixel = _divide(s, tl.full(s.shape, 255.0, tl.float32), 1.0 / 255.0, 1, FMA)
-        # clip(s, 0, 255) / 255, bit for bit; clipped here it is a free modifier of the last fma.
-        pixel = tl.minimum(tl.maximum(pixel, 0.0), 1.0)
-        x = _divide(pixel - mean, std, inverse_std, 2, FMA)
-        tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=mask)
+    """One tile, at offsets `at`; if MASKED, only where they are below `left`."""
+    mask = at < left if MASKED else None
+    s = tl.load(image_ptr + at, mask=mask).to(tl.float32)
+    if HAS_DELTA:
+        s += unit * tl.load(delta_ptr + at, mask=mask).to(tl.float32)
+    pixel = _divide(s, tl.full(s.shape, 255.0, tl.float32), 1.0 / 255.0, 1, FMA)
+    # clip(s, 0, 255) / 255, bit for bit; clipped here it is a free modifier of the last fma.
+    pixel = tl.minimum(tl.maximum(pixel, 0.0), 1.0)
+    x = _divide(pixel - mean, std, inverse_std, 2, FMA)
+    tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
-def _perturb_normalize_fwd_kernel(
+def _perturb_normalize_kernel(
     x_ptr,  # [N, H, W, C] bf16 | fp16 | fp32, output
     image_ptr,  # [N, H, W, C] u8
     delta_ptr,  # [N, H, W, C] i8 | fp16 | fp32; unused without HAS_DELTA
@@ -216,17 +212,20 @@ def _perturb_normalize_fwd_kernel(
         x = x_ptr + start
         image = image_ptr + start
         delta = delta_ptr + start
-        # Whole spans go unmasked: wide accesses whatever the total's divisors.
+        # Whole spans go unmasked and unrolled: wide accesses whatever the total's divisors. The
+        # remainder loops, lest its scalar accesses cost every program 200 registers.
         if left == SPAN:
-            _normalize(
-                x, image, delta, offsets, left, mean, std, inverse_std, unit,
-                HAS_DELTA, False, FMA, C * BLOCK, TILES,
-            )  # fmt: skip
+            for tile in tl.static_range(TILES):
+                at = offsets + tile * (C * BLOCK)
+                _normalize(
+                    x, image, delta, at, left, mean, std, inverse_std, unit, HAS_DELTA, False, FMA
+                )
         else:
-            _normalize(
-                x, image, delta, offsets, left, mean, std, inverse_std, unit,
-                HAS_DELTA, True, FMA, C * BLOCK, TILES,
-            )  # fmt: skip
+            for tile in tl.range(0, TILES, loop_unroll_factor=1):
+                at = offsets + tile * (C * BLOCK)
+                _normalize(
+                    x, image, delta, at, left, mean, std, inverse_std, unit, HAS_DELTA, True, FMA
+                )
         start += SPAN
 
 
@@ -248,7 +247,7 @@ def _launch(
         spans = SPANS if total >= MANY_VALUES else 1
         grid = (channels * triton.cdiv(total, channels * spans * TILES * block),)
         with torch.cuda.device_of(images):
-            _perturb_normalize_fwd_kernel[grid](
+            _perturb_normalize_kernel[grid](
                 out,
                 images,
                 images if delta is None else delta,

@@ -49,9 +49,14 @@ GRAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def _check(
-    delta: Tensor, grad: Tensor, images: Tensor, nonfinite: Tensor, step: float, eps: float,
+    delta: Tensor,
+    grad: Tensor,
+    images: Tensor,
+    nonfinite: Tensor,
+    step: float,
+    eps: float,
     unit: float,
-) -> None:  # fmt: skip
+) -> None:
     """Refuses inputs that the formula is not defined for.
 
     Raises:
@@ -134,58 +139,41 @@ def sign_ascent_ref_(
 
 
 @jit
-def _count_nonfinite(grad_ptr, offsets, left, STRIDE: tl.constexpr, TILES: tl.constexpr):
-    """How many of the program's gradients are NaN or infinite."""
-    count = tl.zeros(offsets.shape, tl.int32)
-    for tile in tl.static_range(TILES):
-        at = offsets + tile * STRIDE
-        grad = tl.load(grad_ptr + at, mask=at < left, other=0.0).to(tl.float32)
-        count += tl.where(tl.abs(grad) < float("inf"), 0, 1)
-    return tl.sum(count, 0)
-
-
-@jit
 def _ascend(
     delta_ptr,
     grad_ptr,
     image_ptr,
-    offsets,
+    at,
     left,
-    step,
+    largest,
+    step_bits,
     eps,
     unit,
     MASKED: tl.constexpr,
-    STRIDE: tl.constexpr,
-    TILES: tl.constexpr,
 ):
-    """TILES tiles at `offsets`, STRIDE apart; if MASKED, only where the offset is below `left`.
+    """One tile, at offsets `at`; if MASKED, only where they are below `left`.
 
     Returns:
-        The largest absolute gradient in float32 per lane, NaN if one was NaN.
+        The larger of `largest` and the absolute gradient, in float32; NaN if one was NaN.
     """
-    largest = tl.zeros(offsets.shape, tl.float32)
-    step_bits = tl.full(offsets.shape, step, tl.float32).to(tl.uint32, bitcast=True)
-    for tile in tl.static_range(TILES):
-        at = offsets + tile * STRIDE
-        mask = at < left if MASKED else None
-        grad = tl.load(grad_ptr + at, mask=mask, other=0.0 if MASKED else None)
-        delta = tl.load(delta_ptr + at, mask=mask).to(tl.float32)
-        s = unit * delta + tl.load(image_ptr + at, mask=mask).to(tl.float32)
-        grad32 = grad.to(tl.float32)  # keeps the sign bit; float64 may underflow or overflow
-        largest = tl.maximum(largest, tl.abs(grad32), propagate_nan=tl.PropagateNan.ALL)
-        # Floats from +0 up are ordered like their bits, negative ones lie above: one unsigned
-        # comparison tests both ends of a range. Instructions, not bytes, would bound this kernel.
-        bits = grad32.to(tl.uint32, bitcast=True)
-        if grad.dtype == tl.float64:
-            is_usable = (tl.abs(grad) > 0.0) & (tl.abs(grad) < float("inf"))
-        else:
-            is_usable = (bits & 0x7FFFFFFF) - 1 < 0x7F7FFFFF  # 0 < |grad| < inf
-        is_inside = s.to(tl.uint32, bitcast=True) <= 0x437F0000  # 0 <= s <= 255; s is never -0
-        signed_step = (step_bits | (bits & 0x80000000)).to(tl.float32, bitcast=True)
-        move = tl.where(is_usable & is_inside, signed_step, 0.0)
-        delta = tl.minimum(tl.maximum(delta + move, -eps), eps)
-        tl.store(delta_ptr + at, delta.to(delta_ptr.dtype.element_ty), mask=mask)
-    return largest
+    mask = at < left if MASKED else None
+    grad = tl.load(grad_ptr + at, mask=mask, other=0.0 if MASKED else None)
+    delta = tl.load(delta_ptr + at, mask=mask).to(tl.float32)
+    s = unit * delta + tl.load(image_ptr + at, mask=mask).to(tl.float32)
+    grad32 = grad.to(tl.float32)  # keeps the sign bit; float64 may underflow or overflow
+    # Floats from +0 up are ordered like their bits, negative ones lie above: one unsigned
+    # comparison tests both ends of a range. Instructions, not bytes, would bound this kernel.
+    bits = grad32.to(tl.uint32, bitcast=True)
+    if grad.dtype == tl.float64:
+        is_usable = (tl.abs(grad) > 0.0) & (tl.abs(grad) < float("inf"))
+    else:
+        is_usable = (bits & 0x7FFFFFFF) - 1 < 0x7F7FFFFF  # 0 < |grad| < inf
+    is_inside = s.to(tl.uint32, bitcast=True) <= 0x437F0000  # 0 <= s <= 255; s is never -0
+    signed_step = (step_bits | (bits & 0x80000000)).to(tl.float32, bitcast=True)
+    move = tl.where(is_usable & is_inside, signed_step, 0.0)
+    delta = tl.minimum(tl.maximum(delta + move, -eps), eps)
+    tl.store(delta_ptr + at, delta.to(delta_ptr.dtype.element_ty), mask=mask)
+    return tl.maximum(largest, tl.abs(grad32), propagate_nan=tl.PropagateNan.ALL)
 
 
 @jit
@@ -208,20 +196,28 @@ def _sign_ascent_kernel(
     grad = grad_ptr + start
     image = image_ptr + start
     offsets = tl.arange(0, BLOCK)
-    # Whole programs go unmasked: wide accesses whatever the total's divisors.
+    step_bits = tl.full([BLOCK], step, tl.float32).to(tl.uint32, bitcast=True)
+    largest = tl.zeros([BLOCK], tl.float32)
+    # Whole programs go unmasked and unrolled: wide accesses whatever the total's divisors. The
+    # remainder loops, lest its scalar accesses cost every program its registers.
     if left == TILES * BLOCK:
-        largest = _ascend(
-            delta, grad, image, offsets, left, step, eps, unit, False, BLOCK, TILES
-        )  # fmt: skip
+        for tile in tl.static_range(TILES):
+            at = offsets + tile * BLOCK
+            largest = _ascend(delta, grad, image, at, left, largest, step_bits, eps, unit, False)
     else:
-        largest = _ascend(
-            delta, grad, image, offsets, left, step, eps, unit, True, BLOCK, TILES
-        )  # fmt: skip
-    # Counting costs every value three instructions; it is done only where there is one to count.
-    is_finite = (largest < float("inf")).to(tl.int32)
-    if tl.min(is_finite, 0) == 0:
-        num = _count_nonfinite(grad, offsets, left, BLOCK, TILES)
-        tl.atomic_add(nonfinite_ptr, num.to(tl.int64))
+        for tile in tl.range(0, TILES, loop_unroll_factor=1):
+            at = offsets + tile * BLOCK
+            largest = _ascend(delta, grad, image, at, left, largest, step_bits, eps, unit, True)
+    # Counting would cost every value three instructions; it is done where there is one to count.
+    if tl.min((largest < float("inf")).to(tl.int32), 0) == 0:
+        count = tl.zeros([BLOCK], tl.int32)
+        for tile in tl.range(0, TILES, loop_unroll_factor=1):
+            at = offsets + tile * BLOCK
+            value = tl.load(grad + at, mask=at < left, other=0.0)
+            if value.dtype != tl.float64:
+                value = value.to(tl.float32)
+            count += tl.where(tl.abs(value) < float("inf"), 0, 1)
+        tl.atomic_add(nonfinite_ptr, tl.sum(count, 0).to(tl.int64))
 
 
 def _launch_(

@@ -31,10 +31,8 @@ def main(
         data: Other validation images, as the training script's --data.
         checkpoint: best, last, or a path.
     """
-    budget = {"eps": eps, "step": step, "num_images": eval_images}
-    evaluate_run(
-        run, data=data, attacks=attacks and attacks.split(","), checkpoint=checkpoint, **budget
-    )
+    threat = {"eps": eps, "step": step, "attacks": attacks and attacks.split(",")}
+    evaluate_run(run, data=data, num_images=eval_images, checkpoint=checkpoint, **threat)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal, Protocol
 
 import numpy as np
@@ -129,8 +130,8 @@ class _FolderSplit:
         backend = available_backend()
         self.decoder = build_decoder(backend, index, config, world.device)
         self.lines: tuple[str, ...] = (f"images are decoded by {self.decoder}",)
-        if backend == "torchvision":
-            self.lines = (NO_DALI,)
+        if backend == "torchvision" and world.is_main:
+            _announce_once(NO_DALI)
         if index.num_bad:
             self.lines += (
                 f"{index.num_bad:,} bad files of {index.folder} left out, listed in "
@@ -167,11 +168,7 @@ def _open_split(config: TrainConfig, world: World, split: SplitName) -> _Split:
     Raises:
         UserError: it cannot be opened, in one line.
     """
-
-    def announce(line: str) -> None:
-        if world.is_main:
-            print(line, flush=True)
-
+    announce = _announce_once if world.is_main else _keep_quiet
     kind, colon, rest = config.data.partition(":")
     if kind in CIFAR:
         _refuse_cifar_options(config, kind, rest)
@@ -182,6 +179,16 @@ def _open_split(config: TrainConfig, world: World, split: SplitName) -> _Split:
     data = digits_folder() if config.data == "digits" else config.data
     folder = split_folder(data, split)
     return _FolderSplit(config, world, index_images(folder, config.max_bad_fraction, announce))
+
+
+@functools.cache
+def _announce_once(line: str) -> None:
+    """Prints a line for the user, the first time in this process."""
+    print(line, flush=True)
+
+
+def _keep_quiet(line: str) -> None:
+    """What the other ranks do with a line."""
 
 
 def _refuse_cifar_options(config: TrainConfig, kind: str, folder: str) -> None:

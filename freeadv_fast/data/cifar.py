@@ -84,15 +84,14 @@ def load_cifar(
     files = CIFAR[name]
     place = _locate(name, folder, files)
     parts: list[dict[bytes, Any]] = []
-    unofficial: list[str] = []
+    is_official = True
     wanted = files.train if split == "train" else files.val
     for file, md5 in (*wanted.items(), files.meta):
         content = _read(name, os.path.join(place, file))
         parts.append(_unpickle(name, os.path.join(place, file), content))
-        if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
-            unofficial.append(file)
-    if unofficial:
-        announce(f"{name}: {', '.join(unofficial)} in {place} are not the official files")
+        is_official &= hashlib.md5(content, usedforsecurity=False).hexdigest() == md5
+    if not is_official:
+        announce(f"{name}: the files in {place} are not the official ones (md5 differs)")
     try:
         *batches, meta = parts
         classes = [value.decode() for value in meta[files.class_key]]

@@ -193,7 +193,9 @@ def _load_cache(path: Path) -> dict[str, Entry]:
             )
         return {
             name: Entry(num_bytes, mtime_ns, height, width, reason)
-            for name, (num_bytes, mtime_ns, height, width), reason in zip(names, numbers, reasons, strict=True)
+            for name, (num_bytes, mtime_ns, height, width), reason in zip(
+                names, numbers, reasons, strict=True
+            )
         }
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return {}

@@ -14,6 +14,7 @@ from PIL import Image
 from freeadv_fast.config import TrainConfig
 from freeadv_fast.distributed import World
 
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of the user."""

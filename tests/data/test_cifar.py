@@ -89,14 +89,10 @@ def test_evaluation_and_no_augmentation_keep_the_pixels(write_files, config, wor
     place, train, test = write_files("cifar10")
     settings = config(f"cifar10:{place}", augment="none", batch_size=60, holdout_images=50)
     loaders = build_loaders(settings, world_of())
-    for loader, pixels in (
-        (loaders.train, train), (loaders.holdout, train), (loaders.val, test)
-    ):
+    for loader, pixels in ((loaders.train, train), (loaders.holdout, train), (loaders.val, test)):
         for batch in loader.epoch(0):
             np.testing.assert_array_equal(batch.images.numpy(), pixels[batch.indices.numpy()])
-    cropped = config(
-        f"cifar10:{place}", augment="pad-crop-flip", batch_size=60, holdout_images=50
-    )
+    cropped = config(f"cifar10:{place}", augment="pad-crop-flip", batch_size=60, holdout_images=50)
     for batch in build_loaders(cropped, world_of()).holdout.epoch(0):
         np.testing.assert_array_equal(batch.images.numpy(), train[batch.indices.numpy()])
 
@@ -117,10 +113,8 @@ def test_unofficial_files_are_announced_once_on_rank_0(
     build_loaders(settings, world_of())
     told = capsys.readouterr().out.splitlines()
     assert len(told) == 1
-    assert "not the official files" in told[0]
-    official = {
-        path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in place.iterdir()
-    }
+    assert "not the official ones" in told[0]
+    official = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in place.iterdir()}
     layout = cifar.CifarFiles(
         folder=place.name,
         train={"train": official["train"]},

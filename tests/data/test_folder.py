@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
 
+from freeadv_fast import data
 from freeadv_fast.data import build_loaders, build_val_loader
 from freeadv_fast.errors import UserError
 
@@ -80,9 +81,7 @@ def test_a_smaller_last_minibatch_is_trained(backend, build_tree, config, world_
 def test_ranks_share_each_minibatch(backend, build_tree, config, world_of):
     settings = config(build_tree(), batch_size=8)
     per_rank = [list(build_loaders(settings, world_of(r, 2)).train.epoch(0)) for r in range(2)]
-    alone = list(
-        build_loaders(config(settings.data, batch_size=16), world_of()).train.epoch(0)
-    )
+    alone = list(build_loaders(config(settings.data, batch_size=16), world_of()).train.epoch(0))
     assert [batch.global_size for batch in alone] == [16, 16, 4]
     for whole, *parts in zip(alone, *per_rank, strict=True):
         for rank, part in enumerate(parts):
@@ -92,9 +91,9 @@ def test_ranks_share_each_minibatch(backend, build_tree, config, world_of):
 
 
 def test_labels_and_indices_are_those_of_torchvision(backend, build_tree, config, world_of):
-    data = build_tree()
-    loaders = build_loaders(config(data), world_of())
-    reference = ImageFolder(f"{data}/train")
+    folder = build_tree()
+    loaders = build_loaders(config(folder), world_of())
+    reference = ImageFolder(f"{folder}/train")
     assert loaders.train.classes == reference.classes
     for batch in loaders.train.epoch(0):
         expected = [reference.targets[index] for index in batch.indices.tolist()]
@@ -155,9 +154,9 @@ def test_decoders_execute_the_same_plan(use_backend, real_images, augment, confi
 
 
 def test_training_differs_from_evaluation_by_the_crop(backend, build_tree, config, world_of):
-    data = build_tree()
-    plain = config(data, augment="none", batch_size=36)
-    crops = config(data, augment="random-resized-crop", batch_size=36)
+    folder = build_tree()
+    plain = config(folder, augment="none", batch_size=36)
+    crops = config(folder, augment="random-resized-crop", batch_size=36)
     still = next(iter(build_loaders(plain, world_of()).train.epoch(0)))
     first = next(iter(build_loaders(crops, world_of()).train.epoch(0)))
     assert torch.equal(still.indices, first.indices)
@@ -195,22 +194,22 @@ def test_odd_but_whole_files_train(backend, smooth_image, tmp_path, config, worl
 
 
 def test_damage_that_the_scan_cannot_see_names_the_file(backend, build_tree, config, world_of):
-    data = build_tree()
-    victim = Path(data, "train", "class1", "004.JPEG")
+    folder = build_tree()
+    victim = Path(folder, "train", "class1", "004.JPEG")
     content = bytearray(victim.read_bytes())
     table = content.index(b"\xff\xc4")
     content[table + 4] = 0xFF  # a Huffman table of an impossible number
     victim.write_bytes(content)
-    train = build_loaders(config(data), world_of()).train
+    train = build_loaders(config(folder), world_of()).train
     with pytest.raises(UserError, match=r"class1/004\.JPEG cannot be decoded.*--resume") as error:
         list(train.epoch(0))
     assert "\n" not in str(error.value)
 
 
 def test_a_file_that_vanishes_is_named(backend, build_tree, config, world_of):
-    data = build_tree()
-    loader = build_val_loader(config(data), world_of(), None)
-    Path(data, "val", "class2", "001.JPEG").unlink()
+    folder = build_tree()
+    loader = build_val_loader(config(folder), world_of(), None)
+    Path(folder, "val", "class2", "001.JPEG").unlink()
     with pytest.raises(UserError, match=r"class2/001\.JPEG"):
         list(loader.epoch(0))
 
@@ -224,12 +223,17 @@ def test_reading_leaves_the_global_generators_alone(backend, build_tree, config,
     assert random.getstate() == states[2]
 
 
-def test_without_dali_one_line_says_so(use_backend, build_tree, config, world_of):
-    use_backend("torchvision")
-    lines = build_loaders(config(build_tree()), world_of()).describe()
-    told = [line for line in lines if "pip install nvidia-dali-cuda130" in line]
-    assert len(told) == 1
+def test_without_dali_one_line_says_so(use_backend, build_tree, config, world_of, capsys):
+    data._announce_once.cache_clear()
+    settings = config(build_tree())
     use_backend("dali")
-    lines = build_loaders(config(build_tree(name="other")), world_of()).describe()
+    lines = build_loaders(settings, world_of()).describe()
     assert any("NVIDIA DALI on the CPU" in line for line in lines)
-    assert not any("pip install" in line for line in lines)
+    use_backend("torchvision")
+    build_loaders(settings, world_of(1, 2))
+    assert capsys.readouterr().out == ""
+    lines = build_loaders(settings, world_of()).describe()
+    build_val_loader(settings, world_of(), 2)
+    (told,) = capsys.readouterr().out.splitlines()
+    assert "pip install nvidia-dali-cuda130" in told
+    assert any("torchvision, 1 processes" in line for line in lines)

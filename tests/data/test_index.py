@@ -85,8 +85,12 @@ def test_sizes_come_from_the_header(inspect, smooth_image):
         (lambda data: data[:2] + bytes(50) + data[2:], "neither a JPEG"),
         (lambda data: data[:20] + bytes(50) + data[20:], "damaged JPEG header"),
         (lambda data: data.replace(b"\xff\xc0", b"\xff\xc3", 1), "do not read"),
-        (lambda data: data.replace(b"\xff\xc0\x00\x11\x08\x00", b"\xff\xc0\x00\x11\x08\x00", 1)[:3]
-         , "inside its header"),
+        (
+            lambda data: data.replace(b"\xff\xc0\x00\x11\x08\x00", b"\xff\xc0\x00\x11\x08\x00", 1)[
+                :3
+            ],
+            "inside its header",
+        ),
     ],
 )
 def test_bad_jpegs(damage, reason, inspect, smooth_image):
@@ -165,7 +169,11 @@ def test_too_many_bad_files_refuse_the_run(build_tree, config, world_of):
     with pytest.raises(UserError) as error:
         build_loaders(config(str(data)), world_of())
     one_line(
-        error, "--max-bad-fraction 0.001", "5 of 60 files", "class1/000.JPEG", "and 2 more",
+        error,
+        "--max-bad-fraction 0.001",
+        "5 of 60 files",
+        "class1/000.JPEG",
+        "and 2 more",
         "neither a JPEG",
     )
     build_loaders(config(str(data), max_bad_fraction=5 / 60), world_of())

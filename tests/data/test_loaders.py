@@ -66,9 +66,7 @@ def test_a_batch_beyond_a_ranks_share_is_refused(build_tree, config, world_of):
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_evaluation_subsets_are_shared_exactly(ranks, build_tree, config, world_of):
     settings = config(build_tree(val=7), batch_size=3)
-    seen = [
-        indices(build_val_loader(settings, world_of(rank, ranks), 11)) for rank in range(ranks)
-    ]
+    seen = [indices(build_val_loader(settings, world_of(rank, ranks), 11)) for rank in range(ranks)]
     expected = [row * 21 // 11 for row in range(11)]
     assert seen == [expected[rank::ranks] for rank in range(ranks)]
     loader = build_val_loader(settings, world_of(0, ranks), 11)

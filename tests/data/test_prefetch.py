@@ -31,26 +31,22 @@ def test_order_is_kept():
     assert taken == list(range(20))
 
 
+def wait_until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_it_runs_ahead_but_not_far():
     produced = []
     ahead = prefetched(batches(20, produced), CPU)
     for position in range(5):
         next(ahead)
-        time.sleep(0.05)
+        wait_until(lambda ready=position + 1 + DEPTH: len(produced) == ready)
+        time.sleep(0.02)
         assert len(produced) == position + 1 + DEPTH
     ahead.close()
-
-
-def test_it_hides_the_work_of_the_producer():
-    def slow():
-        for batch in batches(6, []):
-            time.sleep(0.05)
-            yield batch
-
-    start = time.monotonic()
-    for _ in prefetched(slow(), CPU):
-        time.sleep(0.05)
-    assert time.monotonic() - start < 0.52  # 0.35 when hidden, 0.6 one after the other
 
 
 def test_an_error_arrives_where_it_happened():

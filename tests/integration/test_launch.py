@@ -59,7 +59,7 @@ def test_embedded_digits_end_to_end(tmp_path, monkeypatch, capsys):
     assert (config["eps"], config["data"], config["m"]) == ("40/255", "digits", 2)
     environment = json.loads((folder / "env.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__
-    assert "build_info" in environment
+    assert "extension" in environment["build"]
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     for line in lines:
         assert {"passes", "epoch", "loss", "passes_per_second"} <= set(line)

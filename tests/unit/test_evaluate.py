@@ -82,7 +82,9 @@ def slow_counts(network, loader, attack, seed):
         if len(batch.labels) == 0:
             continue
         images = batch.images.permute(0, 3, 1, 2).float() / 255
-        generator = torch.Generator().manual_seed(seed * 2**40 + int(batch.indices[0]))
+        generator = torch.Generator().manual_seed(
+            (seed * 2654435761 + int(batch.indices[0])) % 2**32
+        )
         noise = [
             torch.empty_like(images).uniform_(-eps, eps, generator=generator)
             for _ in range(attack.restarts)
@@ -199,17 +201,30 @@ def test_nothing_is_left_changed(network, world):
     assert all(p.grad is None for p in network.parameters())
 
 
-def test_evaluation_is_a_function_of_its_seed(network, world):
-    threat = ThreatModel(Perturbation.parse("8/255"), Perturbation.parse("0.5/255"))
+def test_starts_are_a_function_of_seed_and_first_index(world):
+    class Watched(nn.Module):
+        """Always right, so that every image is attacked; remembers the points it saw."""
 
-    def run(seed):
-        loader = label_by_network(FixedLoader([40]), network)
-        return evaluate(
-            network, loader, ["pgd-1"], threat, world=world, mean=MEAN, std=STD, seed=seed
-        ).robust_accuracy
+        def __init__(self):
+            super().__init__()
+            self.points = []
 
-    assert run(1) == run(1)
-    assert len({run(seed)["pgd-1"] for seed in range(6)}) > 1
+        def forward(self, x):
+            self.points.append(x.detach().clone())
+            return torch.tensor([1.0, 0.0]) + 0 * x.mean((1, 2, 3))[:, None]
+
+    def start(seed, first_index, attack):
+        network, loader = Watched(), FixedLoader([6], first_index=0)
+        loader.batches[0].labels.zero_()
+        loader.batches[0].indices.add_(first_index)
+        evaluate(network, loader, [attack], THREAT, world=world, mean=MEAN, std=STD, seed=seed)
+        return network.points[1]  # the first is the clean image
+
+    first = start(1, 0, "pgd-1")
+    assert torch.equal(first, start(1, 0, "pgd-1"))
+    assert torch.equal(first, start(1, 0, "cw-1-2"))
+    assert not torch.equal(first, start(2, 0, "pgd-1"))
+    assert not torch.equal(first, start(1, 6, "pgd-1"))
 
 
 def test_no_images_is_an_error(network, world):
@@ -272,7 +287,7 @@ def test_what_is_not_a_run_is_refused(run_folder, tmp_path, monkeypatch):
         load_run(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"--checkpoint .*x\.pt: no such file"):
         load_run(run_folder, str(tmp_path / "x.pt"))
-    with pytest.raises(UserError, match="--eval-attacks fgsm: no such attack"):
+    with pytest.raises(UserError, match="--attacks fgsm: no such attack"):
         evaluate_run(run_folder, attacks=["fgsm"])
     with pytest.raises(UserError, match="--step 2: larger than the whole pixel range"):
         evaluate_run(run_folder, step="2")

@@ -1,0 +1,48 @@
+"""The compiled kernels three ways: interpreted, ahead of time, and on a GPU.
+
+The first two need opposite settings of TRITON_INTERPRET before Triton is imported, hence a process
+each.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+
+
+def run(file: str, tmp_path: Path, interpret: bool) -> None:
+    """Runs the tests in a file of this folder in a fresh process."""
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1" if interpret else "0",
+        "TRITON_CACHE_DIR": str(tmp_path / "triton"),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", HERE / file]
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_interpreted_kernels_equal_the_references(tmp_path):
+    run("compiled_kernels.py", tmp_path, interpret=True)
+
+
+def test_kernels_compile_ahead_of_time(tmp_path):
+    run("ahead_of_time.py", tmp_path, interpret=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_on_the_device(tmp_path):
+    run("compiled_kernels.py", tmp_path, interpret=False)

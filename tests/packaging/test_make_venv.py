@@ -1,0 +1,115 @@
+"""The parts of .ci/make_venv.py that only a bare machine would run."""
+
+import functools
+import hashlib
+import http.server
+import importlib.util
+import json
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / ".ci" / "make_venv.py"
+
+
+@pytest.fixture
+def make_venv(tmp_path, monkeypatch):
+    """The script as a module that looks at a temporary .venv."""
+    spec = importlib.util.spec_from_file_location("make_venv", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr(module, "PYTHON", tmp_path / ".venv" / "bin" / "python")
+    monkeypatch.setattr(module, "UNFINISHED", tmp_path / ".venv" / "unfinished")
+    return module
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A package index on this machine; returns the folder of its page for pip."""
+    folder = tmp_path / "index" / "pip"
+    folder.mkdir(parents=True)
+    handler = functools.partial(QuietHandler, directory=str(tmp_path / "index"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        yield folder
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def write_page(folder: Path, style: str, content: dict[str, bytes]) -> None:
+    """An index page as PEP 503 (HTML) or PEP 691 (JSON) describe it."""
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+    if style == "html":
+        page = "".join(f'<a href="{n}#sha256={h}">{n}</a>' for n, h in hashes.items())
+    else:
+        files = [{"filename": n, "url": n, "hashes": {"sha256": h}} for n, h in hashes.items()]
+        page = json.dumps({"files": files})
+    (folder / "index.html").write_text(page)
+
+
+@pytest.mark.parametrize("style", ["html", "json"])
+def test_the_newest_final_pip_is_fetched(make_venv, index, tmp_path, style):
+    content = {
+        f"pip-{version}-py3-none-any.whl": version.encode()
+        for version in ("9.0.3", "26.3", "26.10", "27.0b1")
+    }
+    for name, data in content.items():
+        (index / name).write_bytes(data)
+    write_page(index, style, content)
+    wheel = make_venv.fetch_pip(tmp_path)
+    assert wheel.name == "pip-26.10-py3-none-any.whl"
+    assert wheel.read_bytes() == b"26.10"
+
+
+def test_a_wheel_with_another_hash_is_refused(make_venv, index, tmp_path):
+    name = "pip-26.3-py3-none-any.whl"
+    (index / name).write_bytes(b"tampered")
+    write_page(index, "html", {name: b"genuine"})
+    with pytest.raises(SystemExit, match="does not have the sha256"):
+        make_venv.fetch_pip(tmp_path)
+    assert not (tmp_path / name).exists()
+
+
+def test_an_unreachable_index_is_one_line_without_the_password(make_venv, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://name:secret@127.0.0.1:1/simple")
+    with pytest.raises(SystemExit, match="PIP_INDEX_URL") as caught:
+        make_venv.fetch_pip(tmp_path)
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_half_made_environments_are_not_healthy(make_venv):
+    assert not make_venv.is_healthy()
+    make_venv.PYTHON.parent.mkdir(parents=True)
+    assert not make_venv.is_healthy()
+    make_venv.PYTHON.symlink_to("/no/such/python")
+    assert not make_venv.is_healthy()
+    make_venv.PYTHON.unlink()
+    make_venv.PYTHON.symlink_to(sys.executable)
+    make_venv.UNFINISHED.touch()
+    assert not make_venv.is_healthy()
+
+
+def test_a_moved_environment_is_not_at_home(make_venv):
+    script = make_venv.VENV / "bin" / "torchrun"
+    script.parent.mkdir(parents=True)
+    script.write_text("#!/elsewhere/.venv/bin/python\n")
+    assert not make_venv.is_at_home()
+    script.write_text(f"#!{make_venv.VENV}/bin/python\n")
+    assert make_venv.is_at_home()
+
+
+def test_the_environment_is_made_anew_when_its_sources_change(make_venv, monkeypatch):
+    before = make_venv.fingerprint()
+    assert make_venv.fingerprint() == before
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "12.0")
+    assert make_venv.fingerprint() != before
