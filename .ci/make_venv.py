@@ -50,7 +50,7 @@ def main() -> None:
             return
         started = time.monotonic()
         if not is_healthy():
-            remove(VENV)
+            remove_environment()
             say(f"making {VENV.name} with Python {sys.version.split()[0]}")
             VENV.mkdir()
             UNFINISHED.touch()
@@ -261,12 +261,16 @@ def run(command: list[str | Path]) -> None:
         raise SystemExit(f"error: exit status {status} from {' '.join(map(str, command))}")
 
 
-def remove(path: Path) -> None:
-    """Removes a folder, a file or a link; absent is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+def remove_environment() -> None:
+    """Removes .venv at once: it is moved away first, for a half-deleted one looks healthy."""
+    doomed = ROOT / "build" / "removed-venv"
+    shutil.rmtree(doomed, ignore_errors=True)
+    if VENV.is_dir() and not VENV.is_symlink():
+        doomed.parent.mkdir(exist_ok=True)
+        VENV.rename(doomed)
+        shutil.rmtree(doomed)
     else:
-        path.unlink(missing_ok=True)
+        VENV.unlink(missing_ok=True)
 
 
 def say(line: str) -> None:
@@ -275,4 +279,7 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

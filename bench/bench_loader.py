@@ -10,18 +10,15 @@ between minibatches on the device, after the first of each turn.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+import harness
 import numpy as np
 import torch
 
@@ -36,7 +33,6 @@ BATCH_SIZE = 64
 NUM_ROUNDS = 5
 # Each sample image appears under so many names, so that an epoch outlasts a turn.
 NUM_COPIES = 64
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
@@ -53,33 +49,32 @@ def main() -> None:
             data=data, image_size=IMAGE_SIZE, batch_size=BATCH_SIZE, workers=flags.workers
         )
         index = index_images(split_folder(data, "train"), config.max_bad_fraction, print)
-        samples = measure(index, config, flags.seconds)
-    result = {
+        rates = measure(index, config, flags.seconds)
+    results = {name: summary(samples, flags.workers) for name, samples in rates.items()}
+    for name, row in results.items():
+        print(
+            f"{name:12s}{row['median']:9.1f} images/s ({row['p20']:.1f} to {row['p80']:.1f}), "
+            f"{row['per_core']:.1f} a core"
+        )
+    record = {
         "benchmark": "loader",
-        "command": f"python bench/bench_loader.py {' '.join(sys.argv[1:])}".strip(),
-        "data": flags.data or "imagenet_sample200",
-        "environment": environment(),
+        "environment": harness.environment_record(harness.default_device()),
         "settings": {
+            "data": flags.data or "imagenet_sample200",
             "batch_size": BATCH_SIZE,
             "image_size": IMAGE_SIZE,
             "workers": flags.workers,
             "mean_megapixels": float(index.sizes.prod(axis=1).mean() / 1e6),
         },
-        "results": {name: summary(rates, flags.workers) for name, rates in samples.items()},
+        "images_per_second": results,
     }
-    for name, row in result["results"].items():
-        print(
-            f"{name:12s} {row['images_per_second']:8.1f} images/s "
-            f"({row['lowest']:.1f} to {row['highest']:.1f}), {row['per_core']:.1f} a core"
-        )
     if flags.out:
-        flags.out.parent.mkdir(parents=True, exist_ok=True)
-        flags.out.write_text(json.dumps(result, indent=2) + "\n")
+        harness.write_json(flags.out, record)
 
 
 def measure(index: ImageIndex, config: TrainConfig, seconds: float) -> dict[str, list[float]]:
     """Images a second of each decoder and round, the decoders in turn."""
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = harness.default_device()
     rows = np.arange(len(index.files))
     loaders = {
         name: FolderLoader(
@@ -115,21 +110,18 @@ def one_turn(loader: FolderLoader, epoch: int, seconds: float) -> float:
     return num_images / elapsed
 
 
-def summary(rates: list[float], workers: int) -> dict[str, object]:
+def summary(rates: list[float], workers: int) -> dict[str, Any]:
     """Median and spread; `per_core` divides by the cores that the decoder can use."""
     cores = min(max(workers, 1), len(os.sched_getaffinity(0)))
-    return {
-        "images_per_second": statistics.median(rates),
-        "lowest": min(rates),
-        "highest": max(rates),
-        "per_core": statistics.median(rates) / cores,
-        "samples": rates,
-    }
+    found = harness.summarize(rates)
+    return {**found, "per_core": found["median"] / cores, "samples": rates}
 
 
 def sample_folder(place: Path) -> str:
     """The test data's 200 ImageNet photographs as train/, under NUM_COPIES names each."""
-    shared = Path(os.environ.get("FREEADV_TEST_DATA", REPOSITORY.parent / "shared" / "data"))
+    shared = Path(
+        os.environ.get("FREEADV_TEST_DATA", harness.REPOSITORY.parent / "shared" / "data")
+    )
     archive = shared / "imagenet_sample200" / "imagenet_sample200.zip"
     if not archive.is_file():
         sys.exit("error: --data: name an ImageFolder, or set FREEADV_TEST_DATA")
@@ -142,25 +134,6 @@ def sample_folder(place: Path) -> str:
         for copy in range(NUM_COPIES):
             (folder / f"{copy:02d}.JPEG").symlink_to(place / "files" / name)
     return str(place)
-
-
-def environment() -> dict[str, object]:
-    """Hardware, versions and commit."""
-    names = ("torch", "torchvision", "nvidia-dali-cuda130", "pillow", "numpy")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True
-    )
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return {
-        "cpu": cpu[0].partition(": ")[2] if cpu else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in names},
-        "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 if __name__ == "__main__":

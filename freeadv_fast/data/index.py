@@ -27,6 +27,8 @@ from freeadv_fast.errors import UserError
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Files wait for the disk, not for the processor: more threads than cores.
 NUM_SCAN_THREADS = 16
+# Files that a thread takes at a time.
+PART_FILES = 64
 # Above this many unknown files the user is told that a scan is under way.
 ANNOUNCED_FILES = 20_000
 NUM_NAMED = 3
@@ -101,9 +103,10 @@ def index_images(
         news = [file for file, stat in found.items() if known.get(file, ())[:2] != stat]
         if len(news) >= ANNOUNCED_FILES:
             announce(f"checking {len(news):,} image files of {folder} (once; the result is kept)")
-        checked = threads.map(lambda file: _check_file(folder, file, found[file]), news)
+        parts = [news[start : start + PART_FILES] for start in range(0, len(news), PART_FILES)]
         entries = {file: known[file] for file in found if file in known}
-        entries.update(zip(news, checked, strict=True))
+        for checked in threads.map(lambda part: _check_files(folder, part, found), parts):
+            entries.update(checked)
     bad = {file: entries[file].reason for file in found if entries[file].reason}
     bad_list = cache.with_suffix(".bad.txt")
     if news or len(known) != len(found) or bool(bad) != bad_list.exists():
@@ -129,23 +132,28 @@ def _list_files(folder: str, class_name: str) -> dict[str, tuple[int, int]]:
     """Image files of a class folder and its subfolders in torchvision's order: (bytes, mtime)."""
     files: dict[str, tuple[int, int]] = {}
     for place, _, names in sorted(os.walk(os.path.join(folder, class_name), followlinks=True)):
+        inside = os.path.relpath(place, folder)
         for name in sorted(filter(is_image_name, names)):
-            path = os.path.join(place, name)
             try:
-                stat = os.stat(path)
-                files[os.path.relpath(path, folder)] = (stat.st_size, stat.st_mtime_ns)
+                stat = os.stat(os.path.join(place, name))
+                files[os.path.join(inside, name)] = (stat.st_size, stat.st_mtime_ns)
             except OSError:  # a dangling link: inspected, found bad and listed
-                files[os.path.relpath(path, folder)] = (0, 0)
+                files[os.path.join(inside, name)] = (0, 0)
     return files
 
 
-def _check_file(folder: str, file: str, stat: tuple[int, int]) -> Entry:
-    """Looks into one file."""
-    try:
-        height, width = inspect_image(os.path.join(folder, file))
-    except BadImage as bad:
-        return Entry(*stat, 0, 0, str(bad))
-    return Entry(*stat, height, width, "")
+def _check_files(
+    folder: str, files: list[str], found: dict[str, tuple[int, int]]
+) -> dict[str, Entry]:
+    """Looks into some of the files that were `found`."""
+    entries: dict[str, Entry] = {}
+    for file in files:
+        try:
+            height, width = inspect_image(os.path.join(folder, file))
+            entries[file] = Entry(*found[file], height, width, "")
+        except BadImage as bad:
+            entries[file] = Entry(*found[file], 0, 0, str(bad))
+    return entries
 
 
 def _refuse_empty_classes(folder: str, classes: list[str], counts: list[int]) -> None:

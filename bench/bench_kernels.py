@@ -1,0 +1,152 @@
+"""Bandwidth of the elementwise kernels against the copy rate of the same machine and run.
+
+    python bench/bench_kernels.py --seconds 60 --out bench/results/MACHINE/kernels.json
+
+A kernel's bytes are those that its formula must read and write once; what an implementation moves
+beyond them (the eager chain's temporaries) counts against it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from torch import Tensor
+
+from freeadv_fast import ops
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STEP = 4.0
+NAMES = {
+    torch.int8: "int8",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+}
+
+
+def main() -> None:
+    """Parses the flags, measures, prints and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", type=int, nargs=4, metavar=("N", "H", "W", "C"))
+    parser.add_argument("--seconds", type=float, default=60, help="time for all turns together")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    flags = parser.parse_args()
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    device = harness.default_device()
+    num = 256 if device.type == "cuda" else 16
+    shape = tuple(flags.shape or (num, 224, 224, 3))
+    record = {
+        "benchmark": "kernels",
+        "environment": harness.environment_record(device),
+        "settings": {"shape": shape, "backend": ops.backend(device)},
+        **run(shape, device, flags.seconds),
+    }
+    print(f"copy {record['copy']['gb_per_second']:.1f} GB/s")
+    for row in record["results"]:
+        print(
+            f"{row['op']:18s} {row['provider']:7s} delta {row['delta']:5s} {row['dtype']:5s}"
+            f"{row['seconds']['median'] * 1e6:11.1f} us {row['gb_per_second']:8.1f} GB/s "
+            f"{100 * row['share_of_copy']:6.1f} % of copy"
+        )
+    if flags.out:
+        harness.write_json(flags.out, record)
+
+
+def run(shape: tuple[int, ...], device: torch.device, seconds: float) -> dict[str, Any]:
+    """Copy rate and one row per op, provider, delta dtype and activation dtype."""
+    is_gpu = device.type == "cuda"
+    values = torch.Size(shape).numel()
+    # As many bytes as the ops move, so that caches help the copy no more than them.
+    source = torch.zeros(max(values * 2, (1 << 30) if is_gpu else 0), dtype=torch.uint8).to(device)
+    target = torch.empty_like(source)
+    calls: dict[str, Callable[[], object]] = {
+        "copy": harness.graphed(lambda: target.copy_(source), device)
+    }
+    rows: list[dict[str, Any]] = []
+    activations = [torch.bfloat16, torch.float16, torch.float32] if is_gpu else [torch.float32]
+    for storage in (torch.int8, torch.float32):
+        for dtype in activations:
+            for row, call in candidates(shape, storage, dtype, device):
+                rows.append(row)
+                calls[str(len(rows))] = harness.graphed(call, device)
+    times = harness.measure(calls, device=device, seconds=seconds, flush=True)
+    copy_bytes = 2 * source.numel()
+    rate = copy_bytes / times["copy"]["median"]
+    for index, row in enumerate(rows, 1):
+        row["seconds"] = times[str(index)]
+        row["gb_per_second"] = row["bytes"] / row["seconds"]["median"] / 1e9
+        row["share_of_copy"] = row["gb_per_second"] * 1e9 / rate
+    copy = {"bytes": copy_bytes, "seconds": times["copy"], "gb_per_second": rate / 1e9}
+    return {"copy": copy, "results": rows}
+
+
+def candidates(
+    shape: tuple[int, ...], storage: torch.dtype, dtype: torch.dtype, device: torch.device
+) -> list[tuple[dict[str, Any], Callable[[], object]]]:
+    """Both ops, ours and as an eager chain, with the bytes that they must move."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, shape, generator=generator).to(torch.uint8).to(device)
+    unit = STEP if storage is torch.int8 else 1.0
+    delta = torch.zeros(shape, dtype=storage, device=device)
+    mean, std = (torch.tensor(v, device=device) for v in (MEAN, STD))
+    grad = torch.randn(shape, generator=generator).to(dtype).to(device).permute(0, 3, 1, 2)
+    nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+    values = images.numel()
+    normalize_bytes = values * (1 + storage.itemsize + dtype.itemsize)
+    ascent_bytes = values * (1 + 2 * storage.itemsize + dtype.itemsize)
+
+    def normalize() -> object:
+        return ops.perturb_normalize(images, delta, mean, std, unit=unit, dtype=dtype)
+
+    def ascend() -> object:
+        return ops.sign_ascent_(delta, grad, images, nonfinite, step=STEP, eps=STEP, unit=unit)
+
+    def row(op: str, provider: str, stored: torch.dtype, num_bytes: int) -> dict[str, Any]:
+        names = {"delta": NAMES[stored], "dtype": NAMES[dtype]}
+        return {"op": op, "provider": provider, **names, "bytes": num_bytes}
+
+    found = [
+        (row("perturb_normalize", "ours", storage, normalize_bytes), normalize),
+        (row("sign_ascent_", "ours", storage, ascent_bytes), ascend),
+    ]
+    if storage is torch.float32:  # an eager chain has no other delta
+        eager = eager_chain(images, mean, std, grad)
+        found += [
+            (row("perturb_normalize", "eager", storage, normalize_bytes), eager[0]),
+            (row("sign_ascent_", "eager", storage, ascent_bytes), eager[1]),
+        ]
+    return found
+
+
+def eager_chain(
+    images: Tensor, mean: Tensor, std: Tensor, grad: Tensor
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The same two steps as one writes them in PyTorch: float images in [0, 1], fp32 delta.
+
+    The clip's mask comes from autograd there; here it is computed, as its backward would.
+    """
+    pixels = images.permute(0, 3, 1, 2).float() / 255
+    delta = torch.zeros_like(pixels)
+    step = STEP / 255
+    mean, std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
+
+    def normalize() -> Tensor:
+        return ((pixels + delta).clamp(0, 1) - mean).div(std).to(grad.dtype)
+
+    def ascend() -> Tensor:
+        s = pixels + delta
+        masked = grad.float() / std * ((s >= 0) & (s <= 1))
+        return delta.add_(step * torch.sign(masked)).clamp_(-step, step)
+
+    return normalize, ascend
+
+
+if __name__ == "__main__":
+    main()
