@@ -9,6 +9,7 @@ Scripts in this folder import it as `harness` (Python puts a script's folder on 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -26,7 +27,7 @@ from freeadv_fast import environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Twice the largest L2 of today's GPUs (H100, H200: 50 to 60 MB), and long enough to overwrite that
+# Several times the L2 of today's GPUs (H100, H200: 50 to 60 MB), and long enough to overwrite that
 # the host is ahead of the GPU when the timed call starts.
 FLUSH_BYTES = 512 << 20
 
@@ -147,11 +148,16 @@ class MemoryMeter:
     def __init__(self, device: torch.device) -> None:
         """Starts here."""
         self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        self.before = 0 if device.type == "cuda" else _status_bytes("VmRSS")
+        self.forget_peak()
+
+    def forget_peak(self) -> None:
+        """Counts from what is in use now; what came before, such as autotuning, is left out."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-            self.before = _status_bytes("VmRSS")
+            with contextlib.suppress(OSError):  # some containers forbid it: then all counts
+                Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 
     def peak_mib(self) -> float:
         """The peak so far in MiB."""

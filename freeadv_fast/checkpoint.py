@@ -20,6 +20,7 @@ from torch import nn
 
 from freeadv_fast.distributed import World
 from freeadv_fast.errors import UserError
+from freeadv_fast.models.normalize import plain_network
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 
@@ -111,6 +112,8 @@ def load_weights(model: nn.Module, state: dict[str, Any], arch: str, origin: str
     """
     weights = state.get("model", state.get("state_dict", state))
     weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    if weights.keys() == plain_network(model).state_dict().keys():
+        model = plain_network(model)  # stock keys, without a per-image standardiser's prefix
     try:
         model.load_state_dict(weights)
     except (RuntimeError, AttributeError):

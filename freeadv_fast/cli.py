@@ -10,12 +10,13 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import inspect
 import io
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import tyro
@@ -28,6 +29,8 @@ from freeadv_fast.recipes import DEFAULTS, RECIPES, find_recipe
 from freeadv_fast.schedule import Schedule
 from freeadv_fast.signals import Interrupted
 from freeadv_fast.threat import Perturbation
+
+T = TypeVar("T")
 
 # Without a GPU a full evaluation takes hours; 400 images and 20 steps take minutes.
 CPU_EVAL_ATTACKS = ("pgd-20",)
@@ -117,7 +120,8 @@ def parse(arguments: list[str], method: Method, dataset: str) -> tuple[CommandLi
     Raises:
         UserError: unknown flags (with the nearest name), bad values.
     """
-    refuse_unknown_flags(arguments)
+    fields = [*dataclasses.fields(TrainConfig), *dataclasses.fields(CommandLine)]
+    refuse_unknown_flags(arguments, [field.name for field in fields])
     for flag in ("--eps", "--step-size", "--eval-step"):  # here, so that the message names it
         Perturbation.parse(value_of(arguments, flag) or "0", flag)
     typed = {flag_name(argument) for argument in arguments if argument.startswith("--")}
@@ -131,23 +135,48 @@ def parse(arguments: list[str], method: Method, dataset: str) -> tuple[CommandLi
     else:
         defaults = DEFAULTS[dataset if "data" in typed else "digits"]
         base = RECIPES[defaults.get(value_of(arguments, "--method") or method, defaults[method])]
-    command = parse_with_tyro(arguments, CommandLine(base))
+    command = parse_with_tyro(CommandLine, arguments, CommandLine(base))
     if config_path is None and "data" not in typed and base.data != "digits":
         raise UserError(f"--data: recipe {base.recipe} needs it; give the folder of its images")
     return command, typed
 
 
-def parse_with_tyro(arguments: list[str], default: CommandLine) -> CommandLine:
-    """tyro's parser, its boxed complaints turned into one-line user errors."""
+def run_tool(function: Callable[..., int]) -> int:
+    """Runs a script whose flags are a function's arguments; mistakes get one line.
+
+    Args:
+        function: Returns the exit status; its docstring and annotations make the help.
+    """
+    names = inspect.signature(function).parameters
+
+    def work() -> int:
+        arguments = sys.argv[1:]
+        refuse_unknown_flags(arguments, names)
+        return parse_with_tyro(function, arguments)
+
+    return guard(work)
+
+
+def parse_with_tyro(
+    target: Callable[..., T], arguments: list[str], default: T | None = None
+) -> T:
+    """tyro's parser, its boxed complaints turned into one-line user errors.
+
+    Args:
+        target: The class or function to call with what was typed.
+        arguments: Without the program's name.
+        default: An instance whose fields are the defaults.
+    """
     complaint = io.StringIO()
+    options: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
-                CommandLine,
+                target,
                 args=arguments,
-                default=default,
                 config=(tyro.conf.FlagCreatePairsOff,),
                 registry=value_registry(),
+                **options,
             )
     except SystemExit as leaving:
         if leaving.code in (0, None):  # --help
@@ -199,14 +228,17 @@ def value_registry() -> tyro.constructors.ConstructorRegistry:
     return registry
 
 
-def refuse_unknown_flags(arguments: list[str]) -> None:
+def refuse_unknown_flags(arguments: list[str], names: Iterable[str]) -> None:
     """Names the nearest flag for one that does not exist.
+
+    Args:
+        arguments: Without the program's name.
+        names: The fields or parameters that flags set; a positional ``run`` is none.
 
     Raises:
         UserError: an argument starts with ``--`` and is no flag of ours.
     """
-    fields = [*dataclasses.fields(TrainConfig), *dataclasses.fields(CommandLine)]
-    known = {"--" + field.name.replace("_", "-") for field in fields if field.name != "run"}
+    known = {"--" + name.replace("_", "-") for name in names if name != "run"}
     for argument in arguments:
         flag = argument.partition("=")[0].replace("_", "-")
         if argument.startswith("--") and flag not in known | {"--help"}:

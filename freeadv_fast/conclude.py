@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 from freeadv_fast import checkpoint, export, report
-from freeadv_fast.attacks import Attack
 from freeadv_fast.data import build_val_loader
 from freeadv_fast.environment import hardware, versions
 from freeadv_fast.evaluate import Evaluation, evaluate
@@ -66,11 +65,10 @@ def conclude(run: Run) -> Result:
         state = checkpoint.load_checkpoint(best)
         checkpoint.load_weights(run.model, state, config.arch, str(best))
     with checkpoint.averaged_buffers(run.model, world):
-        attacks = tuple(Attack.parse(name) for name in config.eval_attacks)
         measured = evaluate(
             run.model,
-            build_val_loader(config, world, config.eval_images),
-            attacks if config.eps.levels else (),
+            run.loaders.val,
+            run.attacks,
             run.evaluation_threat,
             world=world,
             mean=config.pixel_mean,
@@ -80,7 +78,7 @@ def conclude(run: Run) -> Result:
         )
         result = describe(run, measured, progress.best_epoch if has_best else -1)
         if world.is_main:
-            draw(run, attacks[0])
+            draw(run)
             write_export(run)
             write_json(run.folder.result, dataclasses.asdict(result))
     for line in summary(result):
@@ -115,18 +113,18 @@ def describe(run: Run, measured: Evaluation, best_epoch: int) -> Result:
         best_epoch=best_epoch,
         seed=config.seed,
         ranks=run.world.size,
-        precision=str(run.learner.pixels.dtype).removeprefix("torch."),
+        precision=str(run.learner.precision).removeprefix("torch."),
         device=(processors["gpus"] or [processors["cpu"]])[0],
         versions=versions(),
     )
 
 
-def draw(run: Run, attack: Attack) -> None:
-    """Draws the training curves and a grid of attacked validation images."""
+def draw(run: Run) -> None:
+    """Draws the training curves and a grid of validation images under the first attack."""
     config = run.config
     run.folder.plots.mkdir(exist_ok=True)
     report.plot_training(read_log(run.folder.log), run.folder.plots / "training.png")
-    if config.eps.levels:
+    if run.attacks:
         alone = dataclasses.replace(run.world, rank=0, size=1)
         batch = next(iter(build_val_loader(config, alone, NUM_PICTURED).epoch(0)))
         report.plot_perturbations(
@@ -134,7 +132,7 @@ def draw(run: Run, attack: Attack) -> None:
             batch.images,
             batch.labels,
             run.loaders.val.classes,
-            attack,
+            run.attacks[0],
             run.evaluation_threat,
             run.folder.plots / "perturbations.png",
             num_columns=NUM_PICTURED,

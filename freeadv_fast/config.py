@@ -10,6 +10,7 @@ import dataclasses
 import math
 from typing import Literal
 
+from freeadv_fast.attacks import Attack
 from freeadv_fast.errors import UserError
 from freeadv_fast.schedule import Schedule
 from freeadv_fast.threat import Perturbation, ThreatModel
@@ -184,6 +185,8 @@ class TrainConfig:
             raise UserError(f"--log-every {self.log_every}: must be at least 1")
         if self.bn_group is not None and self.bn_group < 2:
             raise UserError(f"--bn-group {self.bn_group}: statistics need at least 2 images")
+        for name in self.eval_attacks:  # a misspelt one should not be found after training
+            Attack.parse(name)
         if self.method == "free" and self.threat.eps.levels == 0:
             raise UserError("--eps 0: free training needs a radius above 0, such as 4/255")
         if self.method == "free" and self.threat.step.levels == 0:

@@ -40,8 +40,9 @@ class Learner:
         net: The network, wrapped for data parallelism when there are several ranks.
         optimizer: Its optimizer.
         lr_at: Learning rate of an update, by its index.
-        pixels: Input statistics and dtype. bfloat16 and float16 run the network under autocast;
-            float16 adds a gradient scaler.
+        pixels: Input statistics and dtype.
+        precision: bfloat16 and float16 run the network under autocast; float16 adds a gradient
+            scaler. The input's dtype by default.
         num_ranks: Ranks over which gradients are averaged.
     """
 
@@ -51,6 +52,7 @@ class Learner:
         optimizer: torch.optim.Optimizer,
         lr_at: Callable[[int], float],
         pixels: Pixels,
+        precision: torch.dtype | None = None,
         num_ranks: int = 1,
     ) -> None:
         """Starts at update 0."""
@@ -59,11 +61,12 @@ class Learner:
         self.optimizer = optimizer
         self.lr_at = lr_at
         self.pixels = pixels
+        self.precision = precision or pixels.dtype
         self.num_ranks = num_ranks
         self.updates = 0
         self.meters = Meters(device)
         self.scaler = torch.amp.GradScaler(
-            device.type, enabled=pixels.dtype is torch.float16
+            device.type, enabled=self.precision is torch.float16
         )
 
     def network_input(
@@ -83,6 +86,13 @@ class Learner:
             images, delta, self.pixels.mean, self.pixels.std, unit=unit, dtype=self.pixels.dtype
         )
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits at network input `x`, under autocast in half precision."""
+        is_half = self.precision in (torch.bfloat16, torch.float16)
+        with torch.autocast(x.device.type, self.precision if is_half else None, enabled=is_half):
+            logits: Tensor = self.net(x)
+        return logits
+
     def loss(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
         """Cross-entropy at network input `x`: this rank's sum over the global minibatch's size.
 
@@ -93,10 +103,7 @@ class Learner:
             x: (n, 3, H, W) network input. labels: (n,) int64.
             global_size: Images of the minibatch over all ranks.
         """
-        with torch.autocast(
-            x.device.type, x.dtype, enabled=x.dtype in (torch.bfloat16, torch.float16)
-        ):
-            logits = self.net(x)
+        logits = self.forward(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         loss_sum = F.cross_entropy(logits, labels, reduction="sum")
         self.meters.add(loss_sum.detach(), logits.detach(), labels)
@@ -123,11 +130,7 @@ class Learner:
         """
         was_training = self.net.training
         self.net.eval()
-        x = self.network_input(images)
-        with torch.autocast(
-            x.device.type, x.dtype, enabled=x.dtype in (torch.bfloat16, torch.float16)
-        ):
-            hits = (self.net(x).argmax(1) == labels).sum()
+        hits = (self.forward(self.network_input(images)).argmax(1) == labels).sum()
         self.net.train(was_training)
         return hits
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from freeadv_fast import checkpoint
+from freeadv_fast.attacks import Attack
 from freeadv_fast.config import TrainConfig
 from freeadv_fast.config_file import config_to_dict, save_config
 from freeadv_fast.data import Loaders, build_loaders
@@ -131,6 +132,12 @@ class Run:
     saved_at: float
 
     @property
+    def attacks(self) -> tuple[Attack, ...]:
+        """The final attacks; none at radius 0."""
+        names = self.config.eval_attacks if self.config.eps.levels else ()
+        return tuple(Attack.parse(name) for name in names)
+
+    @property
     def evaluation_threat(self) -> ThreatModel:
         """Radius and step of validation and of the final attacks."""
         return ThreatModel(self.config.eps, self.config.eval_step)
@@ -218,10 +225,13 @@ def build_learner(
         weight_decay=config.weight_decay,
         decay=config.decay,
     )
+    precision = PRECISIONS[resolve_precision(config.precision, world.device)]
     pixels = Pixels(
         torch.tensor(config.pixel_mean, device=world.device),
         torch.tensor(config.pixel_std, device=world.device),
-        PRECISIONS[resolve_precision(config.precision, world.device)],
+        # Pixels that the network itself standardises are not yet centred: bf16 would round them
+        # by half a grey level.
+        torch.float32 if config.normalization == "per-image" else precision,
     )
 
     def lr_at(update: int) -> float:
@@ -232,7 +242,7 @@ def build_learner(
             m=config.m,
         )
 
-    return model, Learner(net, optimizer, lr_at, pixels, world.size)
+    return model, Learner(net, optimizer, lr_at, pixels, precision, world.size)
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

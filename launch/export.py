@@ -7,7 +7,7 @@ import sys
 
 import tyro
 
-from freeadv_fast.cli import guard
+from freeadv_fast.cli import run_tool
 from freeadv_fast.saved_run import export_run
 
 
@@ -26,4 +26,4 @@ def main(
 
 
 if __name__ == "__main__":
-    sys.exit(guard(lambda: tyro.cli(main)))
+    sys.exit(run_tool(main))

@@ -3,8 +3,10 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from freeadv_fast.distributed import World
@@ -49,6 +51,21 @@ def test_data():
     if not folder.is_dir():
         pytest.skip("real images are not here; set FREEADV_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_images(tmp_path_factory):
+    """An ImageFolder of three classes of 24x20 JPEG files: 114 for training, 18 for validation."""
+    root, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 38), ("val", 6)):
+        for label in range(3):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 256, (5, 5, 3)) // 2 + 60 * label
+                picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+                picture.resize((24, 20)).save(folder / f"{index}.jpg")
+    return root
 
 
 @pytest.fixture

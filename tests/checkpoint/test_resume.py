@@ -8,10 +8,8 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from freeadv_fast import train as training
 from freeadv_fast.checkpoint import is_intact, load_checkpoint, newest_intact, save_checkpoint
@@ -21,26 +19,16 @@ from freeadv_fast.errors import UserError
 # timm's test_resnet is a real ResNet of 0.5 M parameters: four data epochs of five minibatches, the
 # last one smaller, take seconds.
 FLAGS = [
-    "--data", "the folder of `images`", "--workers", "1", "--augment", "random-resized-crop", "--arch", "test_resnet", "--image-size", "16", "--batch-size", "24",
+    "--data", "(small_images)", "--workers", "1", "--augment", "random-resized-crop", "--arch", "test_resnet", "--image-size", "16", "--batch-size", "24",
     "--epochs", "8", "--m", "2", "--eps", "8/255", "--holdout-images", "6", "--eval-images", "8",
     "--eval-attacks", "pgd-2", "--log-every", "2", "--bn-group", "16",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
-def images(tmp_path_factory):
-    """Three classes of small JPEG files; FLAGS train on them."""
-    root, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for split, count in (("train", 38), ("val", 6)):
-        for label in range(3):
-            folder = root / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = random.integers(0, 256, (5, 5, 3)) // 2 + 60 * label
-                picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-                picture.resize((24, 20)).save(folder / f"{index}.jpg")
-    FLAGS[1] = str(root)
-    return root
+def _images(small_images):
+    """FLAGS train on the small image folder."""
+    FLAGS[1] = str(small_images)
 
 
 def run(folder, *flags):
@@ -169,6 +157,19 @@ def test_a_resumed_run_must_be_the_same_run(straight, tmp_path, capsys):
     assert "--arch test_resnet" in error
     assert run(folder, "--resume", "--eps", "4/255") == 2
     assert "--eps 8/255" in capsys.readouterr().err
+
+
+def test_a_resume_on_another_machine_warns(tmp_path, capsys):
+    """Bit-identical means the same versions and threads; env.json knows those of before."""
+    folder = tmp_path / "run"
+    assert run(folder, "--max-passes", "96") == 0
+    (folder / "result.json").unlink()
+    environment = json.loads((folder / "env.json").read_text())
+    environment["threads"] += 7
+    (folder / "env.json").write_text(json.dumps(environment))
+    capsys.readouterr()
+    assert run(folder, "--resume", "--max-passes", "144") == 0
+    assert "warning: threads changed since the checkpoint" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(straight, tmp_path, capsys):

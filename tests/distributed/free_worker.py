@@ -21,7 +21,9 @@ def build_free(network, num_ranks, slots, net=None):
     pixels = Pixels(
         torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3]), torch.float64
     )
-    learner = Learner(net or network, optimizer, lambda update: 0.05, pixels, num_ranks)
+    learner = Learner(
+        net or network, optimizer, lambda update: 0.05, pixels, num_ranks=num_ranks
+    )
     threat = ThreatModel(Perturbation.parse("8/255"), Perturbation.parse("8/255"))
     shape = (slots, 8, 8, 3)
     return Free(learner, threat, m=M, minibatch_shape=shape, device=torch.device("cpu"))

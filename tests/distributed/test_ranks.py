@@ -4,27 +4,31 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from freeadv_fast.distributed import join_world
+from freeadv_fast.errors import UserError
 from freeadv_fast.models.batch_norm import apply_bn_groups
 
 WORKER = Path(__file__).with_name("free_worker.py")
 RANK_BATCH = 4
 
 
-def torchrun(num_ranks, *arguments, cwd=None):
-    """Runs a script on that many gloo ranks of this machine, on a port of its own."""
+def torchrun(num_ranks, *arguments):
+    """The command that runs a script on that many gloo ranks, on a port of its own."""
+    launcher = Path(sys.executable).with_name("torchrun")
+    options = ["--standalone", "--nproc-per-node", num_ranks, *arguments]
+    return [str(launcher), *map(str, options)]
+
+
+def call(command):
+    """Runs a command, one thread a process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(num_ranks), *map(str, arguments),
-    ]  # fmt: skip
-    return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
-    )
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def load_worker():
@@ -69,7 +73,7 @@ def test_two_ranks_equal_one_rank_of_twice_the_batch(small_network, tmp_path, si
     network = small_network(torch.float64)
     fixture = tmp_path / "fixture.pt"
     torch.save({"network": network, "minibatches": batches, "rank_batch": RANK_BATCH}, fixture)
-    done = torchrun(2, WORKER, fixture, tmp_path)
+    done = call(torchrun(2, WORKER, fixture, tmp_path))
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
 
@@ -85,3 +89,51 @@ def test_two_ranks_equal_one_rank_of_twice_the_batch(small_network, tmp_path, si
         if buffer.is_floating_point():  # statistics: the mean over the ranks
             mean = (ranks[0]["network"][name] + ranks[1]["network"][name]) / 2
             torch.testing.assert_close(mean, buffer, rtol=0, atol=1e-9, msg=name)
+
+
+def test_two_ranks_stop_and_resume_bit_for_bit(small_images, repository, tmp_path):
+    """SIGTERM to torchrun, as a cluster sends it: every rank saves, and the run goes on."""
+
+    def command(folder, *flags):
+        return torchrun(
+            2, repository / "launch" / "imagenet_free.py", "--m", 2, "--data", small_images,
+            "--arch", "test_resnet", "--image-size", 16, "--batch-size", 8, "--epochs", 12,
+            "--eps", "8/255", "--holdout-images", 6, "--eval-images", 8, "--workers", 1,
+            "--eval-attacks", "pgd-2", "--log-every", 2, "--output-dir", folder, *flags,
+        )  # fmt: skip
+
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    done = call(command(straight))
+    assert done.returncode == 0, done.stderr
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command(stopped), env=environment, stderr=subprocess.DEVNULL)
+    log, deadline = stopped / "log.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 4):
+        assert process.poll() is None, "finished before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() != 0
+    assert not (stopped / "result.json").exists()
+    done = call(command(stopped, "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stdout
+    ours, theirs = (
+        torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+        for folder in (stopped, straight)
+    )
+    assert len(ours["ranks"]) == 2
+    for name, value in theirs["model"].items():
+        assert torch.equal(ours["model"][name], value), name
+    for mine, other in zip(ours["ranks"], theirs["ranks"], strict=True):
+        assert torch.equal(mine["method"]["delta"], other["method"]["delta"])
+    assert ours["progress"]["passes"] == theirs["progress"]["passes"]
+
+
+def test_more_ranks_than_gpus_is_a_user_error(monkeypatch):
+    """One line that names torchrun's flag and what the machine has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="--nproc-per-node 4: more ranks than GPUs"):
+        join_world()

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,14 +17,14 @@ from freeadv_fast.cli import run_training
 SHORT = ["--max-passes", "1500", "--eval-images", "24", "--holdout-images", "20"]
 
 
-def shell(repository, cwd, *command, **environment):
-    """Runs a command outside the checkout, one thread a process."""
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
-    words = [str(repository / word) if word.startswith("launch/") else word for word in command]
+def shell(repository, cwd, program, *arguments):
+    """Runs python or torchrun of this environment in a folder, one thread a process."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    words = [str(repository / word) if word.startswith("launch/") else word for word in arguments]
+    launcher = Path(sys.executable).with_name(program)
     return subprocess.run(
-        [sys.executable, *words], cwd=cwd, env=variables, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
+        [launcher, *words], cwd=cwd, env=variables, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.fixture
@@ -75,8 +76,8 @@ def test_quickstart_shows_that_the_natural_model_falls_and_the_free_one_stands(
 ):
     """A shortened `make run`: the table, and at least 20 points between the two."""
     done = shell(
-        repository, tmp_path, "launch/quickstart.py", "--epochs", "12", "--eval-images", "120",
-        XDG_CACHE_HOME=os.environ["XDG_CACHE_HOME"],
+        repository, tmp_path, "python", "launch/quickstart.py", "--eval-images", "120",
+        "--epochs", "12",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = {}
@@ -97,12 +98,11 @@ def test_quickstart_shows_that_the_natural_model_falls_and_the_free_one_stands(
 def test_two_ranks_train_on_real_jpegs(repository, imagenette, tmp_path):
     """torchrun over gloo: one result, the global batch printed, running statistics averaged."""
     done = shell(
-        repository, tmp_path, "-m", "torch.distributed.run", "--standalone",
+        repository, tmp_path, "torchrun", "--standalone",
         "--nproc-per-node", "2", "launch/imagenet_free.py", "--m", "4",
         "--data", str(imagenette), "--arch", "resnet18", "--image-size", "64",
         "--batch-size", "8", "--max-passes", "160", "--eval-images", "11",
         "--holdout-images", "10", "--workers", "1", "--eval-attacks", "pgd-2",
-        XDG_CACHE_HOME=os.environ["XDG_CACHE_HOME"],
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("global batch 16 = 2 x 8") == 1
@@ -120,7 +120,7 @@ def test_two_ranks_train_on_real_jpegs(repository, imagenette, tmp_path):
 def test_a_mistake_under_torchrun_is_said_once(repository, tmp_path):
     """Rank 0 prints the line; torchrun's trailer is its own."""
     done = shell(
-        repository, tmp_path, "-m", "torch.distributed.run", "--standalone",
+        repository, tmp_path, "torchrun", "--standalone",
         "--nproc-per-node", "2", "launch/imagenet_free.py", "--data", "nowhere",
     )  # fmt: skip
     assert done.returncode != 0
@@ -157,13 +157,12 @@ def test_evaluate_and_export_a_run(repository, tmp_path, monkeypatch):
     assert run_training("free", "imagenet", [*SHORT, "--output-dir", "run"]) == 0
     before = (tmp_path / "run" / "result.json").read_bytes()
     shutil.rmtree(tmp_path / "run" / "export")
-    cache = os.environ["XDG_CACHE_HOME"]
-    done = shell(repository, tmp_path, "launch/evaluate.py", "run", "--attacks", "pgd-3,cw-3",
-                 "--eval-images", "16", XDG_CACHE_HOME=cache)  # fmt: skip
+    done = shell(repository, tmp_path, "python", "launch/evaluate.py", "run", "--attacks",
+                 "pgd-3,cw-3", "--eval-images", "16")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "cw-3" in done.stdout
     assert (tmp_path / "run" / "result.json").read_bytes() == before
     assert list((tmp_path / "run").glob("evaluation-*.json"))
-    done = shell(repository, tmp_path, "launch/export.py", "run", XDG_CACHE_HOME=cache)
+    done = shell(repository, tmp_path, "python", "launch/export.py", "run")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "export" / "config.json").exists()
