@@ -112,7 +112,9 @@ def is_at_home() -> bool:
     script = VENV / "bin" / "torchrun"
     if not script.is_file():
         return True
-    return script.read_text(errors="replace").startswith(f"#!{VENV / 'bin'}/")
+    # "#!PATH", or, when PATH is long or has spaces, "#!/bin/sh" and a line that starts PATH.
+    here = rf"(^#!|[\s\"]){re.escape(str(VENV / 'bin'))}/python"
+    return re.search(here, script.read_text(errors="replace")) is not None
 
 
 def is_complete() -> bool:

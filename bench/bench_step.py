@@ -155,12 +155,19 @@ def run(
         }
         for name, entry in times.items()
     }
-    ratios = {
-        "free_over_natural": harness.pairwise_ratio(times["free"], times["natural"]),
-        "plain_over_natural": harness.pairwise_ratio(times["plain"], times["natural"]),
-        "plain_over_free": harness.pairwise_ratio(times["plain"], times["free"]),
+    comparison: dict[str, Any] = {"results": results, "time_ratios": ratios(times)}
+    if device.type == "cpu":
+        cpu_times = {name: entry["cpu_seconds"] for name, entry in times.items()}
+        comparison["cpu_time_ratios"] = ratios(cpu_times)
+    return comparison
+
+
+def ratios(times: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """What one pass of one costs in passes of another, within each round."""
+    return {
+        f"{one}_over_{other}": harness.pairwise_ratio(times[one], times[other])
+        for one, other in (("free", "natural"), ("plain", "natural"), ("plain", "free"))
     }
-    return {"results": results, "time_ratios": ratios}
 
 
 def provider(name: str, config: TrainConfig, device: torch.device) -> Callable[[], None]:
@@ -227,8 +234,10 @@ def report(record: dict[str, Any]) -> None:
             f"  spread {100 * (entry['p80'] - entry['p20']) / entry['median']:5.1f} %"
             f"  n {entry['n']:3d} {peak}"
         )
-    for name, ratio in record["time_ratios"].items():
-        print(f"{name:19s} {ratio['median']:.3f}  ({ratio['p20']:.3f} to {ratio['p80']:.3f})")
+    for kind in ("time_ratios", "cpu_time_ratios"):
+        for name, ratio in record.get(kind, {}).items():
+            spread = f"({ratio['p20']:.3f} to {ratio['p80']:.3f})"
+            print(f"{kind:16s} {name:19s} {ratio['median']:.3f}  {spread}")
 
 
 if __name__ == "__main__":

@@ -157,9 +157,7 @@ def run_tool(function: Callable[..., int]) -> int:
     return guard(work)
 
 
-def parse_with_tyro(
-    target: Callable[..., T], arguments: list[str], default: T | None = None
-) -> T:
+def parse_with_tyro(target: Callable[..., T], arguments: list[str], default: T | None = None) -> T:
     """tyro's parser, its boxed complaints turned into one-line user errors.
 
     Args:
@@ -171,7 +169,7 @@ def parse_with_tyro(
     options: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
+            return tyro.cli(  # type: ignore[no-any-return]
                 target,
                 args=arguments,
                 config=(tyro.conf.FlagCreatePairsOff,),
@@ -197,7 +195,8 @@ def first_sentence(box: str) -> str:
         if not text or set(text) <= set("─-╰╯╭╮"):
             break
         words.append(text)
-    return " ".join(words).removeprefix("Error parsing ") or "the command line cannot be read; see --help"
+    message = " ".join(words).removeprefix("Error parsing ")
+    return message or "the command line cannot be read; see --help"
 
 
 def value_registry() -> tyro.constructors.ConstructorRegistry:

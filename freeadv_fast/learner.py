@@ -65,7 +65,7 @@ class Learner:
         self.num_ranks = num_ranks
         self.updates = 0
         self.meters = Meters(device)
-        self.scaler = torch.amp.GradScaler(
+        self.scaler = torch.amp.grad_scaler.GradScaler(
             device.type, enabled=self.precision is torch.float16
         )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import replace
 
-from freeadv_fast.config import Method, TrainConfig
+from freeadv_fast.config import TrainConfig
 from freeadv_fast.errors import UserError
 from freeadv_fast.schedule import Schedule
 from freeadv_fast.threat import Perturbation
@@ -119,7 +119,7 @@ def _rows() -> dict[str, TrainConfig]:
 RECIPES = _rows()
 
 # The recipe that --data alone selects, by the dataset of the script and the method.
-DEFAULTS: dict[str, dict[Method, str]] = {
+DEFAULTS: dict[str, dict[str, str]] = {
     "digits": {"free": "digits-free", "natural": "digits-natural"},
     "cifar": {"free": "cifar10-wrn32-free-m8", "natural": "cifar10-wrn32-natural"},
     "imagenet": {"free": "imagenet-rn50-free-m4-eps4", "natural": "imagenet-rn50-natural"},

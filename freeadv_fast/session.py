@@ -73,7 +73,8 @@ class Clock:
 
     def __init__(self, seconds: float, passes: int) -> None:
         """Continues from earlier sessions' seconds, paused."""
-        self._before, self._started = seconds, None
+        self._before = seconds
+        self._started: float | None = None
         self._lap = (seconds, passes)
 
     def start(self) -> None:
@@ -210,14 +211,14 @@ def build_learner(
     if config.init_from is not None:
         state = checkpoint.load_checkpoint(Path(config.init_from), "--init-from")
         checkpoint.load_weights(model, state, config.arch, f"--init-from {config.init_from}")
-    model = model.to(world.device, memory_format=torch.channels_last)
+    # Two minibatch shapes a run, so that every convolution is timed once and well chosen after.
+    torch.backends.cudnn.benchmark = True
+    model = model.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     net: nn.Module = model
     if world.size > 1:
         # Each rank keeps its own running statistics (checkpoint.averaged_buffers); broadcasting
         # them at every forward would also break two forwards before one backward.
-        net = DistributedDataParallel(
-            model, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = build_sgd(
         model,
         lr=config.lr,
@@ -254,9 +255,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-def find_checkpoint(
-    config: TrainConfig, world: World, folder: RunFolder
-) -> dict[str, Any] | None:
+def find_checkpoint(config: TrainConfig, world: World, folder: RunFolder) -> dict[str, Any] | None:
     """The state to resume from: rank 0 chooses the file, every rank reads it."""
     path = world.on_main(lambda: checkpoint.newest_intact(folder.checkpoints))
     if path is None:

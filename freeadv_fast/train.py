@@ -20,7 +20,7 @@ from freeadv_fast.attacks import Attack
 from freeadv_fast.conclude import Result, conclude
 from freeadv_fast.config import TrainConfig
 from freeadv_fast.config_file import config_to_dict
-from freeadv_fast.data.loader import Batch
+from freeadv_fast.data import Batch, build_loaders
 from freeadv_fast.distributed import join_world, leave_world
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluate import evaluate
@@ -236,7 +236,7 @@ def dry_run(config: TrainConfig) -> list[str]:
     """What `train` would do: data, steps and the first minibatch; writes nothing."""
     world = join_world()
     try:
-        loaders = session.build_loaders(config, world)
+        loaders = build_loaders(config, world)
         budget = session.Budget.of(config, loaders.train.num_batches)
         batch = next(iter(loaders.train.epoch(0)))
         return [

@@ -1,6 +1,6 @@
 """Free adversarial training on ImageNet or any ImageFolder (Shafahi et al. 2019, Algorithm 1).
 
-    torchrun --nproc-per-node 4 launch/imagenet_free.py --m 4 --data /imagenet
+torchrun --nproc-per-node 4 launch/imagenet_free.py --m 4 --data /imagenet
 """
 
 import sys

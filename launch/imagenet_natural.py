@@ -1,6 +1,6 @@
 """Natural training on ImageNet or any ImageFolder: the twin to compare free training with.
 
-    torchrun --nproc-per-node 4 launch/imagenet_natural.py --data /imagenet
+torchrun --nproc-per-node 4 launch/imagenet_natural.py --data /imagenet
 """
 
 import sys

@@ -65,7 +65,7 @@ class Free:
             learner.backward(loss)  # one pass: g_theta and g_adv
             ops.sign_ascent_(
                 delta,
-                x.grad,
+                x.grad,  # type: ignore[arg-type]  # backward has set it
                 images,
                 learner.meters.nonfinite_gradients,
                 step=self.step_size,

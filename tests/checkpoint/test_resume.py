@@ -19,7 +19,8 @@ from freeadv_fast.errors import UserError
 # timm's test_resnet is a real ResNet of 0.5 M parameters: four data epochs of five minibatches, the
 # last one smaller, take seconds.
 FLAGS = [
-    "--data", "(small_images)", "--workers", "1", "--augment", "random-resized-crop", "--arch", "test_resnet", "--image-size", "16", "--batch-size", "24",
+    "--data", "(small_images)", "--workers", "1", "--augment", "random-resized-crop",
+    "--arch", "test_resnet", "--image-size", "16", "--batch-size", "24",
     "--epochs", "8", "--m", "2", "--eps", "8/255", "--holdout-images", "6", "--eval-images", "8",
     "--eval-attacks", "pgd-2", "--log-every", "2", "--bn-group", "16",
 ]  # fmt: skip

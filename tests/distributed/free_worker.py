@@ -18,12 +18,8 @@ M = 2
 def build_free(network, num_ranks, slots, net=None):
     """Free training in fp64; `net` is the network behind data parallelism."""
     optimizer = build_sgd(network, lr=0.05, momentum=0.9, weight_decay=5e-4, decay="all")
-    pixels = Pixels(
-        torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3]), torch.float64
-    )
-    learner = Learner(
-        net or network, optimizer, lambda update: 0.05, pixels, num_ranks=num_ranks
-    )
+    pixels = Pixels(torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3]), torch.float64)
+    learner = Learner(net or network, optimizer, lambda update: 0.05, pixels, num_ranks=num_ranks)
     threat = ThreatModel(Perturbation.parse("8/255"), Perturbation.parse("8/255"))
     shape = (slots, 8, 8, 3)
     return Free(learner, threat, m=M, minibatch_shape=shape, device=torch.device("cpu"))

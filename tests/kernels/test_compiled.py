@@ -34,10 +34,12 @@ def run(file: str, tmp_path: Path, interpret: bool) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_equal_the_references(tmp_path):
     run("compiled_kernels.py", tmp_path, interpret=True)
 
 
+@pytest.mark.slow
 def test_kernels_compile_ahead_of_time(tmp_path):
     run("ahead_of_time.py", tmp_path, interpret=False)
 

@@ -99,12 +99,19 @@ def test_half_made_environments_are_not_healthy(make_venv):
     assert not make_venv.is_healthy()
 
 
-def test_a_moved_environment_is_not_at_home(make_venv):
-    script = make_venv.VENV / "bin" / "torchrun"
-    script.parent.mkdir(parents=True)
-    script.write_text("#!/elsewhere/.venv/bin/python\n")
+@pytest.mark.parametrize(
+    "script",
+    ["#!{}/bin/python\n", '#!/bin/sh\n\'\'\'exec\' "{}/bin/python" "$0" "$@"\n'],
+    ids=["plain", "path-with-space"],
+)
+def test_a_moved_environment_is_not_at_home(make_venv, script):
+    torchrun = make_venv.VENV / "bin" / "torchrun"
+    torchrun.parent.mkdir(parents=True)
+    torchrun.write_text(script.format("/elsewhere/.venv"))
     assert not make_venv.is_at_home()
-    script.write_text(f"#!{make_venv.VENV}/bin/python\n")
+    torchrun.write_text(script.format(f"/elsewhere{make_venv.VENV}"))
+    assert not make_venv.is_at_home()
+    torchrun.write_text(script.format(make_venv.VENV))
     assert make_venv.is_at_home()
 
 
