@@ -42,9 +42,7 @@ std::string build_info() {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(freeadv_fast, library) {
-  library.def("build_info() -> str", &build_info);
-}
+TORCH_LIBRARY_FRAGMENT(freeadv_fast, library) { library.def("build_info() -> str", &build_info); }
 
 }  // namespace freeadv_fast
 

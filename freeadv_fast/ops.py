@@ -70,13 +70,16 @@ def perturb_normalize(
 
     Source: Shafahi et al. 2019, Algorithm 1, the argument x + delta.
     """
+    x: Tensor
     if backend(images.device) == "triton":
-        return _perturb_normalize.perturb_normalize(
+        x = _perturb_normalize.perturb_normalize(
             images, delta, pixel_mean, pixel_std, unit=unit, dtype=dtype
         )
-    return _perturb_normalize.perturb_normalize_ref(
-        images, delta, pixel_mean, pixel_std, unit, dtype
-    )
+    else:
+        x = _perturb_normalize.perturb_normalize_ref(
+            images, delta, pixel_mean, pixel_std, unit, dtype
+        )
+    return x
 
 
 def sign_ascent_(
