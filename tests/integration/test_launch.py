@@ -47,7 +47,7 @@ def test_embedded_digits_end_to_end(tmp_path, monkeypatch, capsys):
     assert run_training("free", "imagenet", [*SHORT, "--m", "2"]) == 0
     first_line = capsys.readouterr().out.splitlines()[0]
     assert first_line.startswith("no --data: training on embedded real handwritten digits")
-    folder = tmp_path / "runs" / "free-digits-resnet18-m2-eps40-seed0"
+    folder = tmp_path / "runs" / "free-digits-resnet18-m2-eps32-seed0"
     result = json.loads((folder / "result.json").read_text())
     assert result["passes"] >= 1500
     assert result["passes"] < 1500 + 64 * 2
@@ -57,7 +57,7 @@ def test_embedded_digits_end_to_end(tmp_path, monkeypatch, capsys):
     assert (result["method"], result["m"], result["num_eval_images"]) == ("free", 2, 24)
     assert 0 <= result["robust_accuracy"]["pgd-20"] <= result["clean_accuracy"] <= 1
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert (config["eps"], config["data"], config["m"]) == ("40/255", "digits", 2)
+    assert (config["eps"], config["data"], config["m"]) == ("32/255", "digits", 2)
     environment = json.loads((folder / "env.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__
     assert "extension" in environment["build"]
@@ -132,7 +132,7 @@ def test_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run_training("free", "imagenet", ["--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "eps: 40/255" in out
+    assert "eps: 32/255" in out
     assert "images (64, 32, 32, 3) torch.uint8" in out
     assert not (tmp_path / "runs").exists()
 

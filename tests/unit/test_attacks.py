@@ -278,3 +278,30 @@ def test_other_names_are_refused(text):
         f"--eval-attacks {text}: no such attack; write pgd-50 (50 steps), pgd-50-10 "
         "(10 restarts) or cw-100 (margin loss)"
     )
+
+
+def test_an_overconfident_network_is_still_attacked(network):
+    """Logits a thousand times larger: cross entropy's fp32 gradient is 0, the attack's is not."""
+
+    class Overconfident(nn.Module):
+        def forward(self, images):
+            return 1000 * network(images)
+
+    confident = Overconfident()
+    images, labels = small_batch(network)
+    x = images.clone().requires_grad_()
+    loss = F.cross_entropy(confident(x), labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, x)
+    is_flat = gradient.flatten(1).abs().amax(1) == 0
+    assert is_flat.sum() > 20  # the trap is there
+    threat = threat_of("3/255", "1/255")
+    fooled = perturb(
+        confident, images, labels, attack=Attack("pgd", 10), threat=threat, random_start=False
+    )
+    moved = (fooled.images - images).flatten(1).abs().amax(1) > 0
+    assert moved[is_flat & (confident(images).argmax(1) == labels)].all()
+    calm = perturb(
+        network, images, labels, attack=Attack("pgd", 10), threat=threat, random_start=False
+    )
+    agreement = (fooled.is_fooled == calm.is_fooled).float().mean()
+    assert agreement > 0.9  # the same ball, the same network up to scale
