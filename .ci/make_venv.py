@@ -157,8 +157,28 @@ def install() -> None:
     say("building freeadv_fast and installing what it needs")
     os.environ["PYTHONWARNINGS"] = "ignore"  # setuptools warns whoever installs editable
     run([*pip, "--no-build-isolation", "--editable", f"{ROOT}[dev]"])
+    write_torchrun()
     say(describe_extension())
     UNFINISHED.unlink()
+
+
+def write_torchrun() -> None:
+    """Lets ``torchrun launch/imagenet_free.py --m 4`` through.
+
+    torch's own script lets argparse take --m, though it stands behind the script's name, for an
+    ambiguous abbreviation of --module and --max-restarts (seen with Python 3.11, 3.12.1, 3.13.0).
+    Elsewhere `torchrun ... -- launch/imagenet_free.py --m 4` does the same.
+    """
+    script = f"""#!{PYTHON}
+import sys
+from functools import partial
+
+from torch.distributed import run
+
+run.ArgumentParser = partial(run.ArgumentParser, allow_abbrev=False)
+sys.exit(run.main())
+"""
+    (VENV / "bin" / "torchrun").write_text(script)
 
 
 def describe_extension() -> str:

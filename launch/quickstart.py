@@ -24,9 +24,12 @@ def main() -> int:
         status = run_training(method, "digits", flags)
         if status != 0:
             return status
-        rows.append(read_json(folder / "result.json"))
-    print()
-    print(results_table(rows))
+        result = read_json(folder / "result.json")
+        row = {"method": method, "clean": result["clean_accuracy"]}
+        row |= {f"{k} at {result['eps']}": v for k, v in result["robust_accuracy"].items()}
+        row |= {"image passes": result["passes"], "seconds": round(result["train_seconds"])}
+        rows.append(row)
+    print(f"\n{results_table(rows)}\n\npictures: runs/quickstart-{stamp}-*/plots/*.png")
     return 0
 
 
