@@ -100,7 +100,7 @@ def describe(run: Run, measured: Evaluation, best_epoch: int) -> Result:
         arch=config.arch,
         m=config.m,
         eps=str(config.eps),
-        epochs=progress.epoch,
+        epochs=round(progress.epoch + progress.minibatch / run.loaders.train.num_batches, 4),
         passes=progress.passes,
         train_seconds=round(progress.train_seconds, 3),
         passes_per_second=round(progress.passes / max(progress.train_seconds, 1e-9), 2),

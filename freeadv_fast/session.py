@@ -56,7 +56,7 @@ class Progress:
         passes: Images forwarded and backwarded for the weights, over all ranks.
         train_seconds: Seconds in the training loop, checkpoints included, evaluation excluded.
         best_score: Held-out accuracy of best.pt. best_epoch: The epoch it is from.
-        last_line: The last line of training metrics.
+        last_line: The latest training metrics.
     """
 
     epoch: int = 0

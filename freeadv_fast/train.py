@@ -67,29 +67,29 @@ def train_epochs(run: Run, stop: StopRequests) -> None:
         run.clock.start()
         train_epoch(run, stop)
         run.clock.pause()
-        select(run)
-        progress.epoch += 1
-        progress.minibatch = 0
+        run.log.write(progress.last_line | select(run))
+        if progress.minibatch == run.loaders.train.num_batches:
+            progress.epoch, progress.minibatch = progress.epoch + 1, 0
         save(run)
+        obey_requests(run, stop)
 
 
 def train_epoch(run: Run, stop: StopRequests) -> None:
     """Trains on what is left of one data epoch, saving in between as often as asked."""
-    config, progress = run.config, run.progress
+    config, progress, loader = run.config, run.progress, run.loaders.train
     run.model.train()
-    batch = None
-    for batch in run.loaders.train.epoch(progress.epoch, progress.minibatch):
+    for batch in loader.epoch(progress.epoch, progress.minibatch):
         run.method.train_minibatch(batch.images, batch.labels, batch.global_size)
         progress.minibatch += 1
         progress.passes += batch.global_size * config.m
         run.log.advance(batch.global_size * config.m)
+        if progress.minibatch == loader.num_batches or run.is_budget_spent:
+            measure(run, batch)
+            return
         if progress.minibatch % config.log_every == 0:
-            log_training(run, batch)
-        if run.is_budget_spent:
-            break
+            measure(run, batch)
+            run.log.write(progress.last_line)
         obey_requests(run, stop)
-    if batch is not None and progress.minibatch % config.log_every != 0:
-        log_training(run, batch)
 
 
 def obey_requests(run: Run, stop: StopRequests) -> None:
@@ -102,8 +102,13 @@ def obey_requests(run: Run, stop: StopRequests) -> None:
         raise Interrupted(signum)
 
 
-def log_training(run: Run, batch: Batch) -> None:
-    """Reads the meters, refuses a non-finite loss, and writes a line of log.jsonl."""
+def measure(run: Run, batch: Batch) -> None:
+    """Reads the meters into `last_line`, the next line of log.jsonl; waits for the device.
+
+    Raises:
+        UserError: a loss was not finite. With fp16 the scaler skips such a step; weights that are
+            not finite are refused when they would be saved.
+    """
     progress, learner = run.progress, run.learner
     reading = learner.meters.read(run.world)
     if reading.nonfinite_losses and not learner.scaler.is_enabled():
@@ -124,7 +129,6 @@ def log_training(run: Run, batch: Batch) -> None:
     else:
         line["train_clean_accuracy"] = reading.accuracy
     progress.last_line = line
-    run.log.write(line)
 
 
 def refuse_nonfinite(run: Run) -> None:
@@ -140,15 +144,18 @@ def refuse_nonfinite(run: Run) -> None:
     )
 
 
-def select(run: Run) -> None:
+def select(run: Run) -> dict[str, float]:
     """Measures the held-out slice and keeps the weights as best.pt if none were better.
 
     Adversarial methods select by robust accuracy, natural training by clean accuracy: its robust
     accuracy is highest before it has learnt anything.
+
+    Returns:
+        What was measured, for log.jsonl; nothing where no images are held out.
     """
     config, progress = run.config, run.progress
-    if run.loaders.holdout is None or not run.progress.last_line:
-        return
+    if run.loaders.holdout is None:
+        return {}
     attacks = (SELECTION_ATTACK,) if run.method.is_adversarial else ()
     with checkpoint.averaged_buffers(run.model, run.world):
         measured = evaluate(
@@ -162,20 +169,20 @@ def select(run: Run) -> None:
             seed=config.seed,
             label=f"epoch {progress.epoch} held-out",
         )
-        robust = measured.robust_accuracy.get(str(SELECTION_ATTACK))
-        score = robust if run.method.is_adversarial else measured.clean_accuracy
-        line = progress.last_line | {"holdout_clean_accuracy": measured.clean_accuracy}
-        if robust is not None:
-            line["holdout_robust_accuracy"] = robust
-        run.log.write(line)
-        if score is not None and score > progress.best_score:
+        found = {"holdout_clean_accuracy": measured.clean_accuracy}
+        if attacks:
+            found["holdout_robust_accuracy"] = measured.robust_accuracy[str(SELECTION_ATTACK)]
+        score = found.get("holdout_robust_accuracy", measured.clean_accuracy)
+        if score > progress.best_score:
             progress.best_score, progress.best_epoch = score, progress.epoch
             save_best(run)
+    accuracies = [f"clean {measured.clean_accuracy:.1%}"]
+    accuracies += [f"{name} {value:.1%}" for name, value in measured.robust_accuracy.items()]
     run.log.say(
-        f"epoch {progress.epoch}: held-out clean {measured.clean_accuracy:.1%}"
-        + (f", {SELECTION_ATTACK} {robust:.1%}" if robust is not None else "")
-        + f", loss {line['loss']:.3f}, {line['passes_per_second']:.0f} passes/s"
+        f"epoch {progress.epoch}: held-out {', '.join(accuracies)}, loss "
+        f"{progress.last_line['loss']:.3f}, {progress.last_line['passes_per_second']:.0f} passes/s"
     )
+    return found
 
 
 def save_best(run: Run) -> None:
