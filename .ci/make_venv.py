@@ -167,14 +167,17 @@ def write_torchrun() -> None:
 
     torch's own script lets argparse take --m, though it stands behind the script's name, for an
     ambiguous abbreviation of --module and --max-restarts (seen with Python 3.11, 3.12.1, 3.13.0).
-    Elsewhere `torchrun ... -- launch/imagenet_free.py --m 4` does the same.
+    Elsewhere `torchrun ... -- launch/imagenet_free.py --m 4` does the same. And SIGUSR1, the
+    signal of a cluster's time limit, would end torchrun and leave its workers behind.
     """
     script = f"""#!{PYTHON}
+import os
 import sys
 from functools import partial
 
 from torch.distributed import run
 
+os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 run.ArgumentParser = partial(run.ArgumentParser, allow_abbrev=False)
 sys.exit(run.main())
 """

@@ -27,7 +27,7 @@ from freeadv_fast.distributed import World
 from freeadv_fast.methods import build_method
 from freeadv_fast.models.zoo import build_model
 from freeadv_fast.optim import build_sgd
-from freeadv_fast.session import PRECISIONS, Budget, build_learner, resolve_precision
+from freeadv_fast.session import PRECISIONS, Budget, build_learner, build_network, resolve_precision
 
 PROVIDERS = ("natural", "free", "plain")
 NUM_CLASSES = {224: 1000}  # any other size: CIFAR's 10
@@ -184,7 +184,8 @@ def provider(name: str, config: TrainConfig, device: torch.device) -> Callable[[
         return lambda: plain.train_minibatch(pixels, labels)
     torch.manual_seed(config.seed)
     world, budget = World(0, 1, device), Budget(1, 1 << 30, 1 << 30)
-    _, learner = build_learner(config, world, budget, [str(i) for i in range(classes)])
+    network = build_network(config, [str(i) for i in range(classes)], is_fresh=True)
+    learner = build_learner(network, config, world, budget)
     if name == "free":
         free = build_method(config, learner, device)
         return lambda: free.train_minibatch(images, labels, num)

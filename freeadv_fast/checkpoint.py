@@ -22,7 +22,7 @@ from freeadv_fast.distributed import World
 from freeadv_fast.errors import UserError
 from freeadv_fast.models.normalize import plain_network
 
-LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+LAST, PREVIOUS, BEST, DAMAGED = "last.pt", "previous.pt", "best.pt", "damaged.pt"
 
 
 def save_checkpoint(state: dict[str, Any], folder: Path, name: str = LAST) -> None:
@@ -53,16 +53,18 @@ def save_checkpoint(state: dict[str, Any], folder: Path, name: str = LAST) -> No
 
 
 def is_intact(path: Path) -> bool:
-    """Whether every byte of a checkpoint is what was written (the zip file's checksums)."""
+    """Whether a checkpoint's bytes are what was written (the zip file's checksums) and load."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile, EOFError, ValueError):
+            return archive.testzip() is None and bool(load_checkpoint(path))
+    except Exception:  # zipfile raises a handful of unrelated types for a damaged file
         return False
 
 
 def newest_intact(folder: Path) -> Path | None:
     """The newest checkpoint that can be read, or None when the folder holds none at all.
+
+    A damaged `LAST` is set aside as `DAMAGED`: the next save would push it over the intact one.
 
     Raises:
         UserError: checkpoints are there, and every one of them is damaged.
@@ -71,6 +73,8 @@ def newest_intact(folder: Path) -> Path | None:
     present = [path for path in candidates if path.exists()]
     for path in present:
         if is_intact(path):
+            if path != present[0]:
+                os.replace(present[0], folder / DAMAGED)
             return path
     if present:
         raise UserError(
@@ -111,7 +115,7 @@ def load_weights(model: nn.Module, state: dict[str, Any], arch: str, origin: str
         UserError: the weights belong to another architecture.
     """
     weights = state.get("model", state.get("state_dict", state))
-    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    weights = {str(key).removeprefix("module."): value for key, value in weights.items()}
     if weights.keys() == plain_network(model).state_dict().keys():
         model = plain_network(model)  # stock keys, without a per-image standardiser's prefix
     try:

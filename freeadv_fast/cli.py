@@ -13,6 +13,7 @@ import errno
 import inspect
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 import tyro
 import yaml
 
-from freeadv_fast.config import Method, TrainConfig
+from freeadv_fast.config import CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES, Method, TrainConfig
 from freeadv_fast.config_file import config_to_dict, load_config
 from freeadv_fast.errors import UserError
 from freeadv_fast.recipes import DEFAULTS, RECIPES, find_recipe
@@ -31,10 +32,6 @@ from freeadv_fast.signals import Interrupted
 from freeadv_fast.threat import Perturbation
 
 T = TypeVar("T")
-
-# Without a GPU a full evaluation takes hours; 400 images and 20 steps take minutes.
-CPU_EVAL_ATTACKS = ("pgd-20",)
-CPU_EVAL_IMAGES = 400
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +83,14 @@ def guard(work: Callable[[], int]) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except Interrupted as interrupted:
+        saved = "everything is saved, continue with --resume"
+        if not interrupted.is_saved:
+            saved = "at once; --resume continues from the last checkpoint"
         if is_main_rank():
-            print(
-                f"stopped by {interrupted}; everything is saved, continue with --resume",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"stopped by {interrupted}; {saved}", file=sys.stderr, flush=True)
         return 128 + interrupted.signum
+    except KeyboardInterrupt:  # before or after training, when nothing needs saving
+        return 128 + signal.SIGINT
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -133,7 +131,8 @@ def parse(arguments: list[str], method: Method, dataset: str) -> tuple[CommandLi
     elif recipe is not None:
         base = find_recipe(recipe)
     else:
-        defaults = DEFAULTS[dataset if "data" in typed else "digits"]
+        is_embedded = value_of(arguments, "--data") in (None, "digits")
+        defaults = DEFAULTS["digits" if is_embedded else dataset]
         base = RECIPES[defaults.get(value_of(arguments, "--method") or method, defaults[method])]
     command = parse_with_tyro(CommandLine, arguments, CommandLine(base))
     if config_path is None and "data" not in typed and base.data != "digits":
@@ -274,7 +273,7 @@ def resolve(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str
     remarks = []
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if num_ranks > 1 and "batch_size" not in typed:
-        share = max(1, config.batch_size // num_ranks)
+        share = max(2, config.batch_size // num_ranks)
         remarks.append(
             f"recipe batch {config.batch_size} over {num_ranks} ranks: {share} per rank "
             "(--batch-size sets it per rank)"

@@ -58,12 +58,12 @@ def conclude(run: Run) -> Result:
 
     result.json is what says that a run is finished, so a run killed before it is evaluated again.
     """
-    config, progress, world = run.config, run.progress, run.world
-    best = run.folder.checkpoints / checkpoint.BEST
-    has_best = world.on_main(best.exists)
-    if has_best:
+    config, world = run.config, run.world
+    best, best_epoch = run.folder.checkpoints / checkpoint.BEST, -1
+    if world.on_main(best.exists):
         state = checkpoint.load_checkpoint(best)
         checkpoint.load_weights(run.model, state, config.arch, str(best))
+        best_epoch = state["epoch"]
     with checkpoint.averaged_buffers(run.model, world):
         measured = evaluate(
             run.model,
@@ -76,16 +76,19 @@ def conclude(run: Run) -> Result:
             seed=config.seed,
             label="validation",
         )
-        result = describe(run, measured, progress.best_epoch if has_best else -1)
-        if world.is_main:
-            draw(run)
-            write_export(run)
-            write_json(run.folder.result, dataclasses.asdict(result))
+        result = describe(run, measured, best_epoch)
+        world.on_main(lambda: leave_behind(run, result))
     for line in summary(result):
         run.log.say(line)
     run.log.say(f"wrote {run.folder.result}, {run.folder.plots}, {run.folder.export}")
-    world.barrier()
     return result
+
+
+def leave_behind(run: Run, result: Result) -> None:
+    """Writes pictures, export and, last of all, result.json."""
+    draw(run)
+    write_export(run)
+    write_json(run.folder.result, dataclasses.asdict(result))
 
 
 def describe(run: Run, measured: Evaluation, best_epoch: int) -> Result:

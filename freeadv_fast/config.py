@@ -20,6 +20,10 @@ Augment = Literal["random-resized-crop", "pad-crop-flip", "none"]
 Normalization = Literal["imagenet", "cifar10", "cifar100", "per-image", "none"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
+# Without a GPU a full evaluation takes hours; 400 images and 20 steps take minutes.
+CPU_EVAL_ATTACKS = ("pgd-20",)
+CPU_EVAL_IMAGES = 400
+
 # Per-channel mean and standard deviation of the training pixels in [0, 1].
 PIXEL_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -94,7 +98,8 @@ class TrainConfig:
     epochs: float = 90
     """Natural budget: free-m makes ceil(epochs / m) passes over the data."""
     steps: int | None = None
-    """Budget in optimizer updates, whatever m; replaces --epochs (the CIFAR recipes: 80000)."""
+    """Budget in optimizer updates, whatever m; replaces --epochs (the CIFAR recipes: 80000).
+    The last minibatch is replayed to its end."""
     batch_size: int = 256
     """Images per minibatch on each rank (GPU). The global size is printed at the start."""
     lr: float = 0.1
@@ -140,9 +145,10 @@ class TrainConfig:
         Raises:
             UserError: names the flag and the fix.
         """
-        for flag, value in (("--m", self.m), ("--batch-size", self.batch_size)):
-            if value < 1:
-                raise UserError(f"{flag} {value}: must be at least 1")
+        if self.m < 1:
+            raise UserError(f"--m {self.m}: must be at least 1")
+        if self.batch_size < 2:
+            raise UserError(f"--batch-size {self.batch_size}: must be at least 2 for batch norm")
         if self.image_size < 8:
             raise UserError(f"--image-size {self.image_size}: must be at least 8 pixels")
         if self.resize_size is not None and self.resize_size < self.image_size:
@@ -181,6 +187,8 @@ class TrainConfig:
         ):
             if count < 0:
                 raise UserError(f"{flag} {count}: cannot be negative")
+        if self.seed >= 2**63:
+            raise UserError(f"--seed {self.seed}: must be below 2^63")
         if self.log_every < 1:
             raise UserError(f"--log-every {self.log_every}: must be at least 1")
         if self.bn_group is not None and self.bn_group < 2:

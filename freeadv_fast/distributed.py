@@ -20,6 +20,9 @@ from freeadv_fast.errors import UserError
 
 T = TypeVar("T")
 
+# After so long a silence a peer is gone. Rank 0's evaluation of a slow network is not silence yet.
+PATIENCE = datetime.timedelta(hours=1)
+
 
 @dataclasses.dataclass(frozen=True)
 class World:
@@ -64,21 +67,46 @@ class World:
         dist.gather_object(value, values if self.is_main else None, group=self.host_group)
         return values if self.is_main else []
 
+    def together(self, work: Callable[[], T]) -> T:
+        """Runs `work` on every rank; if it fails on one, no other waits for it.
+
+        Raises:
+            UserError: on every rank, the one of the lowest rank that raised one.
+        """
+        if self.size == 1:
+            return work()
+        value, own_error = None, None
+        try:
+            value = work()
+        except UserError as error:
+            own_error = error
+        if self.max_on_host([int(own_error is not None)])[0]:
+            errors: list[UserError | None] = [None] * self.size
+            dist.all_gather_object(errors, own_error, group=self.host_group)
+            raise next(error for error in errors if error is not None)
+        return value  # type: ignore[return-value]
+
     def on_main(self, work: Callable[[], T]) -> T:
         """Runs `work` on rank 0 and returns its value on every rank.
 
         Raises:
-            UserError: on every rank, when rank 0's work raised one; so all of them leave.
+            UserError: on every rank, when rank 0's work raised one; so all of them leave. Any
+                other exception is rank 0's own; the others leave with a UserError.
         """
         if self.size == 1:
             return work()
         box: list[object] = [None]
+        failure: Exception | None = None
         if self.is_main:
             try:
                 box = [work()]
             except UserError as error:
                 box = [error]
+            except Exception as error:
+                box, failure = [UserError(f"rank 0 failed: {error}")], error
         dist.broadcast_object_list(box, src=0, group=self.host_group)
+        if failure is not None:
+            raise failure
         if isinstance(box[0], UserError):
             raise box[0]
         return box[0]  # type: ignore[return-value]
@@ -112,13 +140,12 @@ def join_world() -> World:
     if size == 1:
         return World(0, 1, device)
     if not dist.is_initialized():
-        # NCCL sums gradients on GPUs; an hour of silence means that a peer is gone.
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            timeout=datetime.timedelta(hours=1),
+            timeout=PATIENCE,
             device_id=device if device.type == "cuda" else None,
         )
-    return World(rank, size, device, dist.new_group(backend="gloo"))
+    return World(rank, size, device, dist.new_group(backend="gloo", timeout=PATIENCE))
 
 
 def leave_world() -> None:

@@ -82,14 +82,18 @@ def evaluate(
     counts = torch.zeros(3 + len(parsed), dtype=torch.int64, device=world.device)
     network = with_normalizer(model, mean, std).to(world.device)
     is_silent = not (progress and world.is_main and sys.stderr.isatty())
-    bar = tqdm(
-        loader.epoch(0), label, loader.num_batches, leave=False, disable=is_silent, unit="batch"
-    )
-    with eval_mode(network), _exact_arithmetic(world.device), bar:
-        for batch in bar:
-            counts += count_batch(network, batch, parsed, threat, seed=seed)
-            if not is_silent:
-                bar.set_postfix_str(_running_text(counts, parsed))
+
+    def count() -> None:
+        bar = tqdm(
+            loader.epoch(0), label, loader.num_batches, leave=False, disable=is_silent, unit="batch"
+        )
+        with eval_mode(network), _exact_arithmetic(world.device), bar:
+            for batch in bar:
+                counts.add_(count_batch(network, batch, parsed, threat, seed=seed))
+                if not is_silent:
+                    bar.set_postfix_str(_running_text(counts, parsed))
+
+    world.together(count)  # ranks may differ by a minibatch
     num_images, top1, top5, *standing = world.sum_(counts).tolist()
     if num_images == 0:
         raise ValueError("no images to evaluate")

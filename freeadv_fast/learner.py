@@ -140,7 +140,7 @@ class Learner:
         return hits
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer, scaler, update counter and running sums; the weights are saved apart."""
+        """Optimizer, scaler and update counter; weights and meters are saved apart."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -149,6 +149,9 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a saved state."""
+        fused = [group["fused"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, is_fused in zip(self.optimizer.param_groups, fused, strict=True):
+            group["fused"] = is_fused  # this device's, not that of the machine that saved
         self.scaler.load_state_dict(state["scaler"])
         self.updates = int(state["updates"])

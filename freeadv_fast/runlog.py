@@ -58,6 +58,9 @@ class RunFolder:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             is_used = any(self.root.iterdir())
+            if resume or not is_used:
+                for folder in (self.checkpoints, self.plots):
+                    folder.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"--output-dir {self.root}: {error.strerror or error}") from None
         if is_used and not resume:
@@ -65,8 +68,6 @@ class RunFolder:
                 f"--output-dir {self.root}: holds another run; add --resume to continue it "
                 "or choose another folder"
             )
-        for folder in (self.checkpoints, self.plots):
-            folder.mkdir(exist_ok=True)
 
 
 class RunLog:

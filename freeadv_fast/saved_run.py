@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from freeadv_fast.attacks import Attack
 from freeadv_fast.checkpoint import BEST, LAST, load_checkpoint, load_weights
-from freeadv_fast.config import TrainConfig
+from freeadv_fast.config import CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES, TrainConfig
 from freeadv_fast.config_file import load_config
 from freeadv_fast.data import build_val_loader
 from freeadv_fast.distributed import World, join_world, leave_world
@@ -120,9 +121,13 @@ def evaluate_run(
         "eval_step": None if step is None else Perturbation.parse(step, "--step"),
         "eval_images": num_images,
     }
+    if chosen["eps"] is not None and chosen["eps"].levels == 0:
+        raise UserError("--eps 0: an attack needs a radius above 0, such as 4/255")
     world = join_world()
     try:
         run = load_run(run_folder, checkpoint)
+        if world.device.type != "cuda" and run.config.eval_images is None:
+            limit_without_gpu(chosen, world)
         chosen = {name: value for name, value in chosen.items() if value is not None}
         run = dataclasses.replace(run, config=dataclasses.replace(run.config, **chosen))
         measured = _measure(run, world)
@@ -134,6 +139,16 @@ def evaluate_run(
         return measured
     finally:
         leave_world()
+
+
+def limit_without_gpu(chosen: dict[str, Any], world: World) -> None:
+    """Without a GPU, what neither run nor user chose is one PGD-20 on at most 400 images."""
+    for name, value in (("eval_attacks", CPU_EVAL_ATTACKS), ("eval_images", CPU_EVAL_IMAGES)):
+        if chosen[name] is None:
+            chosen[name] = value
+            if world.is_main:
+                flag = name.replace("eval_attacks", "attacks").replace("_", "-")
+                print(f"no GPU: {flag} limited to {value}; --{flag} chooses others", flush=True)
 
 
 def export_run(
@@ -193,7 +208,13 @@ def _write_evaluation(run: SavedRun, measured: Evaluation) -> Path:
     attacks = "_".join(config.eval_attacks) or "clean"
     eps, step = (f"{float(p.levels):g}" for p in (config.eps, config.eval_step))
     name = f"evaluation-{run.checkpoint.stem}-{attacks}-eps{eps}-step{step}"
-    path = run.folder.root / f"{name}-n{measured.num_images}.json"
+    name += f"-n{measured.num_images}"
+    # Other images or weights than the run's own get a name of their own.
+    own = load_config(run.folder.config).data, run.folder.checkpoints
+    if (config.data, run.checkpoint.parent) != own:
+        origin = f"{config.data} {run.checkpoint.resolve()}"
+        name += f"-{hashlib.sha256(origin.encode()).hexdigest()[:8]}"
+    path = run.folder.root / f"{name}.json"
     record = {
         "run": run.folder.root.name,
         "checkpoint": run.checkpoint.name,

@@ -157,8 +157,13 @@ class Run:
         return self.progress.epoch >= self.budget.data_epochs or self.is_budget_spent
 
 
-def prepare(config: TrainConfig, world: World) -> Run | None:
+def prepare(config: TrainConfig, world: World, own_model: nn.Module | None = None) -> Run | None:
     """Builds a run, restored from its checkpoint when it is resumed.
+
+    Args:
+        config: The run.
+        world: This process among the others.
+        own_model: The caller's network; the config names one otherwise.
 
     Returns:
         None when the run in the folder is finished and there is nothing to do.
@@ -167,19 +172,25 @@ def prepare(config: TrainConfig, world: World) -> Run | None:
         UserError: data, folder, network or checkpoint cannot be used.
     """
     folder = RunFolder(Path(config.run_folder))
-    if config.resume and folder.result.exists():
+    precision = resolve_precision(config.precision, world.device)
+    config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
+    if config.resume and world.on_main(folder.result.exists):
         say(world, f"{folder.root} is finished; its result is in {folder.result}")
         return None
-    loaders = build_loaders(config, world)
+    loaders = world.together(lambda: build_loaders(config, world))
     for line in loaders.describe():
         say(world, line)
     budget = Budget.of(config, loaders.train.num_batches)
+    state = find_checkpoint(config, world, folder) if config.resume else None
     torch.manual_seed(config.seed)
-    model, learner = build_learner(config, world, budget, loaders.train.classes)
+    model = own_model or world.together(
+        lambda: build_network(config, loaders.train.classes, is_fresh=state is None)
+    )
+    learner = build_learner(model, config, world, budget)
     method = build_method(config, learner, world.device)
+    torch.manual_seed(config.seed + 1_000_003 * world.rank)  # no dropout mask on two ranks
     progress, log_bytes = Progress(), 0
     world.on_main(lambda: folder.claim(config.resume))
-    state = find_checkpoint(config, world, folder) if config.resume else None
     if state is not None:
         progress = restore(state, config, world, model, learner, method)
         log_bytes = int(state["log_bytes"])
@@ -188,7 +199,11 @@ def prepare(config: TrainConfig, world: World) -> Run | None:
         warn_about_changes(folder, record, world)
     world.on_main(lambda: write_description(folder, config, record))
     total = budget.data_epochs * loaders.train.num_images * config.m
-    total = min(total, config.max_passes or total)
+    total = min(
+        total,
+        budget.total_updates * config.batch_size * world.size,
+        config.max_passes or total,
+    )
     log = RunLog(folder, total, log_bytes, progress.passes, world.is_main)
     clock = Clock(progress.train_seconds, progress.passes)
     return Run(
@@ -197,10 +212,8 @@ def prepare(config: TrainConfig, world: World) -> Run | None:
     )  # fmt: skip
 
 
-def build_learner(
-    config: TrainConfig, world: World, budget: Budget, classes: list[str]
-) -> tuple[nn.Module, Learner]:
-    """The network on its device, and the learner around it."""
+def build_network(config: TrainConfig, classes: list[str], is_fresh: bool) -> nn.Module:
+    """The network that the config names, with its first weights unless a checkpoint brings them."""
     model = build_model(
         config.arch,
         len(classes),
@@ -208,12 +221,17 @@ def build_learner(
         per_image_standardize=config.normalization == "per-image",
         bn_group=config.bn_group,
     )
-    if config.init_from is not None:
+    if config.init_from is not None and is_fresh:
         state = checkpoint.load_checkpoint(Path(config.init_from), "--init-from")
         checkpoint.load_weights(model, state, config.arch, f"--init-from {config.init_from}")
+    return model
+
+
+def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: Budget) -> Learner:
+    """The learner around a network, which moves to the training device."""
     # Two minibatch shapes a run, so that every convolution is timed once and well chosen after.
     torch.backends.cudnn.benchmark = True
-    model = model.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     net: nn.Module = model
     if world.size > 1:
         # Each rank keeps its own running statistics (checkpoint.averaged_buffers); broadcasting
@@ -243,7 +261,7 @@ def build_learner(
             m=config.m,
         )
 
-    return model, Learner(net, optimizer, lr_at, pixels, precision, world.size)
+    return Learner(net, optimizer, lr_at, pixels, precision, world.size)
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -262,7 +280,11 @@ def find_checkpoint(config: TrainConfig, world: World, folder: RunFolder) -> dic
         say(world, f"--resume: no checkpoint in {folder.checkpoints}; starting from the beginning")
         return None
     say(world, f"resuming from {path}")
+    if world.is_main and (folder.checkpoints / checkpoint.DAMAGED).exists():
+        say(world, f"the damaged {checkpoint.LAST} is kept as {checkpoint.DAMAGED}")
     state = checkpoint.load_checkpoint(path)
+    if not {"config", "learner", "progress", "ranks"} <= state.keys():
+        raise UserError(f"--resume: {path} holds weights only; start a run with --init-from {path}")
     saved, current = state["config"], config_to_dict(config)
     for name in sorted(set(saved) - FREE_TO_CHANGE):
         if saved[name] != current.get(name):

@@ -10,16 +10,18 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved what it had.
+    """The run was asked to stop, and does.
 
     Attributes:
         signum: The signal that asked; the exit status is 128 + signum.
+        is_saved: Whether everything is in a checkpoint; a second Ctrl-C does not wait for that.
     """
 
-    def __init__(self, signum: int) -> None:
+    def __init__(self, signum: int, is_saved: bool = True) -> None:
         """Names the signal in the message."""
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
+        self.is_saved = is_saved
 
 
 class StopRequests:
@@ -57,5 +59,5 @@ class StopRequests:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         is_second_interrupt = signum == signal.SIGINT and self.received
         if self.leave_at_once or is_second_interrupt:
-            raise Interrupted(signum)
+            raise Interrupted(signum, is_saved=self.leave_at_once)
         self.received = signum

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from freeadv_fast import checkpoint, session
 from freeadv_fast.attacks import Attack
@@ -31,11 +32,13 @@ from freeadv_fast.signals import Interrupted, StopRequests
 SELECTION_ATTACK = Attack.parse("pgd-10")
 
 
-def train(config: TrainConfig) -> Result | None:
+def train(config: TrainConfig, model: nn.Module | None = None) -> Result | None:
     """Trains, selects, evaluates and reports a network as a config says.
 
     Args:
         config: The whole run. Under torchrun every rank calls this with the same config.
+        model: A network of your own instead of the one that ``config.arch`` names: (n, 3, H, W)
+            normalised images to (n, classes) logits.
 
     Returns:
         What result.json holds; None when ``resume`` finds the run finished.
@@ -46,7 +49,7 @@ def train(config: TrainConfig) -> Result | None:
     """
     world = join_world()
     try:
-        run = session.prepare(config, world)
+        run = session.prepare(config, world, model)
         if run is None:
             return None
         try:
@@ -68,17 +71,21 @@ def train_epochs(run: Run, stop: StopRequests) -> None:
         train_epoch(run, stop)
         run.clock.pause()
         run.log.write(progress.last_line | select(run))
+        run.clock.start()
         if progress.minibatch == run.loaders.train.num_batches:
             progress.epoch, progress.minibatch = progress.epoch + 1, 0
         save(run)
         obey_requests(run, stop)
+        run.clock.pause()
+        progress.train_seconds = run.clock.seconds
 
 
 def train_epoch(run: Run, stop: StopRequests) -> None:
     """Trains on what is left of one data epoch, saving in between as often as asked."""
     config, progress, loader = run.config, run.progress, run.loaders.train
     run.model.train()
-    for batch in loader.epoch(progress.epoch, progress.minibatch):
+    batches = loader.epoch(progress.epoch, progress.minibatch)
+    while (batch := run.world.together(lambda: next(batches, None))) is not None:
         run.method.train_minibatch(batch.images, batch.labels, batch.global_size)
         progress.minibatch += 1
         progress.passes += batch.global_size * config.m
@@ -106,12 +113,12 @@ def measure(run: Run, batch: Batch) -> None:
     """Reads the meters into `last_line`, the next line of log.jsonl; waits for the device.
 
     Raises:
-        UserError: a loss was not finite. With fp16 the scaler skips such a step; weights that are
-            not finite are refused when they would be saved.
+        UserError: a loss was not finite. (An overflow that fp16's scaler skips is one of the
+            scaled gradients; the loss itself stays finite.)
     """
     progress, learner = run.progress, run.learner
     reading = learner.meters.read(run.world)
-    if reading.nonfinite_losses and not learner.scaler.is_enabled():
+    if reading.nonfinite_losses:
         refuse_nonfinite(run)
     line: dict[str, Any] = {
         "passes": progress.passes,
@@ -139,8 +146,8 @@ def refuse_nonfinite(run: Run) -> None:
     """
     raise UserError(
         f"--lr {run.config.lr:g}: the loss became non-finite in epoch {run.progress.epoch} after "
-        f"{run.progress.passes} passes; {run.folder.checkpoints / checkpoint.LAST} keeps the last "
-        "good weights, lower --lr"
+        f"{run.progress.passes} passes; start again with a lower --lr (checkpoints saved before "
+        f"are kept in {run.folder.checkpoints})"
     )
 
 
@@ -234,8 +241,9 @@ def write(run: Run, state: dict[str, Any], name: str) -> None:
 
 
 def refuse_nonfinite_weights(run: Run) -> None:
-    """Keeps a checkpoint of finite weights from being replaced by one of others."""
-    if not all(bool(torch.isfinite(p).all()) for p in run.model.parameters()):
+    """Keeps a checkpoint of finite weights and statistics from being replaced by one of others."""
+    tensors = [*run.model.parameters(), *checkpoint.batch_norm_buffers(run.model).values()]
+    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
         refuse_nonfinite(run)
 
 

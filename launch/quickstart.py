@@ -24,6 +24,8 @@ def main() -> int:
         status = run_training(method, "digits", flags)
         if status != 0:
             return status
+        if not (folder / "result.json").exists():  # --dry-run
+            continue
         result = read_json(folder / "result.json")
         row = {"method": method, "clean": result["clean_accuracy"]}
         row |= {f"{k} at {result['eps']}": v for k, v in result["robust_accuracy"].items()}

@@ -186,7 +186,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(straight, tmp_path, c
     assert not is_intact(checkpoints / "last.pt")
     assert newest_intact(checkpoints) == checkpoints / "previous.pt"
     assert run(folder, "--resume") == 0
-    assert "resuming from" in capsys.readouterr().out
+    assert "the damaged last.pt is kept as damaged.pt" in capsys.readouterr().out
+    assert (checkpoints / "damaged.pt").read_bytes() == damaged
 
     other = tmp_path / "other"
     (other / "checkpoints").mkdir(parents=True)

@@ -130,6 +130,14 @@ def test_two_ranks_stop_and_resume_bit_for_bit(small_images, repository, tmp_pat
     assert ours["progress"]["passes"] == theirs["progress"]["passes"]
 
 
+def test_a_failure_on_one_rank_reaches_all(tmp_path):
+    """A file that only rank 1 reads and cannot decode: rank 0, which prints, learns its name."""
+    done = call(torchrun(2, WORKER.with_name("together_worker.py"), tmp_path))
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert (tmp_path / f"told{rank}").read_text() == "['image 7 cannot be decoded']"
+
+
 def test_more_ranks_than_gpus_is_a_user_error(monkeypatch):
     """One line that names torchrun's flag and what the machine has."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -27,7 +27,7 @@ def parsed(line):
         ("--step-size 2", "--step-size 2: larger than the whole pixel range"),
         ("--m 0", "--m 0: must be at least 1"),
         ("--m four", "--m: invalid literal"),
-        ("--batch-size 0", "--batch-size 0: must be at least 1"),
+        ("--batch-size 0", "--batch-size 0: must be at least 2"),
         ("--lr nan", "--lr nan: must be a positive number"),
         ("--lr -0.1", "--lr -0.1: must be a positive number"),
         ("--epochs 0", "--epochs 0: must be a positive number"),
@@ -38,6 +38,7 @@ def parsed(line):
         ("--schedule daily", "--schedule daily: write every:30"),
         ("--config nowhere.yaml", "--config nowhere.yaml: No such file"),
         ("--resize-size 16", "--resize-size 16: smaller than --image-size 32"),
+        ("--seed 99999999999999999999", "--seed 99999999999999999999: must be below 2^63"),
         ("--bn-group 1", "--bn-group 1: statistics need at least 2 images"),
     ],
 )
@@ -65,6 +66,7 @@ def test_other_ranks_are_silent(capsys, monkeypatch):
 def test_without_data_the_embedded_recipe_is_used_and_flags_win():
     """The embedded recipe of the method, then what was typed."""
     assert parsed("").recipe == "digits-free"
+    assert parsed("--data digits") == parsed("")
     config = parsed("--m 2 --eps 8/255 --batch-size 16")
     assert (config.data, config.m, config.batch_size) == ("digits", 2, 16)
     assert str(config.threat.eps) == "8/255"
