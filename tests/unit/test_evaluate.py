@@ -260,7 +260,7 @@ def run_folder(tmp_path, monkeypatch):
 
 
 def test_a_run_is_evaluated_from_its_folder(run_folder, capsys):
-    first = evaluate_run(run_folder)
+    first = evaluate_run(run_folder, attacks=["pgd-2"], num_images=9)
     assert (first.num_images, list(first.robust_accuracy)) == (9, ["pgd-2"])
     assert first.clean_top5 is not None
     evaluate_run(run_folder, attacks=["cw-1-2", "pgd-1"], eps="8/255", step="2/255", num_images=5)
@@ -278,6 +278,14 @@ def test_a_run_is_evaluated_from_its_folder(run_folder, capsys):
     )
     assert set(record["robust_accuracy"]) == {"cw-1-2", "pgd-1"}
     assert "top-5" in capsys.readouterr().out
+
+
+def test_without_a_gpu_an_unlimited_run_is_evaluated_in_part(run_folder, monkeypatch, capsys):
+    """One PGD-20 on at most 400 images, unless chosen, and a line that says how to choose."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    measured = evaluate_run(run_folder)
+    assert (measured.num_images, list(measured.robust_accuracy)) == (400, ["pgd-20"])
+    assert "--attacks chooses others" in capsys.readouterr().out
 
 
 def test_a_run_is_exported_again(run_folder):
