@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from freeadv_fast.distributed import World
@@ -93,6 +94,8 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file")
     try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen unrelated types for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

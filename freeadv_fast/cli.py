@@ -240,7 +240,7 @@ def refuse_unknown_flags(arguments: list[str], names: Iterable[str]) -> None:
     for argument in arguments:
         flag = argument.partition("=")[0].replace("_", "-")
         if argument.startswith("--") and flag not in known | {"--help"}:
-            near = difflib.get_close_matches(flag, sorted(known), n=1, cutoff=0.4)
+            near = difflib.get_close_matches(flag, sorted(known), n=1, cutoff=0.6)
             hint = f"; did you mean {near[0]}?" if near else "; see --help"
             raise UserError(f"{argument.partition('=')[0]}: no such flag{hint}")
 
@@ -290,8 +290,6 @@ def resolve(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str
                 f"no GPU: attacking at most {CPU_EVAL_IMAGES} validation images; "
                 "more: --eval-images N, or launch/evaluate.py afterwards"
             )
-        if "holdout_images" not in typed and config.holdout_images > CPU_EVAL_IMAGES:
-            config = dataclasses.replace(config, holdout_images=CPU_EVAL_IMAGES)
     return config, remarks
 
 

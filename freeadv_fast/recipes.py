@@ -136,6 +136,6 @@ def find_recipe(name: str) -> TrainConfig:
     near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.3)
     raise UserError(
         f"--recipe {name}: no such recipe"
-        + (f"; did you mean {', '.join(near)}?" if near else "")
-        + f" All: {', '.join(RECIPES)}"
+        + (f"; did you mean {' or '.join(near)}?" if near else "")
+        + f"; all of them: {', '.join(RECIPES)}"
     )

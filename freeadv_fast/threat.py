@@ -49,9 +49,8 @@ class Perturbation:
         if value < 0:
             raise UserError(f"{flag} {text}: a perturbation cannot be negative; write it as 4/255")
         if value > 1:
-            raise UserError(
-                f"{flag} {text}: larger than the whole pixel range; did you mean {text}/255?"
-            )
+            hint = "" if "/" in str(text) else f"; did you mean {text}/255?"
+            raise UserError(f"{flag} {text}: larger than the whole pixel range{hint}")
         return cls(value * 255)
 
     def __str__(self) -> str:

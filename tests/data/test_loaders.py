@@ -101,3 +101,12 @@ def test_synthetic_images_are_resident_and_repeatable(config, world_of):
     again = build_loaders(settings, world_of())
     assert torch.equal(next(iter(again.train.epoch(0))).images, first.images)
     assert len(build_val_loader(config("synthetic"), world_of(), 4).classes) == 1000
+
+
+def test_by_default_a_tenth_is_held_out(build_tree, config, world_of):
+    """1,000 images at most, and never more than a tenth of a small set."""
+    data = build_tree()
+    loaders = build_loaders(config(data, holdout_images=None), world_of())
+    everything = build_loaders(config(data, holdout_images=0), world_of()).train.num_images
+    assert loaders.holdout.num_images == everything // 10
+    assert loaders.train.num_images == everything - everything // 10
