@@ -118,6 +118,8 @@ def load_weights(model: nn.Module, state: dict[str, Any], arch: str, origin: str
         UserError: the weights belong to another architecture.
     """
     weights = state.get("model", state.get("state_dict", state))
+    if not isinstance(weights, dict):
+        raise UserError(f"{origin}: holds no weights")
     weights = {str(key).removeprefix("module."): value for key, value in weights.items()}
     if weights.keys() == plain_network(model).state_dict().keys():
         model = plain_network(model)  # stock keys, without a per-image standardiser's prefix

@@ -61,7 +61,10 @@ def export_model(
         The folder.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: {error.strerror or error}") from None
     weights = {key: _stored(value) for key, value in plain_network(model).state_dict().items()}
     normalizer = InputNormalizer(mean, std).state_dict()
     wrapped = {f"normalize.{key}": value for key, value in normalizer.items()}

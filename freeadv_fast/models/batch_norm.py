@@ -113,7 +113,9 @@ def apply_bn_groups(model: nn.Module, group: int) -> nn.Module:
                 setattr(parent, name, _ghost_twin(child, group))
                 num_replaced += 1
     if num_replaced == 0:
-        raise UserError(f"--bn-group {group}: this network has no batch normalisation")
+        raise UserError(
+            f"--bn-group {group}: this network has no batch normalisation; use --bn-group None"
+        )
     return model
 
 

@@ -248,6 +248,9 @@ def test_weights_to_start_from_must_be_weights(tmp_path, content, capsys):
     torch.save({"conv1.weight": torch.zeros(1)}, path)
     assert run(tmp_path / "run", "--init-from", str(path)) == 2
     assert "belongs to another network" in capsys.readouterr().err
+    torch.save({"model": 7}, path)
+    assert run(tmp_path / "run", "--init-from", str(path)) == 2
+    assert "holds no weights" in capsys.readouterr().err
 
 
 def test_unwritable_state_is_a_user_error(tmp_path):
