@@ -1,16 +1,18 @@
-"""Image passes a second and peak memory: natural training, free training, and a plain loop.
+"""What a step costs: image passes a second, peak memory, and time in steps of natural training.
 
     python bench/bench_step.py --arch resnet50 --image-size 224 --batch-size 256 --seconds 120
-    python bench/bench_step.py --arch resnet50 --image-size 224 --batch-size 8 --threads 1
+    python bench/bench_step.py --arch resnet18 --image-size 32 --batch-size 80 --threads 1 \
+        --methods natural,fast-advprop,advprop
 
-One sample is m passes over one minibatch: m steps of natural training, or one minibatch of free-m.
-natural and free are the trainer's own `Natural` and `Free`; plain is `PlainFree` below. All three
-train the same network, from the same weights, on the same pixels, in turn.
+One sample is m steps over one minibatch, or for free-m one minibatch replayed m times; so a ratio
+to natural is what a method costs on the same images. All methods are the trainer's own; plain is
+`PlainFree` below. They train the same network, from the same weights, on the same pixels, in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -22,14 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freeadv_fast.config import TrainConfig
+from freeadv_fast.config import METHODS, REPLAYING, TrainConfig
 from freeadv_fast.distributed import World
 from freeadv_fast.methods import build_method
+from freeadv_fast.methods.fast_advprop import Exchange
 from freeadv_fast.models.zoo import build_model
 from freeadv_fast.optim import build_sgd
 from freeadv_fast.session import PRECISIONS, Budget, build_learner, build_network, resolve_precision
 
-PROVIDERS = ("natural", "free", "plain")
+PROVIDERS = (*METHODS, "plain")
 NUM_CLASSES = {224: 1000}  # any other size: CIFAR's 10
 
 
@@ -95,6 +98,10 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--m", type=int, default=4)
+    parser.add_argument(
+        "--methods", default="natural,free,plain", help=f"of {','.join(PROVIDERS)}; natural first"
+    )
+    parser.add_argument("--attack-steps", type=int, default=1, help="K of AdvProp's attack")
     parser.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS))
     parser.add_argument("--rounds", type=int, help="at most so many samples of each")
     parser.add_argument("--seconds", type=float, help="time for all rounds together")
@@ -103,6 +110,9 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=PROVIDERS, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     flags = parser.parse_args()
+    names = flags.methods.split(",")
+    if not set(names) <= set(PROVIDERS):
+        parser.error(f"--methods {flags.methods}: choose among {','.join(PROVIDERS)}")
     if flags.rounds is None and flags.seconds is None:
         flags.rounds = 10
     if flags.threads:
@@ -114,6 +124,7 @@ def main() -> None:
         image_size=flags.image_size,
         batch_size=flags.batch_size,
         m=flags.m,
+        attack_steps=flags.attack_steps,
         precision=flags.precision,
         lr=0.01,  # gentle: random labels must not drive the weights to infinity
         normalization="imagenet" if flags.image_size > 64 else "cifar10",
@@ -121,7 +132,7 @@ def main() -> None:
     if flags.memory_of:
         print(json.dumps(peak_memory(config, device, flags.memory_of)))
         return
-    memory = {} if flags.no_memory else all_peaks(sys.argv[1:])
+    memory = {} if flags.no_memory else all_peaks(names, sys.argv[1:])
     record = {
         "benchmark": "step",
         "environment": harness.environment_record(device),
@@ -130,9 +141,10 @@ def main() -> None:
             "image_size": config.image_size,
             "batch_size": config.batch_size,
             "m": config.m,
+            "attack_steps": config.attack_steps,
             "precision": resolve_precision(config.precision, device),
         },
-        **run(config, device, flags.rounds, flags.seconds),
+        **run(names, config, device, flags.rounds, flags.seconds),
         "memory": memory,
     }
     report(record)
@@ -141,15 +153,19 @@ def main() -> None:
 
 
 def run(
-    config: TrainConfig, device: torch.device, rounds: int | None, seconds: float | None
+    names: list[str],
+    config: TrainConfig,
+    device: torch.device,
+    rounds: int | None,
+    seconds: float | None,
 ) -> dict[str, Any]:
-    """Times the three in turn: seconds per image pass, and the ratios within each round."""
-    calls = {name: provider(name, config, device) for name in PROVIDERS}
+    """Times the methods in turn: seconds per step, and the ratios within each round."""
+    calls = {name: provider(name, config, device) for name in names}
     times = harness.measure(calls, device=device, rounds=rounds, seconds=seconds, warmup=1)
-    passes = config.m * config.batch_size
+    images = config.m * config.batch_size
     results = {
         name: {
-            "image_passes_per_second": passes / entry["median"],
+            "image_passes_per_second": images * weight_passes(name, config) / entry["median"],
             "seconds_per_minibatch_pass": entry["median"] / config.m,
             "sample_seconds": entry,
         }
@@ -163,15 +179,31 @@ def run(
 
 
 def ratios(times: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """What one pass of one costs in passes of another, within each round."""
+    """What one step costs in steps of the first method, and of free, within each round."""
+    first, *others = times
+    pairs = [(name, first) for name in others]
+    if {"free", "plain"} <= set(others):
+        pairs.append(("plain", "free"))
     return {
         f"{one}_over_{other}": harness.pairwise_ratio(times[one], times[other])
-        for one, other in (("free", "natural"), ("plain", "natural"), ("plain", "free"))
+        for one, other in pairs
     }
 
 
+def config_of(name: str, config: TrainConfig) -> TrainConfig:
+    """The settings with a method, one minibatch a step unless it is free-m."""
+    changes: dict[str, Any] = {"method": name, "m": config.m if name == "free" else 1}
+    num_adv = round(config.p_adv * config.batch_size)
+    return dataclasses.replace(config, **changes, aux_bn_group=max(2, min(16, num_adv)))
+
+
+def weight_passes(name: str, config: TrainConfig) -> float:
+    """Passes for the weights per image and step."""
+    return 1.0 if name in (*REPLAYING, "plain") else config_of(name, config).weight_passes
+
+
 def provider(name: str, config: TrainConfig, device: torch.device) -> Callable[[], None]:
-    """A function that makes m passes over one fixed minibatch of random pixels."""
+    """A function that makes m steps over one fixed minibatch of random pixels."""
     generator = torch.Generator().manual_seed(0)
     size, num = config.image_size, config.batch_size
     images = torch.randint(0, 256, (num, size, size, 3), generator=generator).to(torch.uint8)
@@ -182,21 +214,23 @@ def provider(name: str, config: TrainConfig, device: torch.device) -> Callable[[
         plain = PlainFree(config, device)
         pixels = images.permute(0, 3, 1, 2).float().div(255).contiguous()
         return lambda: plain.train_minibatch(pixels, labels)
+    num_minibatches = 1 if name == "free" else config.m
+    config = config_of(name, config)
     torch.manual_seed(config.seed)
     world, budget = World(0, 1, device), Budget(1, 1 << 30, 1 << 30)
     network = build_network(config, [str(i) for i in range(classes)], is_fresh=True)
     learner = build_learner(network, config, world, budget)
-    if name == "free":
-        free = build_method(config, learner, device)
-        return lambda: free.train_minibatch(images, labels, num)
-    single = TrainConfig(**{**vars(config), "method": "natural", "m": 1})
-    natural = build_method(single, learner, device)
 
-    def natural_passes() -> None:
-        for _ in range(config.m):
-            natural.train_minibatch(images, labels, num)
+    def shuffle(images: Tensor, labels: Tensor, step: int) -> Exchange:
+        return world.shuffle(images, labels, seed=config.seed, step=step)
 
-    return natural_passes
+    method = build_method(config, learner, device, classes, shuffle)
+
+    def steps() -> None:
+        for _ in range(num_minibatches):
+            method.train_minibatch(images, labels, num)
+
+    return steps
 
 
 def num_classes(image_size: int) -> int:
@@ -214,14 +248,13 @@ def peak_memory(config: TrainConfig, device: torch.device, name: str) -> dict[st
     return {"peak_mib": meter.peak_mib(), "kind": meter.kind}
 
 
-def all_peaks(arguments: list[str]) -> dict[str, Any]:
-    """Peak memory of every provider, each in a process of its own."""
+def all_peaks(names: list[str], arguments: list[str]) -> dict[str, Any]:
+    """Peak memory of every method, each in a process of its own."""
     found = {
-        name: harness.in_child(["bench_step.py", *arguments, "--memory-of", name])
-        for name in PROVIDERS
+        name: harness.in_child(["bench_step.py", *arguments, "--memory-of", name]) for name in names
     }
     peaks = {f"{name}_peak_mib": entry["peak_mib"] for name, entry in found.items()}
-    return {"kind": found["free"]["kind"], **peaks}
+    return {"kind": found[names[0]]["kind"], **peaks}
 
 
 def report(record: dict[str, Any]) -> None:
@@ -231,14 +264,14 @@ def report(record: dict[str, Any]) -> None:
         entry = row["sample_seconds"]
         peak = f"{memory[f'{name}_peak_mib']:9.0f} MiB" if memory else ""
         print(
-            f"{name:8s} {row['image_passes_per_second']:9.1f} passes/s"
+            f"{name:12s} {row['image_passes_per_second']:9.1f} passes/s"
             f"  spread {100 * (entry['p80'] - entry['p20']) / entry['median']:5.1f} %"
             f"  n {entry['n']:3d} {peak}"
         )
     for kind in ("time_ratios", "cpu_time_ratios"):
         for name, ratio in record.get(kind, {}).items():
             spread = f"({ratio['p20']:.3f} to {ratio['p80']:.3f})"
-            print(f"{kind:16s} {name:19s} {ratio['median']:.3f}  {spread}")
+            print(f"{kind:16s} {name:25s} {ratio['median']:.3f}  {spread}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch import nn
 
 from freeadv_fast.distributed import World
 from freeadv_fast.errors import UserError
+from freeadv_fast.models.batch_norm import branch_parameters, without_auxiliary
 from freeadv_fast.models.normalize import plain_network
 
 LAST, PREVIOUS, BEST, DAMAGED = "last.pt", "previous.pt", "best.pt", "damaged.pt"
@@ -121,6 +122,8 @@ def load_weights(model: nn.Module, state: dict[str, Any], arch: str, origin: str
     if not isinstance(weights, dict):
         raise UserError(f"{origin}: holds no weights")
     weights = {str(key).removeprefix("module."): value for key, value in weights.items()}
+    if not branch_parameters(model)[1]:  # inference and other methods use the main branch
+        weights = without_auxiliary(weights)
     if weights.keys() == plain_network(model).state_dict().keys():
         model = plain_network(model)  # stock keys, without a per-image standardiser's prefix
     try:

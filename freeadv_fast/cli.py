@@ -28,6 +28,7 @@ from freeadv_fast.config_file import config_to_dict, load_config
 from freeadv_fast.errors import UserError
 from freeadv_fast.recipes import DEFAULTS, RECIPES, find_recipe
 from freeadv_fast.schedule import Schedule
+from freeadv_fast.shuffle import PeerLost
 from freeadv_fast.signals import Interrupted
 from freeadv_fast.threat import Perturbation
 
@@ -79,7 +80,8 @@ def guard(work: Callable[[], int]) -> int:
     try:
         return work()
     except UserError as error:
-        if is_main_rank():
+        # Each rank that waits for a lost peer says so: rank 0 may be the peer.
+        if is_main_rank() or isinstance(error, PeerLost):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except Interrupted as interrupted:
@@ -237,6 +239,7 @@ def refuse_unknown_flags(arguments: list[str], names: Iterable[str]) -> None:
         UserError: an argument starts with ``--`` and is no flag of ours.
     """
     known = {"--" + name.replace("_", "-") for name in names if name != "run"}
+    known |= {f"--no-{flag[2:]}" for flag in known}
     for argument in arguments:
         flag = argument.partition("=")[0].replace("_", "-")
         if argument.startswith("--") and flag not in known | {"--help"}:
@@ -247,7 +250,8 @@ def refuse_unknown_flags(arguments: list[str], names: Iterable[str]) -> None:
 
 def flag_name(argument: str) -> str:
     """The field that a flag sets: ``--batch-size=8`` sets ``batch_size``."""
-    return argument.removeprefix("--").partition("=")[0].replace("-", "_")
+    name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
+    return name.removeprefix("no_")
 
 
 def value_of(arguments: list[str], flag: str) -> str | None:
@@ -278,7 +282,7 @@ def resolve(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str
             f"recipe batch {config.batch_size} over {num_ranks} ranks: {share} per rank "
             "(--batch-size sets it per rank)"
         )
-        config = dataclasses.replace(config, batch_size=share)
+        config = with_batch_size(config, share, typed)
     if not torch.cuda.is_available() and config.eps.levels:
         if "eval_attacks" not in typed and config.eval_attacks != CPU_EVAL_ATTACKS:
             full = ",".join(config.eval_attacks)
@@ -291,6 +295,14 @@ def resolve(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str
                 "more: --eval-images N, or launch/evaluate.py afterwards"
             )
     return config, remarks
+
+
+def with_batch_size(config: TrainConfig, size: int, typed: set[str]) -> TrainConfig:
+    """The config with another batch; a group that was not typed shrinks with it."""
+    group = config.aux_bn_group
+    if "aux_bn_group" not in typed and config.is_split:
+        group = max(2, min(group, round(config.p_adv * size)))
+    return dataclasses.replace(config, batch_size=size, aux_bn_group=group)
 
 
 def print_plan(config: TrainConfig, remarks: list[str], is_embedded: bool) -> None:

@@ -21,7 +21,8 @@ class Result:
     """What result.json holds; accuracies are fractions.
 
     Attributes:
-        epochs: Data epochs trained. passes: Forward-backward image passes over all ranks.
+        epochs: Data epochs trained. passes: Forward-backward image passes for the weights, over
+            all ranks. attack_passes: Those for a perturbation alone.
         train_seconds: Training loop with its checkpoints, over all sessions; no evaluation.
         robust_accuracy: Accuracy under each attack at `eps`, by the attack's name.
         num_eval_images: Validation images that the accuracies are over; they selected nothing.
@@ -37,6 +38,7 @@ class Result:
     eps: str
     epochs: float
     passes: int
+    attack_passes: int
     train_seconds: float
     passes_per_second: float
     clean_accuracy: float
@@ -105,6 +107,7 @@ def describe(run: Run, measured: Evaluation, best_epoch: int) -> Result:
         eps=str(config.eps),
         epochs=round(progress.epoch + progress.minibatch / run.loaders.train.num_batches, 4),
         passes=progress.passes,
+        attack_passes=progress.attack_passes,
         train_seconds=round(progress.train_seconds, 3),
         passes_per_second=round(progress.passes / max(progress.train_seconds, 1e-9), 2),
         clean_accuracy=measured.clean_accuracy,

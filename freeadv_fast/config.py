@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from freeadv_fast.attacks import Attack
 from freeadv_fast.errors import UserError
+from freeadv_fast.mixing import Mix
 from freeadv_fast.schedule import Schedule
 from freeadv_fast.threat import Perturbation, ThreatModel
 
-Method = Literal["natural", "free"]
+Method = Literal["natural", "free", "fast-advprop", "advprop"]
+METHODS: tuple[Method, ...] = get_args(Method)
 Augment = Literal["random-resized-crop", "pad-crop-flip", "none"]
-Normalization = Literal["imagenet", "cifar10", "cifar100", "per-image", "none"]
+Normalization = Literal["imagenet", "cifar10", "cifar100", "symmetric", "per-image", "none"]
+
+# Methods that replay a minibatch, and methods with a second batch-norm branch.
+REPLAYING: tuple[Method, ...] = ("natural", "free")
+DUAL: tuple[Method, ...] = ("fast-advprop", "advprop")
+AttackStart = Literal["uniform", "zero"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 # Without a GPU a full evaluation takes hours; 400 images and 20 steps take minutes.
@@ -29,6 +36,8 @@ PIXEL_STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
+    # Pixels in [-1, 1]: AdvProp's code.
+    "symmetric": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     # The network standardises each image itself (models.zoo), under autograd.
     "per-image": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
@@ -44,7 +53,9 @@ class TrainConfig:
 
     # The algorithm.
     method: Method = "free"
-    """free: Algorithm 1 of "Adversarial Training for Free!". natural: ordinary training."""
+    """free: Algorithm 1 of "Adversarial Training for Free!". natural: ordinary training.
+    fast-advprop, advprop: adversarial examples that improve clean accuracy, through an auxiliary
+    batch norm; with and without reuse of the attack's gradients."""
     m: int = 4
     """Minibatch replays: forward-backward passes on each minibatch before the next one is read.
     The number of epochs is divided by m, so that the cost does not depend on it."""
@@ -54,6 +65,26 @@ class TrainConfig:
     step_size: Perturbation | None = None
     """Length of one ascent step on the perturbation, such as 4/255. Default: eps, as in the
     paper."""
+    attack_steps: int = 1
+    """Steps K of the attack in each update (AdvProp's PGD-K; Fast AdvProp's is 1)."""
+    attack_start: AttackStart = "uniform"
+    """Where the attack starts: at a uniform point of the ball, or zero, at the image itself."""
+    p_adv: float = 0.2
+    """Share of each minibatch that Fast AdvProp and decoupled AdvProp attack; the rest is the
+    clean share."""
+    decoupled: bool = False
+    """AdvProp attacks the share --p-adv and trains on the rest as it is, instead of training on
+    every image clean and attacked."""
+    noise_weight: float = 0.5
+    """Weight of an image of Fast AdvProp's noise pass; a clean image weighs 1."""
+    adv_weight: float = 0.5
+    """Weight of an adversarial image of Fast AdvProp and AdvProp; a clean image weighs 1."""
+    sync_speed: bool = True
+    """Divide each parameter's gradient by the images that it saw (Fast AdvProp, section 4.3)
+    instead of by all images."""
+    shuffle: bool = True
+    """Shuffle Fast AdvProp's adversarial images over batch-norm groups and ranks, so that labels do
+    not leak from the noise pass."""
 
     # The data.
     data: str = "digits"
@@ -70,6 +101,10 @@ class TrainConfig:
     or none (the evaluation's resize and central crop)."""
     crop_padding: int = 4
     """Pixels of zero padding on each side before the random crop of pad-crop-flip."""
+    mix: Mix = "none"
+    """Mix pairs of clean training images: mixup, cutmix or none (natural and the AdvProps)."""
+    mix_alpha: float | None = None
+    """Both parameters of the Beta distribution of the mixture. Default: 0.2 mixup, 1 cutmix."""
     workers: int = 4
     """Threads (DALI) or processes (torchvision) that decode images, per rank."""
     max_bad_fraction: float = 0.001
@@ -84,11 +119,14 @@ class TrainConfig:
     """Network by name: torchvision's and timm's names, wrn-32-10, wrn-34-10, preact-resnet18,
     preact-resnet18-gradalign."""
     normalization: Normalization = "imagenet"
-    """Pixel statistics of the network's input. per-image: each image by its own mean and standard
-    deviation, inside the network."""
+    """Pixel statistics of the network's input. symmetric: mean and std 0.5. per-image: each image
+    by its own mean and standard deviation, inside the network."""
     bn_group: int | None = None
     """Images that share batch-norm statistics. 64 reproduces the paper's 4-GPU run on one GPU.
     Default: the whole minibatch of a rank."""
+    aux_bn_group: int = 16
+    """Images that share statistics in the auxiliary batch norm. 16 beside a main group of 64
+    reproduces Fast AdvProp's 4-GPU run."""
     precision: Precision = "auto"
     """Arithmetic of the network: auto is bf16 on GPUs that have it, fp16 on older ones and fp32 on
     a CPU. Weights, loss and statistics are fp32 in any case."""
@@ -97,18 +135,20 @@ class TrainConfig:
 
     # The optimizer.
     epochs: float = 90
-    """Natural budget: free-m makes ceil(epochs / m) passes over the data."""
+    """Natural budget: free-m makes ceil(epochs / m) passes over the data, Fast AdvProp
+    epochs / (1 + p_adv K), AdvProp epochs / (K + 2)."""
     steps: int | None = None
     """Budget in optimizer updates, whatever m; replaces --epochs (the CIFAR recipes: 80000).
     The last minibatch is replayed to its end."""
     batch_size: int = 256
-    """Images per minibatch on each rank (GPU). The global size is printed at the start."""
+    """Images per minibatch on each rank (GPU), Fast AdvProp's two shares together. The global size
+    is printed at the start."""
     lr: float = 0.1
     """Peak learning rate of SGD."""
     schedule: Schedule = Schedule.parse("every:30")
-    """Learning rate over the run. every:30 divides it by 10 each ceil(30/m) data epochs;
-    steps:40000,60000 at these updates; linear:0.4 rises from 0 to --lr at 40 % of the updates and
-    falls back to 0; constant."""
+    """Learning rate over the run. every:30 divides it by 10 each ceil(30/m) data epochs; at:30,60
+    at these epochs of the natural budget; steps:40000,60000 at these updates; linear:0.4 rises
+    from 0 to --lr at 40 % of the updates and falls back to 0; constant."""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 1e-4
@@ -146,8 +186,12 @@ class TrainConfig:
         Raises:
             UserError: names the flag and the fix.
         """
+        if self.method not in METHODS:
+            raise UserError(f"--method {self.method}: choose one of {', '.join(METHODS)}")
         if self.m < 1:
             raise UserError(f"--m {self.m}: must be at least 1")
+        if self.m > 1 and self.method not in REPLAYING:
+            raise UserError(f"--m {self.m}: {self.method} does not replay minibatches; use --m 1")
         if self.batch_size < 2:
             raise UserError(f"--batch-size {self.batch_size}: must be at least 2 for batch norm")
         if self.image_size < 8:
@@ -165,7 +209,13 @@ class TrainConfig:
         ):
             if optional is not None and optional < 1:
                 raise UserError(f"{flag} {optional}: must be at least 1")
-        for flag, number in (("--lr", self.lr), ("--epochs", self.epochs)):
+        for flag, number in (
+            ("--lr", self.lr),
+            ("--epochs", self.epochs),
+            ("--noise-weight", self.noise_weight),
+            ("--adv-weight", self.adv_weight),
+            ("--mix-alpha", 1.0 if self.mix_alpha is None else self.mix_alpha),
+        ):
             if not (math.isfinite(number) and number > 0):
                 raise UserError(f"{flag} {number:g}: must be a positive number")
         for flag, number in (
@@ -194,14 +244,74 @@ class TrainConfig:
             raise UserError(f"--workers {self.workers}: more than 512 on one rank cannot be meant")
         if self.log_every < 1:
             raise UserError(f"--log-every {self.log_every}: must be at least 1")
-        if self.bn_group is not None and self.bn_group < 2:
-            raise UserError(f"--bn-group {self.bn_group}: statistics need at least 2 images")
+        for flag, group in (("--bn-group", self.bn_group), ("--aux-bn-group", self.aux_bn_group)):
+            if group is not None and group < 2:
+                raise UserError(f"{flag} {group}: statistics need at least 2 images")
+        if self.attack_steps < 1:
+            raise UserError(f"--attack-steps {self.attack_steps}: must be at least 1")
         for name in self.eval_attacks:  # a misspelt one should not be found after training
             Attack.parse(name)
-        if self.method == "free" and self.threat.eps.levels == 0:
-            raise UserError("--eps 0: free training needs a radius above 0, such as 4/255")
-        if self.method == "free" and self.threat.step.levels == 0:
-            raise UserError("--step-size 0: free training needs a step above 0, such as 4/255")
+        if self.mix != "none" and self.method == "free":
+            raise UserError(f"--mix {self.mix}: not for free training; leave it out")
+        if self.method != "natural" and self.threat.eps.levels == 0:
+            raise UserError(f"--eps 0: {self.method} needs a radius above 0, such as 4/255")
+        if self.method != "natural" and self.threat.step.levels == 0:
+            raise UserError(f"--step-size 0: {self.method} needs a step above 0, such as 4/255")
+        if self.is_split:
+            self._check_shares()
+
+    def _check_shares(self) -> None:
+        """Checks the two shares of a minibatch.
+
+        Raises:
+            UserError: names the flag and the fix.
+        """
+        if not 0 < self.p_adv < 1:
+            raise UserError(f"--p-adv {self.p_adv:g}: must be above 0 and below 1, such as 0.2")
+        num_adv, size = self.num_adversarial, self.batch_size
+        if not 2 <= num_adv <= size - 2:
+            raise UserError(
+                f"--p-adv {self.p_adv:g}: {num_adv} adversarial and {size - num_adv} clean of "
+                f"--batch-size {size} images; each share needs at least 2"
+            )
+        if num_adv < self.aux_bn_group:
+            raise UserError(
+                f"--aux-bn-group {self.aux_bn_group}: larger than the {num_adv} adversarial images "
+                f"of --batch-size {size}; use --aux-bn-group {num_adv} or a larger batch"
+            )
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether the network has an auxiliary batch norm."""
+        return self.method in DUAL
+
+    @property
+    def is_split(self) -> bool:
+        """Whether a minibatch is divided into a clean and an adversarial share."""
+        return self.method == "fast-advprop" or (self.method == "advprop" and self.decoupled)
+
+    @property
+    def num_adversarial(self) -> int:
+        """Adversarial images of a rank's minibatch: round(p_adv * batch), or all of them."""
+        return round(self.p_adv * self.batch_size) if self.is_split else self.batch_size
+
+    @property
+    def cost(self) -> float:
+        """Forward-backward passes per image of the data, the attack's included.
+
+        That is what an epoch costs in epochs of natural training, and what --epochs is divided by:
+        m for free-m, 1 + p_adv K for Fast AdvProp and decoupled AdvProp, K + 2 for AdvProp.
+        """
+        if self.method in REPLAYING:
+            return self.m
+        return 1 + self.p_adv * self.attack_steps if self.is_split else 2 + self.attack_steps
+
+    @property
+    def weight_passes(self) -> float:
+        """Of `cost`, the passes whose gradient moves the weights."""
+        if self.method == "advprop":
+            return 1.0 if self.decoupled else 2.0
+        return self.cost
 
     @property
     def threat(self) -> ThreatModel:
@@ -210,8 +320,14 @@ class TrainConfig:
 
     @property
     def data_epochs(self) -> int:
-        """Passes over the data: ceil(epochs / m). Algorithm 1: N_ep / m."""
-        return math.ceil(self.epochs / self.m)
+        """Passes over the data that --epochs pays for; at least one.
+
+        Free AT's code: ceil(epochs / m). Fast AdvProp, tables 1 and 4: epochs / cost to the nearest
+        number, halves down (105 at 1 + 1/9, 1.2, 1 + 1/3, 1.5 are 94, 87, 79, 70).
+        """
+        if self.method in REPLAYING:
+            return math.ceil(self.epochs / self.m)
+        return max(1, math.ceil(self.epochs / self.cost - 0.5 - 1e-9))
 
     @property
     def evaluation_resize(self) -> int:
@@ -235,4 +351,5 @@ class TrainConfig:
             return self.output_dir
         data = self.data.rstrip("/").rsplit("/", 1)[-1].replace(":", "-")
         eps = f"{float(self.eps.levels):g}"
-        return f"runs/{self.method}-{data}-{self.arch}-m{self.m}-eps{eps}-seed{self.seed}"
+        replays = f"-m{self.m}" if self.method in REPLAYING else ""
+        return f"runs/{self.method}-{data}-{self.arch}{replays}-eps{eps}-seed{self.seed}"

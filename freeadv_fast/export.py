@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from freeadv_fast.errors import UserError
+from freeadv_fast.models.batch_norm import without_auxiliary
 from freeadv_fast.models.normalize import (
     InputNormalizer,
     StandardizedNetwork,
@@ -43,9 +44,10 @@ def export_model(
     """Writes three files, each whole or not at all; config.json, written last, explains the others.
 
     ``model.safetensors`` has the keys of torchvision, timm or `freeadv_fast.models`, whichever
-    defines the network, and takes normalised images. ``model_with_normalizer.safetensors`` has the
-    same tensors under ``model.`` beside ``normalize.mean`` and ``normalize.std`` (1, 3, 1, 1), the
-    layout of RobustBench, and takes pixels in [0, 1].
+    defines the network, and takes normalised images; an auxiliary batch norm stays behind.
+    ``model_with_normalizer.safetensors`` has the same tensors under ``model.`` beside
+    ``normalize.mean`` and ``normalize.std`` (1, 3, 1, 1), the layout of RobustBench, and takes
+    pixels in [0, 1].
 
     Args:
         model: What `zoo.build_model` returned, on any device; left as it is.
@@ -65,7 +67,8 @@ def export_model(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output-dir {folder}: {error.strerror or error}") from None
-    weights = {key: _stored(value) for key, value in plain_network(model).state_dict().items()}
+    plain = without_auxiliary(plain_network(model).state_dict())
+    weights = {key: _stored(value) for key, value in plain.items()}
     normalizer = InputNormalizer(mean, std).state_dict()
     wrapped = {f"normalize.{key}": value for key, value in normalizer.items()}
     wrapped |= {f"model.{key}": value for key, value in weights.items()}

@@ -6,16 +6,20 @@ Precision, gradient scaling, data parallelism, the learning rate and the meters 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from freeadv_fast import ops
-from freeadv_fast.meters import Meters
+from freeadv_fast.meters import Meters, Role
+from freeadv_fast.mixing import Labels, cross_entropy_sum, num_hits
+from freeadv_fast.models.batch_norm import Branch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Learner:
     """A network in training.
 
     Args:
-        net: The network, wrapped for data parallelism when there are several ranks.
+        net: The network, wrapped for data parallelism when there are several ranks; a
+            `DualNetwork` inside for methods that name a batch-norm branch.
         optimizer: Its optimizer.
         lr_at: Learning rate of an update, by its index.
         pixels: Input statistics and dtype.
@@ -75,8 +80,8 @@ class Learner:
         """The normalised network input at images + delta.
 
         Args:
-            images: (n, H, W, 3) uint8.
-            delta: (n, H, W, 3) perturbation in `unit` grey levels; None for clean images.
+            images: (n, H, W, 3) uint8, or float16 grey levels of images perturbed before.
+            delta: (n, H, W, 3) perturbation in `unit` grey levels; None for none.
             unit: Grey levels that one unit of `delta` stands for.
 
         Returns:
@@ -86,38 +91,111 @@ class Learner:
             images, delta, self.pixels.mean, self.pixels.std, unit=unit, dtype=self.pixels.dtype
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits at network input `x`, under autocast in half precision."""
+    @property
+    def module(self) -> nn.Module:
+        """The network inside data parallelism; attack passes go through it."""
+        if isinstance(self.net, DistributedDataParallel):
+            return cast(nn.Module, self.net.module)
+        return self.net
+
+    def forward(self, x: Tensor, branch: Branch | None = None, *, attack: bool = False) -> Tensor:
+        """Logits at network input `x`, in float32 or float64; autocast in half precision.
+
+        Args:
+            x: (n, 3, H, W) network input.
+            branch: Batch-norm branch of a `DualNetwork`; None for a network without branches.
+            attack: Whether no weight's gradient will be asked for, so that data parallelism has
+                nothing to prepare.
+        """
+        net = self.module if attack else self.net
         is_half = self.precision in (torch.bfloat16, torch.float16)
         with torch.autocast(x.device.type, self.precision if is_half else None, enabled=is_half):
-            logits: Tensor = self.net(x)
-        return logits
+            logits: Tensor = net(x) if branch is None else net(x, branch)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def loss(self, x: Tensor, labels: Tensor, global_size: int) -> Tensor:
-        """Cross-entropy at network input `x`: this rank's sum over the global minibatch's size.
+    def loss(
+        self,
+        x: Tensor,
+        labels: Labels,
+        global_size: float,
+        *,
+        role: Role,
+        branch: Branch | None = None,
+        weight: float = 1.0,
+    ) -> Tensor:
+        """Cross-entropy at network input `x`: this rank's weighted sum over the global size.
 
         Data parallelism averages gradients over the ranks, hence the factor `num_ranks`: the
         update is the gradient of the global mean also when ranks hold different counts.
 
         Args:
-            x: (n, 3, H, W) network input. labels: (n,) int64.
-            global_size: Images of the minibatch over all ranks.
+            x: (n, 3, H, W) network input.
+            labels: (n,) int64, or mixed ones.
+            global_size: Images of the minibatch over all ranks, each counted with its weight.
+            role: What the pass is for; the meters keep roles apart.
+            branch: Batch-norm branch of a `DualNetwork`; None for a network without branches.
+            weight: Of each of these images in the minibatch.
         """
-        logits = self.forward(x)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss_sum = F.cross_entropy(logits, labels, reduction="sum")
-        self.meters.add(loss_sum.detach(), logits.detach(), labels)
-        return loss_sum * (self.num_ranks / global_size)
+        logits = self.forward(x, branch)
+        loss_sum = cross_entropy_sum(logits, labels)
+        self.meters.add(role, loss_sum.detach(), num_hits(logits.detach(), labels), len(logits))
+        return loss_sum * (weight * self.num_ranks / global_size)
 
-    def backward(self, loss: Tensor) -> None:
-        """One backward pass; the sign of every gradient is that of the unscaled loss.
+    def input_gradient(
+        self, x: Tensor, labels: Tensor, branch: Branch | None = None, *, towards: bool = False
+    ) -> Tensor:
+        """Gradient of the summed cross-entropy at network input `x`, and of nothing else.
 
-        The old gradients go just before the new ones come. Dropped right after the update, their
-        pages went back to the system and were faulted in again: 9 % of a step on a CPU (ResNet-18
-        at 32 px, 16 images).
+        No weight's gradient is computed, which saves a third of a backward pass's products. fp16's
+        loss scale stays in it: only its sign and its direction mean anything.
+
+        Args:
+            x: (n, 3, H, W) network input, a leaf; its own gradient is not set.
+            labels: (n,) int64.
+            branch: Batch-norm branch of a `DualNetwork`; None for a network without branches.
+            towards: Whether ascent should lead towards `labels` (a targeted attack) instead of
+                away from them.
+        """
+        x = x.detach().requires_grad_()
+        loss_sum = F.cross_entropy(self.forward(x, branch, attack=True), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(self.scaler.scale(-loss_sum if towards else loss_sum), x)
+        return gradient
+
+    def zero_grad(self) -> None:
+        """Drops the last update's gradients.
+
+        Just before the new ones come: dropped right after the update, their pages went back to the
+        system and were faulted in again, 9 % of a step on a CPU (ResNet-18 at 32 px, 16 images).
         """
         self.optimizer.zero_grad(set_to_none=True)
+
+    def add_gradients(self, loss: Tensor) -> None:
+        """One backward pass on top of the gradients that are there.
+
+        The sign of every gradient is that of the unscaled loss.
+        """
         self.scaler.scale(loss).backward()
+
+    def backward(self, loss: Tensor) -> None:
+        """An update's only backward pass: nothing of the last update is left in the gradients."""
+        self.zero_grad()
+        self.add_gradients(loss)
+
+    @contextlib.contextmanager
+    def without_reduction(self) -> Iterator[None]:
+        """Passes in here add to this rank's gradients; the next pass outside sums them all.
+
+        So several backward passes cost one all-reduce. Forward passes belong in here too.
+        """
+        if isinstance(self.net, DistributedDataParallel):
+            with self.net.no_sync():
+                yield
+        else:
+            yield
+
+    def scale_gradients(self, parameters: Sequence[nn.Parameter], factor: float) -> None:
+        """Multiplies the gradients of some parameters, after the last backward pass."""
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
 
     def step(self) -> None:
         """One optimizer update at this update's learning rate; fp16 overflows skip it."""
@@ -133,11 +211,11 @@ class Learner:
 
         Changes nothing: batch-norm statistics stay as they are.
         """
-        was_training = self.net.training
-        self.net.eval()
-        hits = (self.forward(self.network_input(images)).argmax(1) == labels).sum()
-        self.net.train(was_training)
-        return hits
+        was_training = self.module.training
+        self.module.eval()
+        logits = self.forward(self.network_input(images), attack=True)
+        self.module.train(was_training)
+        return (logits.argmax(1) == labels).sum()
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer, scaler and update counter; weights and meters are saved apart."""

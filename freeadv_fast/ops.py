@@ -6,17 +6,23 @@ told at the top of each file in `freeadv_fast.kernels`.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from freeadv_fast import shuffle
 from freeadv_fast.kernels import perturb_normalize as _perturb_normalize
 from freeadv_fast.kernels import sign_ascent as _sign_ascent
 
 Backend = Literal["triton", "eager"]
+
+ExchangeBackend = Literal["compiled", "eager"]
 
 # Triton compiles for Volta and newer; a Pascal GPU runs the references.
 OLDEST_CAPABILITY = (7, 0)
@@ -55,7 +61,7 @@ def perturb_normalize(
     ``requires_grad_()`` on the result, a leaf, and hand its gradient to `sign_ascent_`.
 
     Args:
-        images: (N, H, W, C) uint8, contiguous.
+        images: (N, H, W, C) uint8, or float16 grey levels in 0..255, contiguous.
         delta: (N, H, W, C) int8, float16 or float32, contiguous, finite; None for clean images.
         pixel_mean: (C,) float32, of pixels in [0, 1].
         pixel_std: (C,) float32, likewise, above 0.
@@ -119,3 +125,78 @@ def sign_ascent_(
         _sign_ascent.sign_ascent_(delta, grad, images, nonfinite, step=step, eps=eps, unit=unit)
     else:
         _sign_ascent.sign_ascent_ref_(delta, grad, images, nonfinite, step, eps, unit)
+
+
+@functools.cache
+def exchange_backend(device_type: str) -> ExchangeBackend:
+    """Which implementation of `exchange` runs on a kind of device.
+
+    Args:
+        device_type: ``cpu`` or ``cuda``.
+
+    Returns:
+        "compiled": csrc/shuffle_exchange.cpp. "eager": `shuffle.start_eagerly`, where
+        `freeadv_fast._C` was not built, or built without CUDA (env.json says why).
+    """
+    try:
+        import freeadv_fast._C  # noqa: F401 - loads the op
+    except ImportError:
+        return "eager"
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(
+        "freeadv_fast::shuffle_exchange", device_type.upper()
+    )
+    return "compiled" if has_kernel else "eager"
+
+
+def exchange(
+    images: Tensor,
+    labels: Tensor,
+    route: shuffle.Route,
+    group: dist.ProcessGroup | None,
+    timeout: datetime.timedelta,
+) -> shuffle.Exchange:
+    """Sends images and their labels to other ranks in random order; returns at once.
+
+    `World.shuffle` is its public face; the formula is told in `freeadv_fast.shuffle`.
+
+    Args:
+        images: (n, ...) uint8, float16, bfloat16, float32 or float64, contiguous.
+        labels: (n,) int64, on the same device.
+        route: Where the rows go; n is its count of this rank.
+        group: The ranks that take part; may be None where nothing leaves any of them.
+        timeout: How long to wait for the others, over gloo.
+
+    Returns:
+        The exchange under way. On a GPU it runs on a stream of its own.
+
+    Raises:
+        ValueError: shapes, dtypes, layouts or counts disagree.
+        PeerLost: the process group has already failed.
+    """
+    is_compiled = exchange_backend(images.device.type) == "compiled"
+    start = _start_compiled if is_compiled else shuffle.start_eagerly
+    return shuffle.Exchange(images, labels, route, shuffle.Transport(start, group, timeout))
+
+
+def _start_compiled(
+    images: Tensor,
+    labels: Tensor,
+    route: shuffle.Route,
+    group: dist.ProcessGroup | None,
+    timeout: datetime.timedelta,
+) -> Callable[[], shuffle.Rows]:
+    """`shuffle.start_eagerly` in C++; without a message on any rank, no group is named."""
+    under_way = torch.ops.freeadv_fast.shuffle_exchange(
+        images,
+        labels,
+        group.group_name if group is not None and route.num_leaving else "",
+        route.send,
+        route.receive,
+        route.rank,
+        route.seed,
+        route.step,
+        route.is_inverse,
+        timeout // datetime.timedelta(milliseconds=1),
+    )
+    wait: Callable[[], shuffle.Rows] = under_way.wait
+    return wait

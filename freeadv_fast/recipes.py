@@ -1,9 +1,9 @@
 """Recipes: one row of a paper's table each, as a complete config.
 
 Names read data-network-method-m-eps. ``batch_size`` is the paper's global batch: when it is not
-typed, the command line divides it among the ranks (`cli.resolve`). Table and figure numbers are
-those of Shafahi et al. 2019, "Adversarial Training for Free!"; numbers come from the paper where
-its text gives them and from the authors' code otherwise.
+typed, the command line divides it among the ranks (`cli.resolve`). Where nothing else is said,
+table and figure numbers are those of Shafahi et al. 2019, "Adversarial Training for Free!"; numbers
+come from the paper where its text gives them and from the authors' code otherwise.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import replace
 
 from freeadv_fast.config import TrainConfig
 from freeadv_fast.errors import UserError
+from freeadv_fast.mixing import Mix
 from freeadv_fast.schedule import Schedule
 from freeadv_fast.threat import Perturbation
 
@@ -84,9 +85,73 @@ IMAGENET = TrainConfig(
     eval_step=Perturbation.parse("1/255"),
 )
 
+# Fast AdvProp (Mei et al. 2022), tables 1 to 6: 256 clean and 64 adversarial images on 4 GPUs, so
+# groups of 64 and 16; 105 epochs of the natural budget; pixels in [-1, 1]; eps 1.
+FAST_ADVPROP = replace(
+    IMAGENET,
+    method="fast-advprop",
+    m=1,
+    p_adv=0.2,
+    batch_size=320,
+    aux_bn_group=16,
+    normalization="symmetric",
+    epochs=105,
+    schedule=Schedule.parse("at:30,60,90,100"),
+    eps=Perturbation.parse("1/255"),
+    eval_attacks=("pgd-10",),
+)
+FAST_ADVPROP_NATURAL = replace(FAST_ADVPROP, method="natural", batch_size=256)
+# The AdvProp rows of its tables: all 256 images clean and attacked, weights 1 and 1.
+ADVPROP = replace(
+    FAST_ADVPROP,
+    method="advprop",
+    attack_steps=5,
+    batch_size=256,
+    aux_bn_group=64,
+    adv_weight=1.0,
+)
+
+# Not in the paper: the embedded images and CIFAR-10, to try the methods on.
+DIGITS_FAST_ADVPROP = replace(
+    DIGITS,
+    method="fast-advprop",
+    m=1,
+    p_adv=0.2,
+    batch_size=80,
+    bn_group=64,
+    aux_bn_group=8,
+    eps=Perturbation.parse("8/255"),
+    eval_step=Perturbation.parse("2/255"),
+)
+CIFAR10_FAST_ADVPROP = replace(
+    CIFAR10,
+    method="fast-advprop",
+    m=1,
+    p_adv=0.2,
+    arch="preact-resnet18",
+    normalization="cifar10",
+    crop_padding=4,
+    steps=None,
+    epochs=30,
+    batch_size=160,
+    bn_group=64,
+    schedule=Schedule.parse("linear:0.4"),
+    weight_decay=5e-4,
+    decay="all",
+    eps=Perturbation.parse("1/255"),
+    eval_attacks=("pgd-10",),
+    eval_step=Perturbation.parse("1/255"),
+)
+
 
 def _rows() -> dict[str, TrainConfig]:
     """Every recipe by its name."""
+    rows = _free_rows() | _advprop_rows()
+    return {name: replace(config, recipe=name) for name, config in rows.items()}
+
+
+def _free_rows() -> dict[str, TrainConfig]:
+    """Free training and its natural twins."""
     rows = {
         "digits-free": DIGITS,
         "digits-natural": replace(DIGITS, method="natural", m=1),
@@ -112,16 +177,97 @@ def _rows() -> dict[str, TrainConfig]:
         rows[f"imagenet-rn{depth}-free-m4-eps4"] = replace(
             IMAGENET, arch=f"resnet{depth}", eps=Perturbation.parse("4/255")
         )
-    return {name: replace(config, recipe=name) for name, config in rows.items()}
+    return rows
+
+
+def _advprop_rows() -> dict[str, TrainConfig]:
+    """Fast AdvProp, AdvProp and their natural twins: Mei et al. 2022, tables 1 to 6."""
+    rows = {
+        "digits-fast-advprop": DIGITS_FAST_ADVPROP,
+        "digits-advprop": replace(DIGITS_FAST_ADVPROP, method="advprop", batch_size=64),
+        "cifar10-preact18-fast-advprop": CIFAR10_FAST_ADVPROP,
+        "cifar10-preact18-advprop": replace(
+            CIFAR10_FAST_ADVPROP, method="advprop", batch_size=128, aux_bn_group=64, adv_weight=1.0
+        ),
+    }
+    # Tables 1 and 2: three depths, against natural training and AdvProp of the same budget.
+    for depth in (50, 101, 152):
+        name, arch = f"imagenet-rn{depth}", f"resnet{depth}"
+        rows[f"{name}-fast-advprop"] = replace(FAST_ADVPROP, arch=arch)
+        rows[f"{name}-natural-105ep"] = replace(FAST_ADVPROP_NATURAL, arch=arch)
+        rows[f"{name}-advprop-pgd5-1x"] = replace(ADVPROP, arch=arch)
+    # AdvProp at its own cost: 105 data epochs are 7 or 3 times the natural budget.
+    for steps, cost in ((5, 7), (1, 3)):
+        rows[f"imagenet-rn50-advprop-pgd{steps}"] = stretched(
+            replace(ADVPROP, attack_steps=steps), cost
+        )
+    rows["imagenet-rn50-advprop-pgd1-1x"] = replace(ADVPROP, attack_steps=1)
+    # Table 3: disjoint shares, the attack's gradients not reused; 105 data epochs at cost 1.2.
+    decoupled = replace(
+        FAST_ADVPROP, method="advprop", decoupled=True, attack_steps=1, adv_weight=1.0
+    )
+    rows["imagenet-rn50-advprop-decoupled"] = stretched(decoupled, 1.2)
+    # Table 4: the adversarial share, 256 clean images in every minibatch.
+    for label, num_adv in (("0.11", 32), ("0.33", 128), ("0.5", 256)):
+        rows[f"imagenet-rn50-fast-advprop-padv{label}"] = replace(
+            FAST_ADVPROP,
+            p_adv=num_adv / (256 + num_adv),
+            batch_size=256 + num_adv,
+            aux_bn_group=num_adv // 4,
+        )
+    # Table 5: without re-balancing noisy and adversarial images, without synchronised speed.
+    unbalanced = {"noise_weight": 1.0, "adv_weight": 1.0}
+    for label, changes in (
+        ("no-rebalance", unbalanced),
+        ("no-sync", {"sync_speed": False}),
+        ("neither", unbalanced | {"sync_speed": False}),
+    ):
+        rows[f"imagenet-rn50-fast-advprop-{label}"] = replace(FAST_ADVPROP, **changes)
+    # Table 6: mixup and CutMix on the clean share.
+    mixes: dict[Mix, tuple[float, str]] = {
+        "mixup": (180, "every:60"),
+        "cutmix": (210, "at:75,150,180"),
+    }
+    for mix, (epochs, schedule) in mixes.items():
+        for base, method in ((FAST_ADVPROP, "fast-advprop"), (FAST_ADVPROP_NATURAL, "natural")):
+            rows[f"imagenet-rn50-{method}-{mix}"] = replace(
+                base, mix=mix, epochs=epochs, schedule=Schedule.parse(schedule)
+            )
+    return rows
+
+
+def stretched(config: TrainConfig, factor: float) -> TrainConfig:
+    """The same recipe on `factor` times the natural budget, schedule included."""
+    milestones = tuple(factor * value for value in config.schedule.values)
+    return replace(
+        config,
+        epochs=factor * config.epochs,
+        schedule=Schedule(config.schedule.kind, milestones),
+    )
 
 
 RECIPES = _rows()
 
 # The recipe that --data alone selects, by the dataset of the script and the method.
 DEFAULTS: dict[str, dict[str, str]] = {
-    "digits": {"free": "digits-free", "natural": "digits-natural"},
-    "cifar": {"free": "cifar10-wrn32-free-m8", "natural": "cifar10-wrn32-natural"},
-    "imagenet": {"free": "imagenet-rn50-free-m4-eps4", "natural": "imagenet-rn50-natural"},
+    "digits": {
+        "free": "digits-free",
+        "natural": "digits-natural",
+        "fast-advprop": "digits-fast-advprop",
+        "advprop": "digits-advprop",
+    },
+    "cifar": {
+        "free": "cifar10-wrn32-free-m8",
+        "natural": "cifar10-wrn32-natural",
+        "fast-advprop": "cifar10-preact18-fast-advprop",
+        "advprop": "cifar10-preact18-advprop",
+    },
+    "imagenet": {
+        "free": "imagenet-rn50-free-m4-eps4",
+        "natural": "imagenet-rn50-natural",
+        "fast-advprop": "imagenet-rn50-fast-advprop",
+        "advprop": "imagenet-rn50-advprop-pgd5-1x",
+    },
 }
 
 

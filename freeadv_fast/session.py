@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from freeadv_fast import checkpoint
@@ -21,6 +22,8 @@ from freeadv_fast.environment import environment
 from freeadv_fast.errors import UserError
 from freeadv_fast.learner import Learner, Pixels
 from freeadv_fast.methods import TrainingMethod, build_method
+from freeadv_fast.methods.fast_advprop import Exchange
+from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
 from freeadv_fast.models.zoo import build_model
 from freeadv_fast.optim import build_sgd
 from freeadv_fast.runlog import RunFolder, RunLog, read_json, write_json
@@ -54,6 +57,7 @@ class Progress:
     Attributes:
         epoch: Data epochs finished. minibatch: Minibatches of the current one finished.
         passes: Images forwarded and backwarded for the weights, over all ranks.
+        attack_passes: Images forwarded and backwarded for a perturbation alone.
         train_seconds: Seconds in the training loop, checkpoints included, evaluation excluded.
         best_score: Held-out accuracy of best.pt. best_epoch: The epoch it is from.
         last_line: The latest training metrics.
@@ -62,6 +66,7 @@ class Progress:
     epoch: int = 0
     minibatch: int = 0
     passes: int = 0
+    attack_passes: int = 0
     train_seconds: float = 0.0
     best_score: float = -1.0
     best_epoch: int = -1
@@ -171,6 +176,8 @@ def prepare(config: TrainConfig, world: World, own_model: nn.Module | None = Non
     Raises:
         UserError: data, folder, network or checkpoint cannot be used.
     """
+    refuse_different_configs(config, world)
+    refuse_empty_exchange(config, world)
     folder = RunFolder(Path(config.run_folder))
     precision = resolve_precision(config.precision, world.device)
     config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
@@ -187,7 +194,12 @@ def prepare(config: TrainConfig, world: World, own_model: nn.Module | None = Non
         lambda: build_network(config, loaders.train.classes, is_fresh=state is None)
     )
     learner = build_learner(model, config, world, budget)
-    method = build_method(config, learner, world.device)
+
+    def shuffle(images: Tensor, labels: Tensor, step: int) -> Exchange:
+        return world.shuffle(images, labels, seed=config.seed, step=step)
+
+    num_classes = len(loaders.train.classes)
+    method = build_method(config, learner, world.device, num_classes, shuffle)
     torch.manual_seed(config.seed + 1_000_003 * world.rank)  # no dropout mask on two ranks
     progress, log_bytes = Progress(), 0
     world.on_main(lambda: folder.claim(config.resume))
@@ -198,18 +210,57 @@ def prepare(config: TrainConfig, world: World, own_model: nn.Module | None = Non
     if state is not None:
         warn_about_changes(folder, record, world)
     world.on_main(lambda: write_description(folder, config, record))
-    total = budget.data_epochs * loaders.train.num_images * config.m
-    total = min(
-        total,
-        budget.total_updates * config.batch_size * world.size,
-        config.max_passes or total,
+    num_minibatches = budget.total_updates // config.m
+    num_images = min(
+        budget.data_epochs * loaders.train.num_images,
+        num_minibatches * config.batch_size * world.size,
     )
+    total = round(num_images * config.weight_passes)
+    total = min(total, config.max_passes or total)
     log = RunLog(folder, total, log_bytes, progress.passes, world.is_main)
     clock = Clock(progress.train_seconds, progress.passes)
     return Run(
         config, world, folder, loaders, budget, model, learner, method, progress, clock, log,
         saved_at=time.monotonic(),
     )  # fmt: skip
+
+
+def refuse_different_configs(config: TrainConfig, world: World) -> None:
+    """Every rank must train the same run: ranks that differ would diverge without a word.
+
+    Raises:
+        UserError: on every rank; names the first flag that differs and the rank.
+    """
+    configs = world.gather_on_host(config_to_dict(config))
+
+    def compare() -> None:
+        first, *others = cast(list[dict[str, Any]], configs)
+        for rank, other in enumerate(others, start=1):
+            for name in first:
+                if other[name] != first[name]:
+                    flag = "--" + name.replace("_", "-")
+                    raise UserError(
+                        f"{flag}: rank {rank} has {other[name]}, rank 0 has {first[name]}; start "
+                        "every node with the same flags"
+                    )
+
+    world.on_main(compare)
+
+
+def refuse_empty_exchange(config: TrainConfig, world: World) -> None:
+    """Each rank sends every other one an adversarial image at least.
+
+    Raises:
+        UserError: a rank's adversarial share is smaller than the number of ranks.
+    """
+    if config.method != "fast-advprop" or not config.shuffle:
+        return
+    if config.num_adversarial < world.size:
+        raise UserError(
+            f"--batch-size {config.batch_size}: {config.num_adversarial} adversarial images a rank "
+            f"(--p-adv {config.p_adv:g}) cannot be shuffled over {world.size} ranks; use at least "
+            f"--batch-size {math.ceil(world.size / config.p_adv)}"
+        )
 
 
 def build_network(config: TrainConfig, classes: list[str], is_fresh: bool) -> nn.Module:
@@ -231,12 +282,14 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
     """The learner around a network, which moves to the training device."""
     # Two minibatch shapes a run, so that every convolution is timed once and well chosen after.
     torch.backends.cudnn.benchmark = True
+    if config.has_branches:
+        add_auxiliary_bn(model, config.aux_bn_group)
     model.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    net: nn.Module = model
+    net = DualNetwork(model) if config.has_branches else model
     if world.size > 1:
         # Each rank keeps its own running statistics (checkpoint.averaged_buffers); broadcasting
         # them at every forward would also break two forwards before one backward.
-        net = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
     optimizer = build_sgd(
         model,
         lr=config.lr,
@@ -258,7 +311,7 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
             update,
             total_updates=budget.total_updates,
             updates_per_epoch=budget.updates_per_epoch,
-            m=config.m,
+            cost=config.cost,
         )
 
     return Learner(net, optimizer, lr_at, pixels, precision, world.size)

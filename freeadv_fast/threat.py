@@ -93,8 +93,26 @@ class ThreatModel:
         """Grey levels that one unit of the stored perturbation stands for."""
         return float(self.step.levels) if self.is_integral else 1.0
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether images moved from a zero start keep whole grey levels, so that uint8 is exact."""
+        return self.eps.levels.denominator == 1 and self.step.levels.denominator == 1
+
+    def uniform_delta(self, images: torch.Tensor) -> torch.Tensor:
+        """A uniform point of the ball around each image, clipped to the pixel range.
+
+        Args:
+            images: (n, H, W, C) uint8.
+
+        Returns:
+            (n, H, W, C) float32 in grey levels, drawn from torch's global generator.
+        """
+        radius = float(self.eps.levels)
+        noise = torch.empty(images.shape, device=images.device).uniform_(-radius, radius)
+        return noise.add_(images).clamp_(0, 255).sub_(images)
+
     def zero_delta(self, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        """The zero perturbation of Algorithm 1's first line, (N, H, W, C), kept for the whole run.
+        """The zero perturbation, (N, H, W, C) in `delta_dtype`.
 
         Args:
             shape: (N, H, W, C): minibatch size, height, width, channels.

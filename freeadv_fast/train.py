@@ -86,10 +86,11 @@ def train_epoch(run: Run, stop: StopRequests) -> None:
     run.model.train()
     batches = loader.epoch(progress.epoch, progress.minibatch)
     while (batch := run.world.together(lambda: next(batches, None))) is not None:
-        run.method.train_minibatch(batch.images, batch.labels, batch.global_size)
+        passes = run.method.train_minibatch(batch.images, batch.labels, batch.global_size)
         progress.minibatch += 1
-        progress.passes += batch.global_size * config.m
-        run.log.advance(batch.global_size * config.m)
+        progress.passes += passes.weights
+        progress.attack_passes += passes.attack
+        run.log.advance(passes.weights)
         if progress.minibatch == loader.num_batches or run.is_budget_spent:
             measure(run, batch)
             return
@@ -129,12 +130,13 @@ def measure(run: Run, batch: Batch) -> None:
         "passes_per_second": run.clock.lap(progress.passes),
         "nonfinite_gradients": reading.nonfinite_gradients,
     }
-    if run.method.is_adversarial:
-        line["train_adversarial_accuracy"] = reading.accuracy
+    if progress.attack_passes:
+        line["attack_passes"] = progress.attack_passes
+    for role, accuracy in reading.accuracy.items():
+        line[f"train_{role}_accuracy"] = accuracy
+    if "clean" not in reading.accuracy:
         hits = learner.clean_hits(batch.images, batch.labels).to(torch.float64)
         line["train_clean_accuracy"] = run.world.sum_(hits).item() / batch.global_size
-    else:
-        line["train_clean_accuracy"] = reading.accuracy
     progress.last_line = line
 
 
@@ -154,8 +156,8 @@ def refuse_nonfinite(run: Run) -> None:
 def select(run: Run) -> dict[str, float]:
     """Measures the held-out slice and keeps the weights as best.pt if none were better.
 
-    Adversarial methods select by robust accuracy, natural training by clean accuracy: its robust
-    accuracy is highest before it has learnt anything.
+    Methods that seek robustness select by robust accuracy, the others by clean accuracy: natural
+    training's robust accuracy is highest before it has learnt anything.
 
     Returns:
         What was measured, for log.jsonl; nothing where no images are held out.
@@ -163,7 +165,7 @@ def select(run: Run) -> dict[str, float]:
     config, progress = run.config, run.progress
     if run.loaders.holdout is None:
         return {}
-    attacks = (SELECTION_ATTACK,) if run.method.is_adversarial else ()
+    attacks = (SELECTION_ATTACK,) if run.method.seeks_robustness else ()
     with checkpoint.averaged_buffers(run.model, run.world):
         measured = evaluate(
             run.model,
@@ -257,8 +259,9 @@ def dry_run(config: TrainConfig) -> list[str]:
         return [
             *loaders.describe(),
             f"global batch {batch.global_size} = {world.size} ranks x {config.batch_size}",
-            f"{budget.data_epochs} data epochs x {loaders.train.num_batches} minibatches x "
-            f"m {config.m} = {budget.total_updates} updates",
+            f"{budget.data_epochs} data epochs x {loaders.train.num_batches} minibatches"
+            + f" x m {config.m}" * (config.m > 1)
+            + f" = {budget.total_updates} updates",
             f"first minibatch: images {tuple(batch.images.shape)} {batch.images.dtype}, "
             f"labels {tuple(batch.labels.shape)} {batch.labels.dtype}",
             f"output folder: {os.fspath(Path(config.run_folder))}",

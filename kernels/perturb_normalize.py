@@ -1,6 +1,7 @@
 """Image + perturbation -> the network's input, in one pass.
 
-    s = image + unit * delta                  grey levels; image is uint8, delta is stored in units
+    s = image + unit * delta                  grey levels; image is uint8, or float16 where it has
+                                              been perturbed before; delta is stored in units
     x = (clip(s, 0, 255) / 255 - mean) / std  float32 in this order, rounded once to the output
 
 Fused: addition, clip, scaling, normalisation, cast and layout. Images arrive as the loader holds
@@ -52,6 +53,7 @@ TILES = 4
 # at which the grid no longer fills a large GPU.
 SPANS = 4
 MANY_VALUES = 1 << 23
+IMAGE_DTYPES = (torch.uint8, torch.float16)
 DELTA_DTYPES = (torch.int8, torch.float16, torch.float32)
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -64,9 +66,9 @@ def _check(
     Raises:
         RuntimeError: shows what disagrees.
     """
-    if images.dim() != 4 or images.dtype is not torch.uint8 or not images.is_contiguous():
+    if images.dim() != 4 or images.dtype not in IMAGE_DTYPES or not images.is_contiguous():
         raise RuntimeError(
-            "images: expected contiguous uint8 (N, H, W, C), got "
+            "images: expected contiguous uint8 or float16 (N, H, W, C), got "
             f"{images.dtype} {tuple(images.shape)} with strides {images.stride()}"
         )
     if delta is not None:
@@ -183,7 +185,7 @@ def _normalize(
 @jit
 def _perturb_normalize_kernel(
     x_ptr,  # [N, H, W, C] bf16 | fp16 | fp32, output
-    image_ptr,  # [N, H, W, C] u8
+    image_ptr,  # [N, H, W, C] u8 | fp16
     delta_ptr,  # [N, H, W, C] i8 | fp16 | fp32; unused without HAS_DELTA
     mean_ptr,  # [C] fp32
     std_ptr,  # [C] fp32
@@ -304,7 +306,7 @@ def perturb_normalize(
     once. Not differentiable: the result is a leaf at which to take the gradient.
 
     Args:
-        images: (N, H, W, C) uint8, contiguous.
+        images: (N, H, W, C) uint8, or float16 grey levels in 0..255, contiguous.
         delta: (N, H, W, C) int8, float16 or float32, contiguous, finite; None for no perturbation.
         mean: (C,) float32, of pixels in [0, 1].
         std: (C,) float32, likewise, above 0.

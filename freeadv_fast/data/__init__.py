@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -29,7 +30,14 @@ from freeadv_fast.data.synthetic import build_synthetic
 from freeadv_fast.distributed import World
 from freeadv_fast.errors import UserError
 
-__all__ = ["Batch", "Loader", "Loaders", "build_loaders", "build_val_loader"]
+__all__ = [
+    "Batch",
+    "Loader",
+    "Loaders",
+    "build_folder_loader",
+    "build_loaders",
+    "build_val_loader",
+]
 
 # Enough for a standard error of 1.6 points at 50 % accuracy.
 DEFAULT_HOLDOUT = 1000
@@ -89,7 +97,7 @@ def build_loaders(config: TrainConfig, world: World) -> Loaders:
     if config.holdout_images is None and world.device.type != "cuda":
         held_out = held_out[evenly_spaced_rows(len(held_out), CPU_EVAL_IMAGES)]
     return Loaders(
-        train=train.loader(_stream(config, world, kept, config.seed)),
+        train=train.loader(_training_stream(config, world, kept)),
         holdout=train.loader(_stream(config, world, held_out)) if len(held_out) else None,
         val=val.loader(_stream(config, world, _val_rows(val, config.eval_images))),
         lines=train.lines + tuple(line for line in val.lines if line not in train.lines),
@@ -111,9 +119,35 @@ def build_val_loader(config: TrainConfig, world: World, num_images: int | None) 
     return val.loader(_stream(config, world, _val_rows(val, num_images)))
 
 
-def _stream(config: TrainConfig, world: World, rows: Ints, seed: int | None = None) -> Stream:
-    """The stream of some rows over this run's ranks."""
-    return Stream(rows, config.batch_size, world.rank, world.size, seed)
+def build_folder_loader(
+    folder: str | Path, config: TrainConfig, world: World, num_images: int | None
+) -> FolderLoader:
+    """The loader of an evaluation on any folder that holds one folder a class.
+
+    Args:
+        folder: The folder; its own class names, sorted, are the labels' meaning.
+        config: Gives image size, resize, batch size and workers.
+        world: This process among the others, as for `build_val_loader`.
+        num_images: Images to read over all ranks, evenly spaced over the set; None for all.
+
+    Raises:
+        UserError: class folders without images, or too many bad files, in one line.
+    """
+    announce = _announce_once if world.is_main else _keep_quiet
+    index = index_images(str(folder), config.max_bad_fraction, announce)
+    split = _FolderSplit(config, world, index)
+    return split.loader(_stream(config, world, _val_rows(split, num_images)))
+
+
+def _stream(config: TrainConfig, world: World, rows: Ints) -> Stream:
+    """An evaluation's stream of some rows over this run's ranks."""
+    return Stream(rows, config.batch_size, world.rank, world.size)
+
+
+def _training_stream(config: TrainConfig, world: World, rows: Ints) -> Stream:
+    """The training stream; methods with shares and branches train on whole minibatches only."""
+    smallest = config.batch_size if config.has_branches else 2
+    return Stream(rows, config.batch_size, world.rank, world.size, config.seed, smallest)
 
 
 class _Split(Protocol):
@@ -146,7 +180,7 @@ class _FolderSplit:
                 f"{index.bad_list or 'no file: the cache cannot be written'}",
             )
 
-    def loader(self, stream: Stream) -> Loader:
+    def loader(self, stream: Stream) -> FolderLoader:
         """A loader for some of its rows."""
         return FolderLoader(self.index, stream, self.decoder, self.config, self.world.device)
 

@@ -139,7 +139,8 @@ class Stream:
 
     Global minibatch t holds rows [t B W, (t + 1) B W) of the epoch's order, and rank r takes
     rows r, r + W, r + 2W, ... of it. A training epoch leaves out a last global minibatch of fewer
-    than two images a rank: batch norm cannot train on one.
+    than `smallest` images a rank: batch norm cannot train on one, and some methods on no fewer than
+    a whole minibatch.
 
     Attributes:
         rows: (N,) int64 rows of the split's file list that this stream walks.
@@ -147,6 +148,7 @@ class Stream:
         rank: r, this process.
         world_size: W, processes.
         seed: Seed of the order; None for evaluation: fixed order, nothing left out.
+        smallest: Fewest images of a rank's last minibatch in training.
     """
 
     rows: Ints
@@ -154,6 +156,7 @@ class Stream:
     rank: int
     world_size: int
     seed: int | None = None
+    smallest: int = 2
 
     def __post_init__(self) -> None:
         """Raises UserError where a training minibatch is larger than a rank's share."""
@@ -174,7 +177,7 @@ class Stream:
     def num_batches(self) -> int:
         """Global minibatches of one epoch, the same on every rank."""
         full, rest = divmod(len(self.rows), self.batch_size * self.world_size)
-        fewest = 1 if self.seed is None else 2 * self.world_size
+        fewest = 1 if self.seed is None else self.smallest * self.world_size
         return full + (rest >= fewest)
 
     def order(self, epoch: int) -> Ints:

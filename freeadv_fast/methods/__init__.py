@@ -13,17 +13,20 @@ from torch import Tensor
 
 from freeadv_fast.config import TrainConfig
 from freeadv_fast.learner import Learner
+from freeadv_fast.methods.advprop import AdvProp
+from freeadv_fast.methods.fast_advprop import FastAdvProp, Shuffle
 from freeadv_fast.methods.free import Free
 from freeadv_fast.methods.natural import Natural
+from freeadv_fast.methods.passes import Passes
 
 
 class TrainingMethod(Protocol):
     """What the trainer asks of an algorithm."""
 
-    is_adversarial: bool
-    """Whether the network trains on perturbed images, so that its training accuracy is one."""
+    seeks_robustness: bool
+    """Whether the best weights are those of highest robust accuracy, not of highest clean one."""
 
-    def train_minibatch(self, images: Tensor, labels: Tensor, global_size: int) -> None:
+    def train_minibatch(self, images: Tensor, labels: Tensor, global_size: int) -> Passes:
         """Trains on one minibatch: images (n, H, W, 3) uint8, labels (n,) int64.
 
         `global_size` counts the minibatch's images over all ranks.
@@ -39,9 +42,42 @@ class TrainingMethod(Protocol):
         ...
 
 
-def build_method(config: TrainConfig, learner: Learner, device: torch.device) -> TrainingMethod:
-    """The algorithm that a config names, bound to a learner."""
+def build_method(
+    config: TrainConfig,
+    learner: Learner,
+    device: torch.device,
+    num_classes: int,
+    shuffle: Shuffle | None = None,
+) -> TrainingMethod:
+    """The algorithm that a config names, bound to a learner.
+
+    Args:
+        config: The run.
+        learner: The network in training.
+        device: Where training runs.
+        num_classes: Of the data.
+        shuffle: Moves Fast AdvProp's adversarial images between batch-norm groups and ranks.
+    """
+    mixing: dict[str, Any] = {"kind_of_mix": config.mix, "mix_alpha": config.mix_alpha}
     if config.method == "natural":
-        return Natural(learner, m=config.m)
-    shape = (config.batch_size, config.image_size, config.image_size, 3)
-    return Free(learner, config.threat, m=config.m, minibatch_shape=shape, device=device)
+        return Natural(learner, m=config.m, **mixing)
+    if config.method == "free":
+        shape = (config.batch_size, config.image_size, config.image_size, 3)
+        return Free(learner, config.threat, m=config.m, minibatch_shape=shape, device=device)
+    shared: dict[str, Any] = mixing | {
+        "attack_steps": config.attack_steps,
+        "uniform_start": config.attack_start == "uniform",
+        "adv_weight": config.adv_weight,
+        "sync_speed": config.sync_speed,
+    }
+    if config.method == "advprop":
+        p_adv = config.p_adv if config.decoupled else None
+        return AdvProp(learner, config.threat, num_classes=num_classes, p_adv=p_adv, **shared)
+    return FastAdvProp(
+        learner,
+        config.threat,
+        p_adv=config.p_adv,
+        noise_weight=config.noise_weight,
+        shuffle=shuffle if config.shuffle else None,
+        **shared,
+    )

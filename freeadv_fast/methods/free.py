@@ -18,6 +18,7 @@ from torch import Tensor
 
 from freeadv_fast import ops
 from freeadv_fast.learner import Learner
+from freeadv_fast.methods.passes import Passes
 from freeadv_fast.threat import ThreatModel
 
 
@@ -32,7 +33,7 @@ class Free:
         device: Where training runs.
     """
 
-    is_adversarial = True
+    seeks_robustness = True
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class Free:
         self.unit = threat.delta_unit
         self.delta = threat.zero_delta(minibatch_shape, device)
 
-    def train_minibatch(self, images: Tensor, labels: Tensor, global_size: int) -> None:
+    def train_minibatch(self, images: Tensor, labels: Tensor, global_size: int) -> Passes:
         """Replays one minibatch m times; delta carries over to the next one.
 
         Args:
@@ -61,7 +62,7 @@ class Free:
         learner, delta = self.learner, self.delta[: len(images)]
         for _ in range(self.m):
             x = learner.network_input(images, delta, self.unit).requires_grad_()
-            loss = learner.loss(x, labels, global_size)
+            loss = learner.loss(x, labels, global_size, role="adversarial")
             learner.backward(loss)  # one pass: g_theta and g_adv
             ops.sign_ascent_(
                 delta,
@@ -73,6 +74,7 @@ class Free:
                 unit=self.unit,
             )
             learner.step()
+        return Passes(self.m * global_size)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The perturbation, (N, H, W, 3)."""

@@ -1,12 +1,19 @@
-"""Ghost batch norm: statistics over groups of the minibatch, as several small GPUs would take them.
+"""Batch norm in groups and in two branches.
 
-"Adversarial Training for Free!" trained ImageNet with 256 images on 4 GPUs under DataParallel, so
-each batch norm saw 64 images. `apply_bn_groups(model, 64)` gives one GPU the same statistics.
+Groups (ghost batch norm): statistics over parts of the minibatch, as several small GPUs would take
+them. "Adversarial Training for Free!" trained ImageNet with 256 images on 4 GPUs under
+DataParallel, so each batch norm saw 64 images. `apply_bn_groups(model, 64)` gives one GPU the same.
+
+Branches (auxiliary batch norm): clean and adversarial images come from different distributions, so
+AdvProp normalises each by statistics and affine parameters of its own. `add_auxiliary_bn` adds the
+second branch, `DualNetwork` selects one by argument.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +129,7 @@ def apply_bn_groups(model: nn.Module, group: int) -> nn.Module:
 def _ghost_twin(layer: nn.modules.batchnorm._BatchNorm, group: int) -> GhostBatchNorm2d:
     """The ghost layer that shares `layer`'s parameters and buffers."""
     has_activation = hasattr(layer, "act") and hasattr(layer, "drop")
-    is_plain = type(layer).forward is nn.BatchNorm2d.forward
+    is_plain = type(layer).forward in (nn.BatchNorm2d.forward, GhostBatchNorm2d.forward)
     if not isinstance(layer, nn.BatchNorm2d) or not (is_plain or has_activation):
         raise UserError(f"--bn-group {group}: no groups for a layer of type {type(layer).__name__}")
     twin_class = GhostBatchNormAct2d if has_activation else GhostBatchNorm2d
@@ -141,3 +148,92 @@ def _ghost_twin(layer: nn.modules.batchnorm._BatchNorm, group: int) -> GhostBatc
     twin._buffers.update(layer._buffers)
     twin._modules.update(layer._modules)
     return twin.train(layer.training)
+
+
+AUXILIARY = "aux_bn"
+
+
+def add_auxiliary_bn(model: nn.Module, group: int) -> nn.Module:
+    """Gives every batch norm an auxiliary twin with its own affine and statistics, in place.
+
+    The twin is a child named ``aux_bn``, so its keys stand beside the plain ones
+    (``bn1.weight``, ``bn1.aux_bn.weight``); it starts as a copy. The network itself computes what
+    it did before: `DualNetwork` runs the auxiliary branch.
+
+    Args:
+        model: Network with `nn.BatchNorm2d` or timm's `BatchNormAct2d` layers, grouped or not.
+        group: Images that share statistics in the auxiliary branch, at most; at least 1.
+
+    Returns:
+        `model`; as it is when it has the twins already.
+
+    Raises:
+        UserError: there is no batch norm, or one of a kind that has no ghost twin.
+
+    Source: Xie et al. 2020, "Adversarial Examples Improve Image Recognition", section 4.2; the keys
+    are those of Fast AdvProp's code.
+    """
+    if branch_parameters(model)[1]:  # a network of the caller's that was trained before
+        return model
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if not layers:
+        raise UserError("--method: this network has no batch normalisation to give a second branch")
+    for layer in layers:
+        layer.add_module(AUXILIARY, _ghost_twin(copy.deepcopy(layer), group))
+    return model
+
+
+def branch_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The affine parameters of the main and of the auxiliary batch norms, without shared ones."""
+    layers = [layer for layer in model.modules() if AUXILIARY in layer._modules]
+    main = [p for layer in layers for p in layer.parameters(recurse=False)]
+    return main, [p for layer in layers for p in layer.get_submodule(AUXILIARY).parameters()]
+
+
+def without_auxiliary(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without its auxiliary branch: the keys of the plain network."""
+    return {key: value for key, value in state.items() if f".{AUXILIARY}." not in key}
+
+
+Branch = Literal["main", "auxiliary", "attack"]
+
+
+class DualNetwork(nn.Module):
+    """A network whose batch-norm branch is an argument of its forward pass.
+
+    ``main`` is the network itself. ``auxiliary`` shares all its tensors but normalises with the
+    auxiliary batch norms, in training mode. ``attack`` is the auxiliary branch in eval mode: it
+    reads the running statistics and moves none. Each branch is a module tree of its own over the
+    same parameters, so that nothing is toggled between passes and each can be compiled or captured.
+
+    Attributes:
+        model: The network, with auxiliary batch norms and on its device.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Builds the branches' trees; the model must not be replaced or moved afterwards."""
+        super().__init__()
+        self.model = model
+        # In a plain dict: the trees own nothing, and their parameters would be listed twice.
+        self._branches = {
+            "main": model,
+            "auxiliary": _auxiliary_tree(model, training=True),
+            "attack": _auxiliary_tree(model, training=False),
+        }
+
+    def forward(self, x: Tensor, branch: Branch = "main") -> Tensor:
+        """(N, 3, H, W) normalised images to (N, classes) logits of one branch."""
+        logits: Tensor = self._branches[branch](x)
+        return logits
+
+
+def _auxiliary_tree(module: nn.Module, *, training: bool) -> nn.Module:
+    """A tree over the same tensors in which auxiliary batch norms stand for the main ones."""
+    source = module._modules.get(AUXILIARY) or module
+    twin = copy.copy(source)
+    twin.training = training
+    twin._modules = {
+        name: child and _auxiliary_tree(child, training=training)
+        for name, child in source._modules.items()
+    }
+    return twin

@@ -91,13 +91,18 @@ def test_two_ranks_equal_one_rank_of_twice_the_batch(small_network, tmp_path, si
             torch.testing.assert_close(mean, buffer, rtol=0, atol=1e-9, msg=name)
 
 
-def test_two_ranks_stop_and_resume_bit_for_bit(small_images, repository, tmp_path):
+@pytest.mark.parametrize("method", ["free", "fast_advprop"])
+def test_two_ranks_stop_and_resume_bit_for_bit(small_images, repository, tmp_path, method):
     """SIGTERM to torchrun, as a cluster sends it: every rank saves, and the run goes on."""
+    own_flags = {
+        "free": ["--m", 2, "--batch-size", 8],
+        "fast_advprop": ["--batch-size", 10, "--p-adv", 0.4, "--aux-bn-group", 2],
+    }
 
     def command(folder, *flags):
         return torchrun(
-            2, repository / "launch" / "imagenet_free.py", "--m", 2, "--data", small_images,
-            "--arch", "test_resnet", "--image-size", 16, "--batch-size", 8, "--epochs", 12,
+            2, repository / "launch" / f"imagenet_{method}.py", "--data", small_images,
+            "--arch", "test_resnet", "--image-size", 16, "--epochs", 12, *own_flags[method],
             "--eps", "8/255", "--holdout-images", 6, "--eval-images", 8, "--workers", 1,
             "--eval-attacks", "pgd-2", "--log-every", 2, "--output-dir", folder, *flags,
         )  # fmt: skip
@@ -126,7 +131,10 @@ def test_two_ranks_stop_and_resume_bit_for_bit(small_images, repository, tmp_pat
     for name, value in theirs["model"].items():
         assert torch.equal(ours["model"][name], value), name
     for mine, other in zip(ours["ranks"], theirs["ranks"], strict=True):
-        assert torch.equal(mine["method"]["delta"], other["method"]["delta"])
+        assert mine["method"].keys() == other["method"].keys()
+        for name, value in other["method"].items():
+            assert torch.equal(mine["method"][name], value), name
+        assert torch.equal(mine["random"]["cpu"], other["random"]["cpu"])
     assert ours["progress"]["passes"] == theirs["progress"]["passes"]
 
 

@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from freeadv_fast.errors import UserError
-from freeadv_fast.models.batch_norm import GhostBatchNorm2d, apply_bn_groups
+from freeadv_fast.models.batch_norm import (
+    DualNetwork,
+    GhostBatchNorm2d,
+    add_auxiliary_bn,
+    apply_bn_groups,
+    branch_parameters,
+    without_auxiliary,
+)
+from freeadv_fast.models.zoo import build_model
 
 
 @pytest.fixture(autouse=True)
@@ -134,3 +142,72 @@ def test_networks_without_batch_norm_are_refused():
         apply_bn_groups(nn.Sequential(nn.GroupNorm(2, 4)), 64)
     with pytest.raises(UserError, match="--bn-group 64: no groups for a layer of type BatchNorm1d"):
         apply_bn_groups(nn.Sequential(nn.BatchNorm1d(4)), 64)
+
+
+ARCHITECTURES = ["resnet18", "timm/resnet26", "timm/test_resnet", "preact-resnet18", "densenet121"]
+
+
+def dual(arch, group=2, bn_group=None, image_size=32):
+    model = build_model(arch, 10, image_size=image_size, bn_group=bn_group)
+    return DualNetwork(add_auxiliary_bn(model, group)).train()
+
+
+@pytest.mark.parametrize("bn_group", [None, 4])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_branches_touch_their_own_statistics_and_affines_only(arch, bn_group):
+    network = dual(arch, bn_group=bn_group, image_size=64 if arch == "densenet121" else 32)
+    model, x = network.model, torch.randn(8, 3, 64, 64)
+    main, auxiliary = branch_parameters(model)
+    for branch, moved, still in (("main", main, auxiliary), ("auxiliary", auxiliary, main)):
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        model.zero_grad()
+        network(x, branch).square().sum().backward()
+        changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+        assert changed
+        assert all((".aux_bn." in key) is (branch == "auxiliary") for key in changed)
+        assert all(p.grad is not None for p in moved)
+        assert all(p.grad is None for p in still)
+        others = {id(p) for p in main + auxiliary}
+        assert all(p.grad is not None for p in model.parameters() if id(p) not in others)
+
+
+def test_auxiliary_branch_is_the_network_with_the_auxiliary_tensors():
+    network = dual("resnet18", group=4)
+    model = network.model
+    with torch.no_grad():
+        for parameter in branch_parameters(model)[1]:
+            parameter.add_(torch.rand_like(parameter))
+    twin = build_model("resnet18", 10, image_size=32, bn_group=4)
+    state = without_auxiliary(model.state_dict())
+    state |= {
+        key.replace(".aux_bn.", "."): value.clone()
+        for key, value in model.state_dict().items()
+        if ".aux_bn." in key
+    }
+    twin.load_state_dict(state)
+    x = torch.randn(8, 3, 32, 32)
+    assert torch.equal(network(x, "auxiliary"), twin.train()(x))
+    assert torch.equal(network(x, "attack"), twin.eval()(x))
+
+
+def test_attack_branch_moves_no_statistics_whatever_the_mode():
+    network = dual("resnet18")
+    before = {key: value.clone() for key, value in network.model.state_dict().items()}
+    network(torch.randn(4, 3, 32, 32), "attack")
+    assert all(torch.equal(v, before[k]) for k, v in network.model.state_dict().items())
+
+
+def test_the_plain_network_is_unchanged_and_twins_are_added_once():
+    plain = build_model("resnet18", 10, image_size=32)
+    keys, x = list(plain.state_dict()), torch.randn(4, 3, 32, 32)
+    expected = plain.eval()(x)
+    model = add_auxiliary_bn(plain, 4)
+    assert torch.equal(model(x), expected)
+    assert list(without_auxiliary(model.state_dict())) == keys
+    num_keys = len(model.state_dict())
+    assert len(add_auxiliary_bn(model, 4).state_dict()) == num_keys
+
+
+def test_a_network_without_batch_norm_has_no_branches():
+    with pytest.raises(UserError, match="no batch normalisation"):
+        add_auxiliary_bn(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), 4)

@@ -23,7 +23,7 @@ def parsed(line):
     [
         ("--eps 4", "--eps 4: larger than the whole pixel range; did you mean 4/255?"),
         ("--eps -1/255", "--eps -1/255: a perturbation cannot be negative"),
-        ("--eps 0", "--eps 0: free training needs a radius above 0"),
+        ("--eps 0", "--eps 0: free needs a radius above 0"),
         ("--step-size 2", "--step-size 2: larger than the whole pixel range"),
         ("--m 0", "--m 0: must be at least 1"),
         ("--m four", "--m: invalid literal"),
@@ -42,6 +42,17 @@ def parsed(line):
         ("--eps 300/255", "--eps 300/255: larger than the whole pixel range"),
         ("--seed 99999999999999999999", "--seed 99999999999999999999: must be below 2^63"),
         ("--bn-group 1", "--bn-group 1: statistics need at least 2 images"),
+        ("--method fast-advprop --p-adv 0", "--p-adv 0: must be above 0 and below 1"),
+        ("--method fast-advprop --p-adv 1.5", "--p-adv 1.5: must be above 0 and below 1"),
+        ("--method fast-advprop --p-adv 0.01", "--p-adv 0.01: 1 adversarial and 79 clean"),
+        ("--method fast-advprop --p-adv 0.05", "--aux-bn-group 8: larger than the 4 adversarial"),
+        ("--method fast-advprop --m 4", "--m 4: fast-advprop does not replay minibatches"),
+        ("--method fast-advprop --eps 0", "--eps 0: fast-advprop needs a radius above 0"),
+        ("--method advprop --attack-steps 0", "--attack-steps 0: must be at least 1"),
+        ("--method advprop --adv-weight 0", "--adv-weight 0: must be a positive number"),
+        ("--mix mixup", "--mix mixup: not for free training"),
+        ("--method natural --mix mixup --mix-alpha -1", "--mix-alpha -1: must be a positive"),
+        ("--no-shufle", "--no-shufle: no such flag; did you mean --no-shuffle?"),
     ],
 )
 def test_mistakes_get_one_line(line, message):
@@ -82,6 +93,49 @@ def test_data_selects_the_paper_row():
     assert (config.arch, config.epochs, config.batch_size) == ("resnet50", 90, 256)
     assert (config.data_epochs, str(config.schedule)) == (23, "every:30")
     assert parsed("--data /imagenet --method natural").recipe == "imagenet-rn50-natural"
+
+
+def test_fast_advprop_counts_both_shares_and_pays_for_its_passes():
+    """80 images are 64 clean and 16 adversarial on each of 4 ranks; 105 epochs become 87."""
+    config = parsed("--method fast-advprop --data /imagenet --batch-size 80")
+    assert config.recipe == "imagenet-rn50-fast-advprop"
+    assert (config.num_adversarial, config.cost, config.data_epochs) == (16, 1.2, 87)
+    assert str(config.threat.eps) == str(config.threat.step) == "1/255"
+    assert not parsed("--method fast-advprop --no-shuffle").shuffle
+
+
+@pytest.mark.parametrize(
+    ("recipe", "data_epochs"),
+    [
+        ("fast-advprop-padv0.11", 94),
+        ("fast-advprop", 87),
+        ("fast-advprop-padv0.33", 79),
+        ("fast-advprop-padv0.5", 70),
+        ("fast-advprop-mixup", 150),
+        ("fast-advprop-cutmix", 175),
+        ("natural-105ep", 105),
+        ("advprop-pgd5", 105),
+        ("advprop-pgd5-1x", 15),
+        ("advprop-pgd1", 105),
+        ("advprop-pgd1-1x", 35),
+        ("advprop-decoupled", 105),
+    ],
+)
+def test_advprop_recipes_have_the_papers_epochs_and_256_clean_images(recipe, data_epochs):
+    """Mei et al. 2022, tables 1 to 6."""
+    config = RECIPES[f"imagenet-rn50-{recipe}"]
+    assert config.data_epochs == data_epochs
+    num_clean = config.batch_size - (config.num_adversarial if config.is_split else 0)
+    assert num_clean == 256
+
+
+def test_groups_shrink_with_a_divided_batch_unless_typed(monkeypatch):
+    """Eight ranks of the embedded recipe have two adversarial images each."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    recipe = RECIPES["digits-fast-advprop"]
+    assert resolve(recipe, set())[0].aux_bn_group == 2
+    with pytest.raises(UserError, match="--aux-bn-group 8: larger than the 2 adversarial"):
+        resolve(recipe, {"aux_bn_group"})
 
 
 def test_step_size_follows_eps_unless_typed():
@@ -142,8 +196,9 @@ def test_help_explains_every_flag(capsys):
         cli.run_training("free", "imagenet", ["--help"])
     assert leaving.value.code == 0
     text = capsys.readouterr().out
-    for name in config_to_dict(TrainConfig()):
-        assert "--" + name.replace("_", "-") in text
+    for name, value in config_to_dict(TrainConfig()).items():
+        flag = name.replace("_", "-")
+        assert (f"--no-{flag}" if value is True else f"--{flag}") in text
     for name in ("--config", "--dry-run"):
         assert name in text
     assert "Radius of the L-infinity ball" in text

@@ -16,7 +16,7 @@ def test_every_30_drops_where_the_reference_code_drops(m, drops):
 
     def factor(epoch):
         return schedule.factor(
-            epoch * per_epoch, total_updates=epochs * per_epoch, updates_per_epoch=per_epoch, m=m
+            epoch * per_epoch, total_updates=epochs * per_epoch, updates_per_epoch=per_epoch, cost=m
         )
 
     assert factor(drops[0] - 1) == pytest.approx(1)
@@ -29,7 +29,7 @@ def test_steps_do_not_scale_with_m():
     """The CIFAR code drops at updates 40,000 and 60,000 whatever m."""
     schedule = Schedule.parse("steps:40000,60000")
     factors = [
-        schedule.factor(update, total_updates=80_000, updates_per_epoch=391 * 8, m=8)
+        schedule.factor(update, total_updates=80_000, updates_per_epoch=391 * 8, cost=8)
         for update in (39_999, 40_000, 59_999, 60_000)
     ]
     assert factors == pytest.approx([1, 0.1, 0.1, 0.01])
@@ -39,7 +39,7 @@ def test_linear_rises_and_falls():
     """The peak is where it was asked for; no update has rate 0."""
     schedule = Schedule.parse("linear:0.4")
     factors = [
-        schedule.factor(update, total_updates=100, updates_per_epoch=10, m=1)
+        schedule.factor(update, total_updates=100, updates_per_epoch=10, cost=1)
         for update in range(100)
     ]
     assert max(factors) == pytest.approx(1)
@@ -57,7 +57,25 @@ def test_refuses(text):
         Schedule.parse(text)
 
 
-@pytest.mark.parametrize("text", ["every:30", "steps:40000,60000", "linear:0.4", "constant"])
+@pytest.mark.parametrize(
+    "text", ["every:30", "at:30,60,90", "steps:40000,60000", "linear:0.4", "constant"]
+)
 def test_prints_back(text):
     """What a config file holds is what a user writes."""
     assert str(Schedule.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("cost", "milestones", "drops"),
+    [(1.2, (30, 60, 90, 100), (25, 50, 75, 83)), (7, (30, 60, 90, 100), (4, 8, 12, 14))],
+)
+def test_at_drops_at_epochs_of_the_natural_budget(cost, milestones, drops):
+    """Fast AdvProp's code: 30, 60, 90, 100 at cost 1.2 are data epochs 25, 50, 75, 83."""
+    schedule = Schedule.parse(f"at:{','.join(map(str, milestones))}")
+    factors = [
+        schedule.factor(epoch * 3, total_updates=300, updates_per_epoch=3, cost=cost)
+        for epoch in range(100)
+    ]
+    for power, drop in enumerate(drops):
+        assert factors[drop - 1] == pytest.approx(0.1**power)
+        assert factors[drop] == pytest.approx(0.1 ** (power + 1))
