@@ -61,16 +61,23 @@ def assert_no_spill(cubin):
 
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize(
-    ("out", "delta"),
-    [("bf16", "i8"), ("bf16", None), ("fp16", "fp32"), ("fp32", "i8"), ("fp32", "fp16")],
+    ("out", "delta", "image"),
+    [
+        ("bf16", "i8", "u8"),
+        ("bf16", None, "u8"),
+        ("fp16", "fp32", "u8"),
+        ("fp32", "i8", "u8"),
+        ("fp32", "fp16", "u8"),
+        ("bf16", None, "fp16"),
+    ],
 )
-def test_perturb_normalize(out, delta, architecture):
+def test_perturb_normalize(out, delta, image, architecture):
     values = 16 // BYTES[out]  # a thread's share of a tile
     ptx = build(
         perturb._perturb_normalize_kernel,
         {
             "x_ptr": out,
-            "image_ptr": "u8",
+            "image_ptr": image,
             "delta_ptr": delta or "u8",
             "mean_ptr": "fp32",
             "std_ptr": "fp32",
@@ -89,7 +96,7 @@ def test_perturb_normalize(out, delta, architecture):
     # Whole spans store 16 bytes a thread and load images as wide as that allows.
     assert accesses(ptx, "st").count(16) >= perturb.TILES
     loads = accesses(ptx, "ld")
-    assert loads.count(values) >= perturb.TILES
+    assert loads.count(values * BYTES[image]) >= perturb.TILES
     if delta is not None:
         wide = min(16, values * BYTES[delta])
         assert sum(load >= wide for load in loads) >= perturb.TILES

@@ -49,6 +49,15 @@ def test_perturb_normalize(shape, storage, unit, dtype):
         assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_perturb_normalize_takes_float16_images(dtype):
+    images, delta, mean, std = example((3, 41, 37, 3), torch.float16)
+    images = (images + delta).clamp_(0, 255)
+    expected = perturb.perturb_normalize_ref(images, None, mean, std, 1.0, dtype)
+    moved = [t.to(DEVICE) for t in (images, mean, std)]
+    assert torch.equal(perturb._launch(moved[0], None, *moved[1:], 1.0, dtype).cpu(), expected)
+
+
 @pytest.mark.parametrize("spans", [1, 3])
 def test_spans_and_tiles_do_not_show(spans, monkeypatch):
     images, delta, mean, std = example((2, 64, 64, 3), torch.int8)

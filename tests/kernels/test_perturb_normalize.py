@@ -65,6 +65,21 @@ def test_no_delta_is_zero_delta():
     assert torch.equal(clean, ops.perturb_normalize(images, delta.zero_(), mean, std))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_takes_images_that_were_perturbed_before(dtype):
+    """float16 grey levels, as adversarial images travel between ranks."""
+    images, delta, mean, std = example((2, 9, 7, 3), torch.float32)
+    moved = (images + delta).clamp_(0, 255).half()
+    x = ops.perturb_normalize(moved, None, mean, std, dtype=dtype)
+    expected = eager(moved, torch.zeros(1), mean, std, 1.0).to(dtype)
+    assert torch.equal(x, expected.permute(0, 3, 1, 2))
+    whole = images.half()  # whole grey levels are exact
+    assert torch.equal(
+        ops.perturb_normalize(whole, None, mean, std),
+        ops.perturb_normalize(images, None, mean, std),
+    )
+
+
 def test_smaller_last_batch_reads_the_first_rows():
     images, delta, mean, std = example((4, 8, 8, 3), torch.int8)
     whole = ops.perturb_normalize(images, delta, mean, std, unit=4.0)
@@ -86,7 +101,7 @@ def test_result_is_a_leaf_that_takes_a_gradient():
         ({"delta": torch.zeros(3, 8, 8, 3)}, r"delta \(3, 8, 8, 3\) and images \(2, 8, 8, 3\)"),
         ({"delta": torch.zeros(2, 8, 8, 3, dtype=torch.int16)}, "int8, float16 or float32"),
         ({"delta": torch.zeros(2, 8, 8, 3, requires_grad=True)}, "requires grad"),
-        ({"images": torch.zeros(2, 8, 8, 3)}, "contiguous uint8"),
+        ({"images": torch.zeros(2, 8, 8, 3)}, "contiguous uint8 or float16"),
         ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8).permute(0, 2, 3, 1)}, "strides"),
         ({"pixel_mean": torch.zeros(4)}, r"mean: expected float32 \(3,\)"),
         ({"pixel_std": torch.ones(3, dtype=torch.float16)}, "std: expected float32"),
