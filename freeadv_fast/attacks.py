@@ -1,4 +1,6 @@
-"""Attacks for evaluation: untargeted L-infinity PGD on the cross entropy or on the margin (CW).
+"""Attacks for evaluation: untargeted PGD on the cross entropy or on the margin (CW).
+
+The ball is L-infinity, walked in sign steps, or L2, walked in normalised steps.
 
 Everything here is in [0, 1] pixels and fp32; the network is one that `models.normalize` wrapped.
 """
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freeadv_fast.errors import UserError
-from freeadv_fast.threat import ThreatModel
+from freeadv_fast.threat import AnyThreatModel, L2ThreatModel, row_norms
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -122,7 +124,7 @@ def perturb(
     labels: Tensor,
     *,
     attack: Attack,
-    threat: ThreatModel,
+    threat: AnyThreatModel,
     generator: torch.Generator | None = None,
     random_start: bool = True,
     is_standing: Tensor | None = None,
@@ -155,9 +157,7 @@ def perturb(
     for _ in range(attack.restarts):
         start = images
         if random_start:
-            radius = float(threat.eps)
-            noise = torch.empty_like(images).uniform_(-radius, radius, generator=generator)
-            start = images + noise
+            start = images + random_point(images, threat, generator)
         rows = is_standing.nonzero().squeeze(1)
         if len(rows) == 0:
             continue
@@ -177,10 +177,11 @@ def ascend(
     *,
     start: Tensor,
     attack: Attack,
-    threat: ThreatModel,
+    threat: AnyThreatModel,
 ) -> Tensor:
-    """One restart: `attack.steps` times x <- project(x + step * sign(gradient of the loss at x)).
+    """One restart: `attack.steps` times x <- project(x + step * direction of the gradient at x).
 
+    The direction is the gradient's sign, or in an L2 ball the gradient at length 1.
     The projection is onto the ball around the image, then onto [0, 1]. The gradient is taken with
     respect to the image alone; a non-finite entry moves nothing.
 
@@ -196,14 +197,40 @@ def ascend(
         (N, 3, H, W) float32 points.
     """
     loss = LOSSES[attack.loss]
-    lower = (images - float(threat.eps)).clamp_(min=0)
-    upper = (images + float(threat.eps)).clamp_(max=1)
-    points = torch.clamp(start, lower, upper)
+    points = project(start, images, threat)
     for _ in range(attack.steps):
         points.requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(loss(model(points), labels), points)
-        direction = gradient.nan_to_num_(0, 0, 0).sign_()
+        gradient = gradient.nan_to_num_(0, 0, 0)
+        if isinstance(threat, L2ThreatModel):
+            # Squares below 1e-19 underflow: the largest component becomes 1; zero stays zero.
+            gradient /= gradient.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo().tiny)
+            direction = gradient / row_norms(gradient).clamp_min(1)
+        else:
+            direction = gradient.sign_()
         points = points.detach().add_(direction, alpha=float(threat.step))
-        points = torch.clamp(points, lower, upper)
+        points = project(points, images, threat)
     return points
+
+
+def project(points: Tensor, images: Tensor, threat: AnyThreatModel) -> Tensor:
+    """The nearest points of the ball around each image, clipped to [0, 1]; (N, 3, H, W)."""
+    radius = float(threat.eps)
+    if isinstance(threat, L2ThreatModel):
+        delta = points - images
+        delta *= (radius / row_norms(delta).clamp_min(radius)) if radius else 0
+        return (images + delta).clamp_(0, 1)
+    return torch.clamp(points, (images - radius).clamp_(min=0), (images + radius).clamp_(max=1))
+
+
+def random_point(
+    images: Tensor, threat: AnyThreatModel, generator: torch.Generator | None
+) -> Tensor:
+    """A uniform point of the ball for each image: (N, 3, H, W), before any clip."""
+    radius = float(threat.eps)
+    if isinstance(threat, L2ThreatModel):
+        direction = torch.empty_like(images).normal_(generator=generator)
+        share = torch.empty_like(images[:, :1, :1, :1]).uniform_(generator=generator)
+        return direction * (radius * share.pow(1 / images[0].numel()) / row_norms(direction))
+    return torch.empty_like(images).uniform_(-radius, radius, generator=generator)

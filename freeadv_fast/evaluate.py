@@ -16,7 +16,7 @@ from freeadv_fast.attacks import Attack, is_correct, perturb
 from freeadv_fast.data.loader import Batch, Loader
 from freeadv_fast.distributed import World
 from freeadv_fast.models.normalize import unit_images, with_normalizer
-from freeadv_fast.threat import ThreatModel
+from freeadv_fast.threat import AnyThreatModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ def evaluate(
     model: nn.Module,
     loader: Loader,
     attacks: Sequence[Attack | str],
-    threat: ThreatModel,
+    threat: AnyThreatModel,
     *,
     world: World,
     mean: Sequence[float],
@@ -87,7 +87,7 @@ def evaluate(
         bar = tqdm(
             loader.epoch(0), label, loader.num_batches, leave=False, disable=is_silent, unit="batch"
         )
-        with eval_mode(network), _exact_arithmetic(world.device), bar:
+        with eval_mode(network), exact_arithmetic(world.device), bar:
             for batch in bar:
                 counts.add_(count_batch(network, batch, parsed, threat, seed=seed))
                 if not is_silent:
@@ -109,7 +109,7 @@ def evaluate(
 
 
 def count_batch(
-    network: nn.Module, batch: Batch, attacks: Sequence[Attack], threat: ThreatModel, *, seed: int
+    network: nn.Module, batch: Batch, attacks: Sequence[Attack], threat: AnyThreatModel, *, seed: int
 ) -> Tensor:
     """Counts one minibatch's successes.
 
@@ -135,7 +135,7 @@ def count_batch(
     counts[1] = is_standing.sum()
     counts[2] = (best5 == labels[:, None]).any(1).sum()
     for index, attack in enumerate(attacks):
-        generator = _generator(seed, int(batch.indices[0]), images.device)
+        generator = start_generator(seed, int(batch.indices[0]), images.device)
         perturbed = perturb(
             network,
             images,
@@ -149,8 +149,8 @@ def count_batch(
     return counts
 
 
-def _generator(seed: int, first_index: int, device: torch.device) -> torch.Generator:
-    """The random starts of one minibatch.
+def start_generator(seed: int, first_index: int, device: torch.device) -> torch.Generator:
+    """Source of the random starts of one minibatch: a function of its arguments alone.
 
     torch's CPU generator keeps 32 bits of a seed; the odd multiplier (Knuth's) moves the indices of
     neighbouring seeds far apart in them.
@@ -181,7 +181,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _exact_arithmetic(device: torch.device) -> Iterator[None]:
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
     """fp32 as written: no autocast, no TF32 in products and convolutions.
 
     Restarts attack the images that still stand, so batch sizes vary, and cuDNN's search for the

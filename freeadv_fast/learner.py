@@ -7,7 +7,9 @@ Precision, gradient scaling, data parallelism, the learning rate and the meters 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -20,6 +22,7 @@ from freeadv_fast import ops
 from freeadv_fast.meters import Meters, Role
 from freeadv_fast.mixing import Labels, cross_entropy_sum, num_hits
 from freeadv_fast.models.batch_norm import Branch
+from freeadv_fast.threat import AnyThreatModel, L2ThreatModel, clip_to_pixels_
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,28 @@ class Learner:
             return cast(nn.Module, self.net.module)
         return self.net
 
-    def forward(self, x: Tensor, branch: Branch | None = None, *, attack: bool = False) -> Tensor:
+    def autocast(self) -> torch.autocast:
+        """The context in which layers run: autocast in half precision, else nothing."""
+        is_half = self.precision in (torch.bfloat16, torch.float16)
+        device = self.pixels.mean.device.type
+        return torch.autocast(device, self.precision if is_half else None, enabled=is_half)
+
+    @functools.cached_property
+    def evaluating(self) -> nn.Module:
+        """The network in eval mode, for attacks that leave batch norm's statistics alone.
+
+        A module tree of its own over the same tensors: nothing is toggled between passes.
+        """
+        return evaluating_tree(self.module)
+
+    def forward(
+        self,
+        x: Tensor,
+        branch: Branch | None = None,
+        *,
+        attack: bool = False,
+        evaluating: bool = False,
+    ) -> Tensor:
         """Logits at network input `x`, in float32 or float64; autocast in half precision.
 
         Args:
@@ -106,10 +130,11 @@ class Learner:
             branch: Batch-norm branch of a `DualNetwork`; None for a network without branches.
             attack: Whether no weight's gradient will be asked for, so that data parallelism has
                 nothing to prepare.
+            evaluating: Whether the network is in eval mode; for attacks as well.
         """
         net = self.module if attack else self.net
-        is_half = self.precision in (torch.bfloat16, torch.float16)
-        with torch.autocast(x.device.type, self.precision if is_half else None, enabled=is_half):
+        net = self.evaluating if evaluating else net
+        with self.autocast():
             logits: Tensor = net(x) if branch is None else net(x, branch)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -136,18 +161,33 @@ class Learner:
             branch: Batch-norm branch of a `DualNetwork`; None for a network without branches.
             weight: Of each of these images in the minibatch.
         """
-        logits = self.forward(x, branch)
+        loss_sum = self.cross_entropy(self.forward(x, branch), labels, role=role)
+        return self.share(loss_sum, global_size, weight)
+
+    def cross_entropy(self, logits: Tensor, labels: Labels, *, role: Role) -> Tensor:
+        """Cross-entropy summed over the images of a pass, which the meters count.
+
+        Args:
+            logits: (n, classes). labels: (n,) int64, or mixed ones.
+            role: What the pass is for.
+        """
         loss_sum = cross_entropy_sum(logits, labels)
         self.meters.add(role, loss_sum.detach(), num_hits(logits.detach(), labels), len(logits))
+        return loss_sum
+
+    def share(self, loss_sum: Tensor, global_size: float, weight: float = 1.0) -> Tensor:
+        """A sum over this rank's images as its share of the mean over all ranks; see `loss`."""
         return loss_sum * (weight * self.num_ranks / global_size)
 
     def input_gradient(
         self, x: Tensor, labels: Tensor, branch: Branch | None = None, *, towards: bool = False
     ) -> Tensor:
-        """Gradient of the summed cross-entropy at network input `x`, and of nothing else.
+        """Gradient of the mean cross-entropy at network input `x`, and of nothing else.
 
         No weight's gradient is computed, which saves a third of a backward pass's products. fp16's
-        loss scale stays in it: only its sign and its direction mean anything.
+        loss scale stays in it: only its sign and its direction mean anything. The mean, because
+        that scale is fitted to the mean training loss: at 2^17, where it arrives after 2,000 good
+        steps, all gradients of a sum over 256 images overflowed.
 
         Args:
             x: (n, 3, H, W) network input, a leaf; its own gradient is not set.
@@ -158,8 +198,33 @@ class Learner:
         """
         x = x.detach().requires_grad_()
         loss_sum = F.cross_entropy(self.forward(x, branch, attack=True), labels, reduction="sum")
-        (gradient,) = torch.autograd.grad(self.scaler.scale(-loss_sum if towards else loss_sum), x)
+        loss = (-loss_sum if towards else loss_sum) / len(x)
+        (gradient,) = torch.autograd.grad(self.scaler.scale(loss), x)
         return gradient
+
+    def ascend_(
+        self, delta: Tensor, gradient: Tensor, images: Tensor, threat: AnyThreatModel
+    ) -> None:
+        """One attack step, in place: up the loss, into the ball, then into the pixel range.
+
+        The step is along the gradient's sign, or along the gradient in an L2 ball. Clipped images
+        never leave the pixel range, so that no pixel loses its gradient in the next step, as in the
+        PGD of Madry et al. (Free training's step, `ops.sign_ascent_`, does not clip.)
+
+        Args:
+            delta: (n, H, W, 3) float32 in grey levels, within the pixel range; updated.
+            gradient: (n, 3, H, W) at the network's input, as `input_gradient` returns it.
+            images: (n, H, W, 3) uint8.
+            threat: The ball and the step's length.
+        """
+        nonfinite = self.meters.nonfinite_gradients
+        if isinstance(threat, L2ThreatModel):
+            # x = (pixel - mean) / std: the chain rule, where a sign needs none.
+            threat.ascend_(delta, gradient / self.pixels.std.view(-1, 1, 1), nonfinite)
+        else:
+            step, eps = float(threat.step.levels), float(threat.eps.levels)
+            ops.sign_ascent_(delta, gradient, images, nonfinite, step=step, eps=eps)
+        clip_to_pixels_(delta, images)
 
     def zero_grad(self) -> None:
         """Drops the last update's gradients.
@@ -233,3 +298,13 @@ class Learner:
             group["fused"] = is_fused  # this device's, not that of the machine that saved
         self.scaler.load_state_dict(state["scaler"])
         self.updates = int(state["updates"])
+
+
+def evaluating_tree(module: nn.Module) -> nn.Module:
+    """A tree of modules in eval mode over the same tensors."""
+    twin = copy.copy(module)
+    twin.training = False
+    twin._modules = {
+        name: child and evaluating_tree(child) for name, child in module._modules.items()
+    }
+    return twin

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from fractions import Fraction
+from typing import TypeAlias
 
 import torch
 
@@ -37,7 +38,7 @@ class Perturbation:
 
         Raises:
             UserError: not a number, negative, or a bare number above 1 (``4`` where ``4/255`` is
-                meant, the commonest mistake of this field).
+                meant, the commonest mistake of this field; ``765/255`` is an L2 radius of 3).
         """
         if isinstance(text, Perturbation):
             return text
@@ -48,9 +49,11 @@ class Perturbation:
             raise UserError(f"{flag} {text}: not a perturbation; write it as 4/255") from None
         if value < 0:
             raise UserError(f"{flag} {text}: a perturbation cannot be negative; write it as 4/255")
-        if value > 1:
-            hint = "" if "/" in str(text) else f"; did you mean {text}/255?"
-            raise UserError(f"{flag} {text}: larger than the whole pixel range{hint}")
+        if value > 1 and "/" not in str(text):
+            raise UserError(
+                f"{flag} {text}: larger than the whole pixel range; did you mean {text}/255? "
+                f"(an L2 radius is written {float(value * 255):g}/255)"
+            )
         return cls(value * 255)
 
     def __str__(self) -> str:
@@ -119,3 +122,77 @@ class ThreatModel:
             device: Where training runs.
         """
         return torch.zeros(shape, dtype=self.delta_dtype, device=device)
+
+
+@dataclasses.dataclass(frozen=True)
+class L2ThreatModel:
+    """An L2 ball of radius `eps` around a whole image, walked in normalised steps of length `step`.
+
+    Lengths are those of the vector of all of an image's values: 128/255 is the usual radius on
+    CIFAR and 3, or 765/255, on ImageNet.
+    """
+
+    eps: Perturbation
+    step: Perturbation
+
+    def uniform_delta(self, images: torch.Tensor) -> torch.Tensor:
+        """A uniform point of the ball around each image, clipped to the pixel range.
+
+        A uniformly random direction at the distance eps * u^(1/d), u uniform in 0..1; the clip
+        moves points inwards only.
+
+        Args:
+            images: (n, H, W, C) uint8.
+
+        Returns:
+            (n, H, W, C) float32 in grey levels, drawn from torch's global generator.
+        """
+        direction = torch.randn(images.shape, device=images.device)
+        share = torch.rand(len(images), 1, 1, 1, device=images.device)
+        distance = float(self.eps.levels) * share.pow(1 / images[0].numel())
+        delta = direction.mul_(distance / row_norms(direction))
+        clip_to_pixels_(delta, images)
+        return delta
+
+    def ascend_(self, delta: torch.Tensor, gradient: torch.Tensor, nonfinite: torch.Tensor) -> None:
+        """One step along each image's gradient, and back into the ball, in place.
+
+        Computes ``delta <- project(delta + step * g / |g|)``. An image whose gradient is zero stays
+        where it is. A component that is NaN or infinite counts as zero.
+
+        Args:
+            delta: (n, H, W, C) float32 in grey levels; updated. Images moved by it are within the
+                pixel range, where every pixel's gradient is its own.
+            gradient: (n, C, H, W) gradient with respect to the pixels, float32 or float64; only its
+                direction matters.
+            nonfinite: One int64 on the device; the number of such components is added to it.
+        """
+        g = gradient.permute(0, 2, 3, 1)
+        is_finite = g.isfinite()
+        nonfinite.add_((~is_finite).sum())
+        g = torch.where(is_finite, g, 0)
+        # Squares of gradients below 1e-19 underflow: the largest component becomes 1 beforehand.
+        peak = g.abs().amax((1, 2, 3), keepdim=True)
+        g = g / peak.masked_fill(peak == 0, 1)
+        delta.addcdiv_(g, row_norms(g).clamp_min(1), value=float(self.step.levels))
+        delta.view(len(delta), -1).renorm_(2, 0, float(self.eps.levels))
+
+
+AnyThreatModel: TypeAlias = ThreatModel | L2ThreatModel
+
+
+def row_norms(images: torch.Tensor) -> torch.Tensor:
+    """(n, 1, 1, 1) L2 norms of (n, H, W, C) images, each taken as one vector."""
+    norms: torch.Tensor = torch.linalg.vector_norm(images, dim=(1, 2, 3), keepdim=True)
+    return norms
+
+
+def clip_to_pixels_(delta: torch.Tensor, images: torch.Tensor) -> None:
+    """Moves a perturbation so that 0 <= images + delta <= 255, in place and without rounding.
+
+    Args:
+        delta: (n, H, W, C) float32 in grey levels; updated, never away from zero.
+        images: (n, H, W, C) uint8.
+    """
+    lowest = images.to(delta.dtype).neg_()
+    torch.clamp(delta, lowest, lowest + 255, out=delta)

@@ -79,7 +79,9 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         if momentum is None:  # torch's cumulative average
             momentum = 1.0 / float(self.num_batches_tracked)
         for running, rows in ((self.running_mean, means), (self.running_var, variances)):
-            running.mul_(1 - momentum).add_(rows.mean(0), alpha=momentum)
+            # `data`: autograd must not see it. A forward pass in one group has saved the buffer for
+            # its backward pass, which never reads it but would refuse a newer version.
+            running.data.mul_(1 - momentum).add_(rows.mean(0), alpha=momentum)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

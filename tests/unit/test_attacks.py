@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from freeadv_fast.attacks import Attack, ascend, is_correct, margin, perturb
+from freeadv_fast.attacks import Attack, ascend, is_correct, margin, perturb, random_point
 from freeadv_fast.errors import UserError
-from freeadv_fast.threat import Perturbation, ThreatModel
+from freeadv_fast.threat import L2ThreatModel, Perturbation, ThreatModel
 
 
 @pytest.fixture(autouse=True)
@@ -305,3 +305,90 @@ def test_an_overconfident_network_is_still_attacked(network):
     )
     agreement = (fooled.is_fooled == calm.is_fooled).float().mean()
     assert agreement > 0.9  # the same ball, the same network up to scale
+
+
+def l2(eps, step):
+    return L2ThreatModel(Perturbation.parse(eps), Perturbation.parse(step))
+
+
+def linear_network(num_values, seed=0):
+    """Two logits, w.x and 0: the gradient is along w everywhere."""
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(num_values, 2, bias=False)).eval()
+    with torch.no_grad():
+        network[1].weight[1] = 0
+    return network
+
+
+def test_l2_steps_have_the_right_length_and_direction():
+    """One step on a linear network: along -w for the label 0, `step` long."""
+    network = linear_network(3 * 16)
+    images, labels = torch.full((2, 3, 4, 4), 0.5), torch.tensor([0, 0])
+    points = ascend(
+        network, images, labels, start=images, attack=Attack("pgd", 1),
+        threat=l2("128/255", "51/255"),
+    )  # fmt: skip
+    moved = (points - images).flatten(1)
+    torch.testing.assert_close(moved.norm(dim=1), torch.full((2,), 0.2))
+    w = network[1].weight[0].detach()
+    torch.testing.assert_close(moved[0], -0.2 * w / w.norm())
+
+
+def test_l2_points_stay_in_the_ball_and_in_the_pixel_range():
+    network = linear_network(3 * 16)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(6, 3, 4, 4, generator=generator)
+    threat = l2("128/255", "64/255")
+    perturbed = perturb(
+        network, images, torch.zeros(6, dtype=torch.int64), attack=Attack("pgd", 10), threat=threat,
+        generator=generator, is_standing=torch.ones(6, dtype=torch.bool),
+    )  # fmt: skip
+    distance = (perturbed.images - images).flatten(1).norm(dim=1)
+    assert (distance <= 128 / 255 + 1e-6).all()
+    assert distance.max() > 0.4
+    assert perturbed.images.min() >= 0
+    assert perturbed.images.max() <= 1
+
+
+def test_l2_starts_fill_the_ball():
+    """Uniform in 48 dimensions: the distance's mean is 48/49 of the radius."""
+    images = torch.zeros(4000, 3, 4, 4)
+    noise = random_point(images, l2("128/255", "1/255"), torch.Generator().manual_seed(0))
+    distance = noise.flatten(1).norm(dim=1) / (128 / 255)
+    assert distance.max() <= 1 + 1e-6
+    assert abs(distance.mean() - 48 / 49) < 2e-3
+    assert noise.mean().abs() < 1e-3
+
+
+def test_l2_images_without_a_gradient_wait():
+    network = linear_network(3 * 16)
+    with torch.no_grad():
+        network[1].weight.zero_()
+    images = torch.rand(2, 3, 4, 4)
+    points = ascend(
+        network, images, torch.tensor([0, 1]), start=images, attack=Attack("pgd", 3),
+        threat=l2("1/255", "1/255"),
+    )  # fmt: skip
+    torch.testing.assert_close(points, images)
+
+
+def test_l2_agrees_with_foolbox():
+    """The same logits fall, image by image, from the same start (the image itself)."""
+    torch.manual_seed(3)
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 4)
+    ).eval()
+    images = torch.rand(40, 3, 8, 8)
+    with torch.no_grad():
+        labels = network(images).argmax(1)
+    threat = l2("51/255", "10/255")
+    ours = perturb(
+        network, images, labels, attack=Attack("pgd", 20), threat=threat, random_start=False
+    )
+    model = foolbox.PyTorchModel(network, bounds=(0, 1))
+    attack = foolbox.attacks.L2ProjectedGradientDescentAttack(
+        abs_stepsize=10 / 255, steps=20, random_start=False
+    )
+    _, _, theirs = attack(model, images, labels, epsilons=51 / 255)
+    assert 5 < theirs.sum() < 35
+    assert (ours.is_fooled == theirs).float().mean() >= 0.95

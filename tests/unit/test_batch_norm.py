@@ -211,3 +211,11 @@ def test_the_plain_network_is_unchanged_and_twins_are_added_once():
 def test_a_network_without_batch_norm_has_no_branches():
     with pytest.raises(UserError, match="no batch normalisation"):
         add_auxiliary_bn(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), 4)
+
+
+def test_two_forwards_of_different_group_counts_before_one_backward():
+    """A whole minibatch in one group, then a larger one in several: both can go back."""
+    layer = apply_bn_groups(nn.Sequential(nn.BatchNorm2d(3)), 4)
+    small, large = torch.randn(4, 3, 5, 5), torch.randn(8, 3, 5, 5)
+    (layer(small).square().mean() + layer(large).square().mean()).backward()
+    assert layer[0].weight.grad is not None

@@ -26,7 +26,7 @@ def test_reads_and_writes(text, levels, shown):
         ("four", "write it as 4/255"),
         ("4/0", "write it as 4/255"),
         ("nan", "write it as 4/255"),
-        ("300/255", "larger than the whole pixel range"),
+        ("3.0", "an L2 radius is written 765/255"),
     ],
 )
 def test_refuses_with_the_flag_and_the_fix(text, message):
