@@ -24,15 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freeadv_fast.config import METHODS, REPLAYING, TrainConfig
+from freeadv_fast.budget import Budget
+from freeadv_fast.config import METHODS, TrainConfig
 from freeadv_fast.distributed import World
 from freeadv_fast.methods import build_method
 from freeadv_fast.methods.fast_advprop import Exchange
 from freeadv_fast.models.zoo import build_model
 from freeadv_fast.optim import build_sgd
-from freeadv_fast.session import PRECISIONS, Budget, build_learner, build_network, resolve_precision
+from freeadv_fast.session import PRECISIONS, build_learner, build_network, resolve_precision
 
 PROVIDERS = (*METHODS, "plain")
+REPLAYED = ("free", "free-trades")  # a step is a replay
 NUM_CLASSES = {224: 1000}  # any other size: CIFAR's 10
 
 
@@ -101,7 +103,10 @@ def main() -> None:
     parser.add_argument(
         "--methods", default="natural,free,plain", help=f"of {','.join(PROVIDERS)}; natural first"
     )
-    parser.add_argument("--attack-steps", type=int, default=1, help="K of AdvProp's attack")
+    parser.add_argument("--attack-steps", type=int, default=1, help="K of the attack")
+    parser.add_argument(
+        "--reg-every", type=int, default=2, help="updates between GradAlign's terms"
+    )
     parser.add_argument("--precision", default="auto", choices=("auto", *PRECISIONS))
     parser.add_argument("--rounds", type=int, help="at most so many samples of each")
     parser.add_argument("--seconds", type=float, help="time for all rounds together")
@@ -125,6 +130,7 @@ def main() -> None:
         batch_size=flags.batch_size,
         m=flags.m,
         attack_steps=flags.attack_steps,
+        reg_every=flags.reg_every,
         precision=flags.precision,
         lr=0.01,  # gentle: random labels must not drive the weights to infinity
         normalization="imagenet" if flags.image_size > 64 else "cifar10",
@@ -142,6 +148,7 @@ def main() -> None:
             "batch_size": config.batch_size,
             "m": config.m,
             "attack_steps": config.attack_steps,
+            "reg_every": config.reg_every,
             "precision": resolve_precision(config.precision, device),
         },
         **run(names, config, device, flags.rounds, flags.seconds),
@@ -192,14 +199,15 @@ def ratios(times: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def config_of(name: str, config: TrainConfig) -> TrainConfig:
     """The settings with a method, one minibatch a step unless it is free-m."""
-    changes: dict[str, Any] = {"method": name, "m": config.m if name == "free" else 1}
+    changes: dict[str, Any] = {"method": name, "m": config.m if name in REPLAYED else 1}
     num_adv = round(config.p_adv * config.batch_size)
     return dataclasses.replace(config, **changes, aux_bn_group=max(2, min(16, num_adv)))
 
 
 def weight_passes(name: str, config: TrainConfig) -> float:
     """Passes for the weights per image and step."""
-    return 1.0 if name in (*REPLAYING, "plain") else config_of(name, config).weight_passes
+    own = config_of("free" if name == "plain" else name, config)
+    return own.weight_passes / own.m
 
 
 def provider(name: str, config: TrainConfig, device: torch.device) -> Callable[[], None]:
@@ -214,10 +222,10 @@ def provider(name: str, config: TrainConfig, device: torch.device) -> Callable[[
         plain = PlainFree(config, device)
         pixels = images.permute(0, 3, 1, 2).float().div(255).contiguous()
         return lambda: plain.train_minibatch(pixels, labels)
-    num_minibatches = 1 if name == "free" else config.m
+    num_minibatches = 1 if name in REPLAYED else config.m
     config = config_of(name, config)
     torch.manual_seed(config.seed)
-    world, budget = World(0, 1, device), Budget(1, 1 << 30, 1 << 30)
+    world, budget = World(0, 1, device), Budget.of(config, [1 << 30])
     network = build_network(config, [str(i) for i in range(classes)], is_fresh=True)
     learner = build_learner(network, config, world, budget)
 

@@ -26,6 +26,7 @@ import yaml
 from freeadv_fast.config import CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES, Method, TrainConfig
 from freeadv_fast.config_file import config_to_dict, load_config
 from freeadv_fast.errors import UserError
+from freeadv_fast.phases import Phases
 from freeadv_fast.recipes import DEFAULTS, RECIPES, find_recipe
 from freeadv_fast.schedule import Schedule
 from freeadv_fast.shuffle import PeerLost
@@ -137,6 +138,10 @@ def parse(arguments: list[str], method: Method, dataset: str) -> tuple[CommandLi
         defaults = DEFAULTS["digits" if is_embedded else dataset]
         base = RECIPES[defaults.get(value_of(arguments, "--method") or method, defaults[method])]
     command = parse_with_tyro(CommandLine, arguments, CommandLine(base))
+    for field, part in (("image_size", "side"), ("batch_size", "batch")):
+        if config_path is None and command.run.phases and field in typed:
+            flag = "--" + field.replace("_", "-")
+            raise UserError(f"{flag}: each of the --phases has its own {part}; leave out {flag}")
     if config_path is None and "data" not in typed and base.data != "digits":
         raise UserError(f"--data: recipe {base.recipe} needs it; give the folder of its images")
     return command, typed
@@ -221,6 +226,8 @@ def value_registry() -> tyro.constructors.ConstructorRegistry:
             return spec(Perturbation, "K/255", Perturbation.parse)
         if info.type is Schedule:
             return spec(Schedule, "SCHEDULE", Schedule.parse)
+        if info.type is Phases:
+            return spec(Phases, "PHASES", Phases.parse)
         if info.type == tuple[str, ...]:
             return spec(tuple, "NAME,NAME", lambda text: tuple(text.split(",")))
         return None
@@ -276,7 +283,12 @@ def resolve(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str
     """
     remarks = []
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_ranks > 1 and "batch_size" not in typed:
+    if config.phases and num_ranks > 1 and "phases" not in typed:
+        config = dataclasses.replace(config, phases=config.phases.divided(num_ranks))
+        remarks.append(
+            f"recipe batches over {num_ranks} ranks: {config.phases} (--phases sets them per rank)"
+        )
+    elif num_ranks > 1 and "batch_size" not in typed:
         share = max(2, config.batch_size // num_ranks)
         remarks.append(
             f"recipe batch {config.batch_size} over {num_ranks} ranks: {share} per rank "
@@ -312,10 +324,9 @@ def print_plan(config: TrainConfig, remarks: list[str], is_embedded: bool) -> No
               "--data FOLDER trains on yours")  # fmt: skip
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     print(yaml.safe_dump(config_to_dict(config), sort_keys=False).rstrip())
-    print(
-        f"global batch {config.batch_size * num_ranks} = {num_ranks} x {config.batch_size}, "
-        f"output folder {config.run_folder}"
-    )
+    sizes = [phase.batch_size for phase in config.phase_configs]
+    batches = ", then ".join(f"{size * num_ranks} = {num_ranks} x {size}" for size in sizes)
+    print(f"global batch {batches}, output folder {config.run_folder}")
     for remark in remarks:
         print(remark)
     sys.stdout.flush()

@@ -28,6 +28,10 @@ class Result:
         num_eval_images: Validation images that the accuracies are over; they selected nothing.
         holdout_images: Training images held out to select the weights.
         best_epoch: The epoch the evaluated weights are from; -1 is the last one.
+        collapse: Null, or the last collapse that the guard saw: ``detected_at_passes``, ``epoch``
+            (with its fraction), ``robust_accuracy_before`` and ``_after`` (held-out images under
+            PGD-10), ``action`` (stop, restore or gradalign), ``restores`` (rewinds to a good state
+            so far, this one included), ``rewound_to_update``.
     """
 
     recipe: str
@@ -48,6 +52,7 @@ class Result:
     num_eval_images: int
     holdout_images: int
     best_epoch: int
+    collapse: dict[str, Any] | None
     seed: int
     ranks: int
     precision: str
@@ -117,6 +122,7 @@ def describe(run: Run, measured: Evaluation, best_epoch: int) -> Result:
         num_eval_images=measured.num_images,
         holdout_images=holdout.num_images if holdout else 0,
         best_epoch=best_epoch,
+        collapse=next(reversed(run.guard.history.collapses), None),
         seed=config.seed,
         ranks=run.world.size,
         precision=str(run.learner.precision).removeprefix("torch."),

@@ -7,24 +7,47 @@ The docstring under a field is its `--help` text. A config is never changed; der
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from fractions import Fraction
 from typing import Literal, get_args
 
+from freeadv_fast.alignment import preset_lambda
 from freeadv_fast.attacks import Attack
-from freeadv_fast.errors import UserError
+from freeadv_fast.errors import UserError, blaming
 from freeadv_fast.mixing import Mix
+from freeadv_fast.optim import Decay
+from freeadv_fast.phases import Phases
 from freeadv_fast.schedule import Schedule
-from freeadv_fast.threat import Perturbation, ThreatModel
+from freeadv_fast.threat import AnyThreatModel, L2ThreatModel, Perturbation, ThreatModel
 
-Method = Literal["natural", "free", "fast-advprop", "advprop"]
+Method = Literal[
+    "natural",
+    "free",
+    "fgsm",
+    "fgsm-rs",
+    "n-fgsm",
+    "gradalign",
+    "elle",
+    "pgd",
+    "trades",
+    "free-trades",
+    "yopo",
+    "fast-advprop",
+    "advprop",
+]
 METHODS: tuple[Method, ...] = get_args(Method)
-Augment = Literal["random-resized-crop", "pad-crop-flip", "none"]
+Augment = Literal["random-resized-crop", "pad-crop-flip", "pad-crop", "none"]
 Normalization = Literal["imagenet", "cifar10", "cifar100", "symmetric", "per-image", "none"]
 
 # Methods that replay a minibatch, and methods with a second batch-norm branch.
-REPLAYING: tuple[Method, ...] = ("natural", "free")
+REPLAYING: tuple[Method, ...] = ("natural", "free", "free-trades")
 DUAL: tuple[Method, ...] = ("fast-advprop", "advprop")
+# Methods whose weights GradAlign can go on with: they make the same L-infinity attacks.
+ALIGNABLE: tuple[Method, ...] = ("free", "fgsm", "fgsm-rs", "n-fgsm", "elle", "pgd", "yopo")
 AttackStart = Literal["uniform", "zero"]
+Norm = Literal["linf", "l2"]
+OnCollapse = Literal["stop", "restore", "gradalign"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 # Without a GPU a full evaluation takes hours; 400 images and 20 steps take minutes.
@@ -53,9 +76,12 @@ class TrainConfig:
 
     # The algorithm.
     method: Method = "free"
-    """free: Algorithm 1 of "Adversarial Training for Free!". natural: ordinary training.
-    fast-advprop, advprop: adversarial examples that improve clean accuracy, through an auxiliary
-    batch norm; with and without reuse of the attack's gradients."""
+    """free: Algorithm 1 of "Adversarial Training for Free!". natural: ordinary training. fgsm,
+    fgsm-rs, n-fgsm: one attack step from the image, from a point of the ball, from wider noise.
+    gradalign, elle: fgsm with a term against catastrophic overfitting. pgd: K attack steps.
+    trades, free-trades: clean accuracy against the distance of predictions. yopo: K passes with n
+    cheap steps each. fast-advprop, advprop: adversarial examples that improve clean accuracy,
+    through an auxiliary batch norm; with and without reuse of the attack's gradients."""
     m: int = 4
     """Minibatch replays: forward-backward passes on each minibatch before the next one is read.
     The number of epochs is divided by m, so that the cost does not depend on it."""
@@ -63,12 +89,35 @@ class TrainConfig:
     """Radius of the L-infinity ball around each image, such as 4/255. Natural training only uses
     it to attack the trained network."""
     step_size: Perturbation | None = None
-    """Length of one ascent step on the perturbation, such as 4/255. Default: eps, as in the
-    paper."""
+    """Length of one ascent step on the perturbation, such as 4/255. Default: the paper's; eps for
+    free and the single-step methods, 1.25 eps for fgsm-rs, 2.5 eps / K for pgd and trades, eps / 4
+    for yopo."""
     attack_steps: int = 1
-    """Steps K of the attack in each update (AdvProp's PGD-K; Fast AdvProp's is 1)."""
+    """Steps K of the attack in each update: pgd, trades, AdvProp's PGD-K (Fast AdvProp's is 1);
+    K of yopo."""
     attack_start: AttackStart = "uniform"
     """Where the attack starts: at a uniform point of the ball, or zero, at the image itself."""
+    attack_warmup: float = 0.0
+    """Epochs over which the attack grows from nothing: the step of fgsm, fgsm-rs, n-fgsm and
+    gradalign, the ball and the step of pgd. GradAlign's SVHN recipes take 5."""
+    noise_radius: float = 2.0
+    """Radius of n-fgsm's noise in units of eps."""
+    reg_lambda: float | None = None
+    """Weight of gradalign's or elle's term. Default: gradalign's value for CIFAR-10 at this eps,
+    and 4000 for elle."""
+    reg_every: int = 2
+    """Updates from one of gradalign's terms to the next; the weight grows as much."""
+    reg_through: Literal["second", "both"] = "second"
+    """Gradients that gradalign differentiates: the second, as the authors' code does, or both, as
+    the paper's text says."""
+    reg_adaptive: bool = True
+    """elle's weight falls from --reg-lambda until the loss stops being linear (ELLE-A)."""
+    trades_beta: float = 6.0
+    """Weight of the distance between clean and adversarial predictions in trades."""
+    yopo_inner: int = 3
+    """Steps n through the first layer in each of yopo's K passes."""
+    norm: Norm = "linf"
+    """Ball of pgd and trades: linf or l2."""
     p_adv: float = 0.2
     """Share of each minibatch that Fast AdvProp and decoupled AdvProp attack; the rest is the
     clean share."""
@@ -89,18 +138,19 @@ class TrainConfig:
     # The data.
     data: str = "digits"
     """ImageFolder with train/ and val/ (one folder a class), or cifar10:FOLDER, cifar100:FOLDER
-    (the official python files), digits (embedded real handwritten digits), or synthetic:CLASSES
-    (random pixels, for benchmarks only)."""
+    (the official python files), svhn:FOLDER (the official .mat files), digits (embedded real
+    handwritten digits), or synthetic:CLASSES (random pixels, for benchmarks only)."""
     image_size: int = 224
-    """Side of the square images that the network sees, in pixels."""
+    """Side of the square images that the network sees, in pixels; with --phases, the last one's."""
     resize_size: int | None = None
-    """Shorter side to which evaluation images are resized before the central crop.
-    Default: image-size * 256/224."""
+    """Shorter side to which evaluation images are resized before the central crop; 0 for none: the
+    crop is cut out of the stored image. Default: image-size * 256/224."""
     augment: Augment = "random-resized-crop"
     """Training crops: random-resized-crop (with flip, torchvision's distribution), pad-crop-flip,
+    pad-crop (without flip, for digits and letters),
     or none (the evaluation's resize and central crop)."""
     crop_padding: int = 4
-    """Pixels of zero padding on each side before the random crop of pad-crop-flip."""
+    """Pixels of zero padding on each side before the random crop of pad-crop and pad-crop-flip."""
     mix: Mix = "none"
     """Mix pairs of clean training images: mixup, cutmix or none (natural and the AdvProps)."""
     mix_alpha: float | None = None
@@ -135,26 +185,36 @@ class TrainConfig:
 
     # The optimizer.
     epochs: float = 90
-    """Natural budget: free-m makes ceil(epochs / m) passes over the data, Fast AdvProp
-    epochs / (1 + p_adv K), AdvProp epochs / (K + 2)."""
+    """Passes over the data; for the methods that promise natural training's price, its budget:
+    free-m makes ceil(epochs / m) passes, Fast AdvProp epochs / (1 + p_adv K), AdvProp
+    epochs / (K + 2)."""
     steps: int | None = None
     """Budget in optimizer updates, whatever m; replaces --epochs (the CIFAR recipes: 80000).
     The last minibatch is replayed to its end."""
     batch_size: int = 256
     """Images per minibatch on each rank (GPU), Fast AdvProp's two shares together. The global size
-    is printed at the start."""
+    is printed at the start. With --phases, the last one's."""
+    phases: Phases = Phases()
+    """Image and batch size by epochs of the natural budget, such as
+    0-6:128:512,6-12:224:224,12-15:288:128 (epochs:side:batch on each rank); none for one of each.
+    The best weights are chosen anew in each phase; the last one's side is evaluated."""
+    phase_data: tuple[str, ...] = ()
+    """Folders that hold the training images of each phase, separated by commas, such as smaller
+    copies of --data, whose validation images are evaluated. Default: --data for every phase."""
     lr: float = 0.1
     """Peak learning rate of SGD."""
     schedule: Schedule = Schedule.parse("every:30")
     """Learning rate over the run. every:30 divides it by 10 each ceil(30/m) data epochs; at:30,60
     at these epochs of the natural budget; steps:40000,60000 at these updates; linear:0.4 rises
-    from 0 to --lr at 40 % of the updates and falls back to 0; constant."""
+    from 0 to --lr at 40 % of the updates and falls back to 0; piecewise:0=0,1=1,6=0.1 draws lines
+    between these factors of --lr at these epochs of the natural budget; constant."""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 1e-4
     """L2 penalty on the weights."""
-    decay: Literal["all", "kernels"] = "all"
-    """Parameters under weight decay: all, or only convolution and linear kernels."""
+    decay: Decay = "all"
+    """Parameters under weight decay: all, only convolution and linear kernels, or no-bn for all but
+    batch norm's."""
     max_passes: int | None = None
     """Stop after this many images forwarded and backwarded for the weights, over all ranks, at the
     next minibatch boundary. The schedule stays that of --epochs; evaluation follows."""
@@ -171,6 +231,18 @@ class TrainConfig:
     log_every: int = 50
     """Minibatches between two lines of log.jsonl."""
 
+    # The guard against catastrophic overfitting, for the methods that seek robustness.
+    guard_every: int | None = None
+    """Minibatches between two checks of robust accuracy and gradient alignment on held-out images;
+    0 for none. Default: as many as keep the checks at 1 % of the passes."""
+    guard_images: int | None = None
+    """Held-out images of a check, evenly spaced over them. Default: 64, or all where there are
+    fewer."""
+    on_collapse: OnCollapse = "stop"
+    """What follows when robust accuracy collapses. Each goes back to the last good state; stop ends
+    the training there, restore goes on at half the learning rate (the same run would collapse the
+    same way), gradalign goes on with GradAlign. A third collapse stops the run in any case."""
+
     # The evaluation.
     eval_attacks: tuple[str, ...] = ("pgd-10", "pgd-50")
     """Attacks on the trained network, such as pgd-50 (50 steps), pgd-50-10 (10 restarts) or
@@ -186,6 +258,9 @@ class TrainConfig:
         Raises:
             UserError: names the flag and the fix.
         """
+        if self.phases:  # what is evaluated, exported and saved is what the last phase trains
+            object.__setattr__(self, "image_size", self.phases[-1].image_size)
+            object.__setattr__(self, "batch_size", self.phases[-1].batch_size)
         if self.method not in METHODS:
             raise UserError(f"--method {self.method}: choose one of {', '.join(METHODS)}")
         if self.m < 1:
@@ -196,7 +271,7 @@ class TrainConfig:
             raise UserError(f"--batch-size {self.batch_size}: must be at least 2 for batch norm")
         if self.image_size < 8:
             raise UserError(f"--image-size {self.image_size}: must be at least 8 pixels")
-        if self.resize_size is not None and self.resize_size < self.image_size:
+        if self.resize_size and self.resize_size < self.image_size:
             raise UserError(
                 f"--resize-size {self.resize_size}: smaller than --image-size {self.image_size}; "
                 "the central crop would not fit"
@@ -206,6 +281,7 @@ class TrainConfig:
             ("--max-passes", self.max_passes),
             ("--bn-group", self.bn_group),
             ("--eval-images", self.eval_images),
+            ("--guard-images", self.guard_images),
         ):
             if optional is not None and optional < 1:
                 raise UserError(f"{flag} {optional}: must be at least 1")
@@ -233,7 +309,9 @@ class TrainConfig:
         for flag, count in (
             ("--workers", self.workers),
             ("--holdout-images", self.holdout_images or 0),
+            ("--resize-size", self.resize_size or 0),
             ("--crop-padding", self.crop_padding),
+            ("--guard-every", self.guard_every or 0),
             ("--seed", self.seed),
         ):
             if count < 0:
@@ -247,8 +325,33 @@ class TrainConfig:
         for flag, group in (("--bn-group", self.bn_group), ("--aux-bn-group", self.aux_bn_group)):
             if group is not None and group < 2:
                 raise UserError(f"{flag} {group}: statistics need at least 2 images")
-        if self.attack_steps < 1:
-            raise UserError(f"--attack-steps {self.attack_steps}: must be at least 1")
+        for flag, count in (
+            ("--attack-steps", self.attack_steps),
+            ("--reg-every", self.reg_every),
+            ("--yopo-inner", self.yopo_inner),
+        ):
+            if count < 1:
+                raise UserError(f"{flag} {count}: must be at least 1")
+        for flag, number in (
+            ("--attack-warmup", self.attack_warmup),
+            ("--noise-radius", self.noise_radius),
+            ("--reg-lambda", self.reg_lambda or 0.0),
+            ("--trades-beta", self.trades_beta),
+        ):
+            if not (math.isfinite(number) and number >= 0):
+                raise UserError(f"{flag} {number:g}: must be zero or a positive number")
+        for flag, distance in (("--eps", self.eps), ("--step-size", self.step_size or self.eps)):
+            if self.norm == "linf" and distance.levels > 255:
+                raise UserError(f"{flag} {distance}: larger than the whole pixel range")
+        if self.norm != "linf" and self.method not in ("pgd", "trades"):
+            raise UserError(f"--norm {self.norm}: only for pgd and trades; leave it out")
+        if self.on_collapse == "gradalign" and (
+            self.method not in ALIGNABLE or self.norm != "linf"
+        ):
+            raise UserError(
+                f"--on-collapse gradalign: {self.method} with --norm {self.norm} cannot go on as "
+                "GradAlign; use --on-collapse restore or stop"
+            )
         for name in self.eval_attacks:  # a misspelt one should not be found after training
             Attack.parse(name)
         if self.mix != "none" and self.method == "free":
@@ -257,8 +360,74 @@ class TrainConfig:
             raise UserError(f"--eps 0: {self.method} needs a radius above 0, such as 4/255")
         if self.method != "natural" and self.threat.step.levels == 0:
             raise UserError(f"--step-size 0: {self.method} needs a step above 0, such as 4/255")
-        if self.is_split:
+        if self.is_split and not self.phases:
             self._check_shares()
+        self._check_phases()
+
+    def _check_phases(self) -> None:
+        """Checks that the phases fill the run, and each one as a run of its own.
+
+        Raises:
+            UserError: names the flag and the fix.
+        """
+        if self.phase_data and len(self.phase_data) != len(self.phases):
+            raise UserError(
+                f"--phase-data {','.join(self.phase_data)}: {len(self.phase_data)} folders for "
+                f"{len(self.phases)} --phases; name one for each"
+            )
+        if not self.phases:
+            return
+        if self.steps is not None:
+            raise UserError(
+                f"--steps {self.steps}: phases are epochs; add --steps None --epochs "
+                f"{self.phases[-1].end:g}, or leave out --phases"
+            )
+        if self.phases[-1].end != self.epochs:
+            raise UserError(
+                f"--phases {self.phases}: end at epoch {self.phases[-1].end:g}, the run at "
+                f"--epochs {self.epochs:g}; they must be the same"
+            )
+        spans = itertools.pairwise((0, *self.phase_ends))
+        for number, (start, end) in enumerate(spans):
+            phase = self.phases[number]
+            if start == end:
+                raise UserError(
+                    f"--phases {phase}: pays for no pass over the data, which costs {self.cost:g} "
+                    "epochs; lengthen it or leave it out"
+                )
+            with blaming(f"--phases {phase}"):
+                self._phase_config(number)
+
+    def _phase_config(self, number: int) -> TrainConfig:
+        """A phase as a run of its own, on its own training images.
+
+        Its evaluation resizes in the proportion of the run's --resize-size, or by default.
+        """
+        phase, resize = self.phases[number], self.resize_size
+        if phase.image_size != self.image_size:
+            resize = round(resize * phase.image_size / self.image_size) if resize else None
+        return dataclasses.replace(
+            self,
+            data=self.phase_data[number] if self.phase_data else self.data,
+            image_size=phase.image_size,
+            resize_size=resize,
+            batch_size=phase.batch_size,
+            phases=Phases(),
+            phase_data=(),
+        )
+
+    @property
+    def phase_configs(self) -> tuple[TrainConfig, ...]:
+        """Each phase as a run of its own; without --phases the run itself."""
+        if not self.phases:
+            return (self,)
+        return tuple(self._phase_config(number) for number in range(len(self.phases)))
+
+    @property
+    def phase_ends(self) -> tuple[int, ...]:
+        """The data epoch at which each phase ends; the last is `data_epochs`."""
+        ends = [phase.end for phase in self.phases] or [self.epochs]
+        return tuple(self._data_epochs_of(end) for end in ends)
 
     def _check_shares(self) -> None:
         """Checks the two shares of a minibatch.
@@ -297,42 +466,88 @@ class TrainConfig:
 
     @property
     def cost(self) -> float:
-        """Forward-backward passes per image of the data, the attack's included.
+        """Epochs of the budget that one pass over the data takes; --epochs is divided by it.
 
-        That is what an epoch costs in epochs of natural training, and what --epochs is divided by:
-        m for free-m, 1 + p_adv K for Fast AdvProp and decoupled AdvProp, K + 2 for AdvProp.
+        The papers that promise the price of natural training count so: m for free-m, 1 + p_adv K
+        for Fast AdvProp and decoupled AdvProp, K + 2 for AdvProp. The others' epochs are passes
+        over the data.
         """
         if self.method in REPLAYING:
             return self.m
+        if self.method not in DUAL:
+            return 1
         return 1 + self.p_adv * self.attack_steps if self.is_split else 2 + self.attack_steps
 
     @property
     def weight_passes(self) -> float:
-        """Of `cost`, the passes whose gradient moves the weights."""
-        if self.method == "advprop":
-            return 1.0 if self.decoupled else 2.0
-        return self.cost
+        """Passes per image of the data whose gradient moves the weights."""
+        match self.method:
+            case "trades" | "free-trades":
+                return 2 * self.m
+            case "yopo":
+                return self.attack_steps
+            case "fast-advprop":
+                return self.cost
+            case "advprop":
+                return 1 if self.decoupled else 2
+        return self.m
 
     @property
-    def threat(self) -> ThreatModel:
-        """The training threat model; the step is eps unless given (paper, Algorithm 1)."""
-        return ThreatModel(self.eps, self.step_size or self.eps)
+    def threat(self) -> AnyThreatModel:
+        """The training threat model; the step is the paper's unless given.
+
+        Free AT, GradAlign and N-FGSM step by eps, FGSM-RS by 1.25 eps, YOPO by eps / 4; 2.5 eps / K
+        (Madry et al.'s code for MNIST, TRADES' 2/255 at eps 8/255 and K 10) lets PGD reach every
+        point of the ball.
+        """
+        share = Fraction(1)
+        match self.method:
+            case "fgsm-rs":
+                share = Fraction(5, 4)
+            case "pgd" | "trades":
+                share = Fraction(5, 2 * self.attack_steps)
+            case "yopo":
+                share = Fraction(1, 4)
+        step = self.step_size or Perturbation(self.eps.levels * share)
+        kind = L2ThreatModel if self.norm == "l2" else ThreatModel
+        return kind(self.eps, step)
+
+    @property
+    def evaluation_threat(self) -> AnyThreatModel:
+        """The ball of training, walked in steps of --eval-step."""
+        kind = L2ThreatModel if self.norm == "l2" else ThreatModel
+        return kind(self.eps, self.eval_step)
+
+    @property
+    def term_weight(self) -> float:
+        """lambda of GradAlign's or ELLE's term."""
+        if self.reg_lambda is not None:
+            return self.reg_lambda
+        if self.method == "elle":
+            return 4000.0  # lambda_max of ELLE-A, Abad Rocamora et al. 2024
+        return preset_lambda("cifar10", float(self.eps.levels))
 
     @property
     def data_epochs(self) -> int:
-        """Passes over the data that --epochs pays for; at least one.
+        """Passes over the data that --epochs pays for."""
+        return self._data_epochs_of(self.epochs)
+
+    def _data_epochs_of(self, epochs: float) -> int:
+        """Passes over the data that so many epochs of the natural budget pay for; at least one.
 
         Free AT's code: ceil(epochs / m). Fast AdvProp, tables 1 and 4: epochs / cost to the nearest
         number, halves down (105 at 1 + 1/9, 1.2, 1 + 1/3, 1.5 are 94, 87, 79, 70).
         """
         if self.method in REPLAYING:
-            return math.ceil(self.epochs / self.m)
-        return max(1, math.ceil(self.epochs / self.cost - 0.5 - 1e-9))
+            return math.ceil(epochs / self.m)
+        return max(1, math.ceil(epochs / self.cost - 0.5 - 1e-9))
 
     @property
     def evaluation_resize(self) -> int:
-        """Shorter side of an evaluation image before the central crop, in pixels."""
-        return self.resize_size or round(self.image_size * 256 / 224)
+        """Shorter side of an evaluation image before the central crop, in pixels; 0: as stored."""
+        if self.resize_size is None:
+            return round(self.image_size * 256 / 224)
+        return self.resize_size
 
     @property
     def pixel_mean(self) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ import yaml
 
 from freeadv_fast.config import TrainConfig
 from freeadv_fast.errors import UserError
+from freeadv_fast.phases import Phases
 from freeadv_fast.schedule import Schedule
 from freeadv_fast.threat import Perturbation
 
@@ -19,11 +20,11 @@ NOT_SAVED = ("output_dir", "resume")
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Plain YAML types, in field order; perturbations and schedules as users write them."""
+    """Plain YAML types, in field order; perturbations, schedules and phases as users write them."""
     plain: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, Perturbation | Schedule):
+        if isinstance(value, Perturbation | Schedule | Phases):
             value = str(value)
         elif isinstance(value, tuple):
             value = list(value)
@@ -47,8 +48,8 @@ def config_from_dict(plain: dict[str, Any], origin: str = "--config") -> TrainCo
         flag = "--" + name.replace("_", "-")
         if value is not None and Perturbation in (hints[name], *typing.get_args(hints[name])):
             value = Perturbation.parse(value, flag)
-        elif hints[name] is Schedule:
-            value = Schedule.parse(value)
+        elif hints[name] in (Schedule, Phases):
+            value = hints[name].parse(value)
         elif isinstance(value, list):
             value = tuple(value)
         values[name] = value

@@ -109,7 +109,12 @@ def evaluate(
 
 
 def count_batch(
-    network: nn.Module, batch: Batch, attacks: Sequence[Attack], threat: AnyThreatModel, *, seed: int
+    network: nn.Module,
+    batch: Batch,
+    attacks: Sequence[Attack],
+    threat: AnyThreatModel,
+    *,
+    seed: int,
 ) -> Tensor:
     """Counts one minibatch's successes.
 

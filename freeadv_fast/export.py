@@ -57,7 +57,7 @@ def export_model(
         mean: Per-channel mean that training subtracted, in [0, 1].
         std: Per-channel standard deviation that it divided by.
         image_size: Side of the square images, in pixels.
-        resize_size: Shorter side before the central crop, in pixels.
+        resize_size: Shorter side before the central crop, in pixels; 0 for images as stored.
 
     Returns:
         The folder.

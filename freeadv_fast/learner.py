@@ -52,6 +52,8 @@ class Learner:
         precision: bfloat16 and float16 run the network under autocast; float16 adds a gradient
             scaler. The input's dtype by default.
         num_ranks: Ranks over which gradients are averaged.
+        attack_scale_at: Share of its full length at which an attack steps, by the index of the
+            update; methods that warm their attack up multiply by it.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Learner:
         pixels: Pixels,
         precision: torch.dtype | None = None,
         num_ranks: int = 1,
+        attack_scale_at: Callable[[int], float] = lambda update: 1.0,
     ) -> None:
         """Starts at update 0."""
         device = pixels.mean.device
@@ -71,6 +74,7 @@ class Learner:
         self.pixels = pixels
         self.precision = precision or pixels.dtype
         self.num_ranks = num_ranks
+        self.attack_scale_at = attack_scale_at
         self.updates = 0
         self.meters = Meters(device)
         self.scaler = torch.amp.grad_scaler.GradScaler(
@@ -93,6 +97,11 @@ class Learner:
         return ops.perturb_normalize(
             images, delta, self.pixels.mean, self.pixels.std, unit=unit, dtype=self.pixels.dtype
         )
+
+    @property
+    def attack_scale(self) -> float:
+        """Share of its full length at which an attack of this update steps, in 0..1."""
+        return self.attack_scale_at(self.updates)
 
     @property
     def module(self) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Decay = Literal["all", "kernels"]
+Decay = Literal["all", "kernels", "no-bn"]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay) -> list[dict[str, Any]]:
@@ -17,16 +17,20 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay) -> lis
         model: The network.
         weight_decay: L2 coefficient of the decayed group.
         decay: ``all`` decays every parameter, batch norm and biases too (Free AT's ImageNet
-            code); ``kernels`` only those of two or more dimensions (its CIFAR code).
+            code); ``kernels`` only those of two or more dimensions (its CIFAR code); ``no-bn`` all
+            but batch norm's weights and biases (Wong et al.'s ImageNet code, main_fast.py, which
+            decays the last layer's bias).
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if decay == "all":
-        return [{"params": parameters, "weight_decay": weight_decay}]
-    kernels = [p for p in parameters if p.ndim >= 2]
-    others = [p for p in parameters if p.ndim < 2]
+    exempt: set[nn.Parameter] = set()
+    if decay == "kernels":
+        exempt = {p for p in parameters if p.ndim < 2}
+    elif decay == "no-bn":
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        exempt = {p for norm in norms for p in norm.parameters(recurse=False)}
     groups = [
-        {"params": kernels, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for p in parameters if p not in exempt], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p in exempt], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

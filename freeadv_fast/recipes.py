@@ -9,11 +9,15 @@ come from the paper where its text gives them and from the authors' code otherwi
 from __future__ import annotations
 
 import difflib
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
 
-from freeadv_fast.config import TrainConfig
+from freeadv_fast.alignment import preset_lambda
+from freeadv_fast.config import METHODS, AttackStart, TrainConfig
 from freeadv_fast.errors import UserError
 from freeadv_fast.mixing import Mix
+from freeadv_fast.phases import Phases
 from freeadv_fast.schedule import Schedule
 from freeadv_fast.threat import Perturbation
 
@@ -143,10 +147,82 @@ CIFAR10_FAST_ADVPROP = replace(
     eval_step=Perturbation.parse("1/255"),
 )
 
+# GradAlign's figure 1 and tables (Andriushchenko and Flammarion 2020): PreActResNet-18 without a
+# final batch norm, pixels in [0, 1]; attacks of step eps / 4 with 10 restarts. House numbers are
+# not mirrored, and their attack grows over 5 epochs.
+GRADALIGN_CIFAR10 = replace(
+    CIFAR10,
+    method="gradalign",
+    m=1,
+    reg_every=1,
+    arch="preact-resnet18-gradalign",
+    normalization="none",
+    crop_padding=4,
+    steps=None,
+    epochs=30,
+    lr=0.3,
+    schedule=Schedule.parse("linear:0.4"),
+    weight_decay=5e-4,
+    decay="all",
+    eval_attacks=("pgd-50-10",),
+)
+GRADALIGN_SVHN = replace(
+    GRADALIGN_CIFAR10, data="svhn:data", augment="pad-crop", epochs=15, attack_warmup=5
+)
+
+
+@dataclass(frozen=True)
+class Figure1:
+    """What differs between the methods of GradAlign's figure 1 on one dataset."""
+
+    base: TrainConfig
+    lr: float
+    gradalign_lr: float
+    free_epochs: float
+    free_lr: float
+
+
+CIFAR10_FIGURE_1 = Figure1(
+    GRADALIGN_CIFAR10, lr=0.2, gradalign_lr=0.3, free_epochs=96, free_lr=0.04
+)
+SVHN_FIGURE_1 = Figure1(GRADALIGN_SVHN, lr=0.05, gradalign_lr=0.05, free_epochs=45, free_lr=0.01)
+
+# "Fast is better than free" (Wong et al. 2020), CIFAR-10: cyclic rate, pixels normalised. Their
+# code also swings the momentum between 0.8 and 0.9, a default of torch's CyclicLR; we do not.
+FAST_CIFAR10 = replace(
+    GRADALIGN_CIFAR10,
+    method="fgsm-rs",
+    arch="preact-resnet18",
+    normalization="cifar10",
+    lr=0.2,
+    schedule=Schedule.parse("linear:0.5"),
+    eps=Perturbation.parse("8/255"),
+    eval_step=Perturbation.parse("2/255"),
+)
+
+# Wong et al., ImageNet: three phases, the image side growing while the batch shrinks; the rate per
+# update; no decay on batch norm; evaluated on the central 288 px of images as they are stored.
+# Their text gives steps of 1.25 eps, their code the rest (configs_fast_*.yml, main_fast.py). Four
+# GPUs gave their batch norm groups of 128, 56 and 32 images; ours are a rank's minibatch. Their
+# copies of 160 and 352 px (data.resize) make it faster: --phase-data /in160,/in352,/imagenet.
+FAST_IMAGENET = replace(
+    IMAGENET,
+    method="fgsm-rs",
+    m=1,
+    resize_size=0,
+    bn_group=None,
+    epochs=15,
+    phases=Phases.parse("0-6:128:512,6-12:224:224,12-15:288:128"),
+    lr=0.4,
+    schedule=Schedule.parse("piecewise:0=0,1=1,6=0.1,12=0.01,15=0.001"),
+    decay="no-bn",
+    eval_attacks=("pgd-50-10",),
+)
+
 
 def _rows() -> dict[str, TrainConfig]:
     """Every recipe by its name."""
-    rows = _free_rows() | _advprop_rows()
+    rows = _free_rows() | _advprop_rows() | _family_rows() | _fast_rows()
     return {name: replace(config, recipe=name) for name, config in rows.items()}
 
 
@@ -236,6 +312,122 @@ def _advprop_rows() -> dict[str, TrainConfig]:
     return rows
 
 
+def _family_rows() -> dict[str, TrainConfig]:
+    """The single-step methods and their rivals on CIFAR-10 and the embedded images."""
+    rows = {}
+    # Not in a paper: a few epochs each of the embedded images.
+    few: dict[str, dict[str, Any]] = {
+        "fgsm": {"epochs": 8},
+        "fgsm-rs": {"epochs": 8},
+        "n-fgsm": {"epochs": 8},
+        "gradalign": {"epochs": 5},
+        "elle": {"epochs": 5},
+        "pgd": {"epochs": 4, "attack_steps": 5},
+        "trades": {"epochs": 4, "attack_steps": 5},
+        "free-trades": {"epochs": 10, "m": 4},
+        "yopo": {"epochs": 4, "attack_steps": 3},
+    }
+    for method, changes in few.items():
+        own: dict[str, Any] = {"method": method, "m": 1} | changes
+        rows[f"digits-{method}"] = replace(DIGITS, **own)
+    # GradAlign's figure 1; N-FGSM (de Jorge et al. 2022) on the same network and schedule.
+    for levels in range(1, 17):
+        for label, config in _figure_1(CIFAR10_FIGURE_1, levels).items():
+            rows[f"cifar10-preact18-{label}-eps{levels}"] = config
+        for label, config in _figure_1(SVHN_FIGURE_1, levels).items():
+            lambda_ = preset_lambda("svhn", levels)
+            rows[f"svhn-preact18-{label}-eps{levels}"] = (
+                replace(config, reg_lambda=lambda_) if label == "gradalign" else config
+            )
+    # Wong et al., table 1; Free AT's own rivals, tables 1, 2 and 5.
+    for epochs in (15, 30):
+        rows[f"cifar10-preact18-fgsm-rs-{epochs}ep"] = replace(FAST_CIFAR10, epochs=epochs)
+    rows["cifar10-wrn32-pgd7"] = replace(CIFAR10, m=1, **_pgd(7, Fraction(2), "uniform"))
+    for steps in (2, 7):
+        rows[f"cifar100-wrn32-pgd{steps}"] = replace(
+            CIFAR100, m=1, **_pgd(steps, Fraction(2), "uniform")
+        )
+    rows["imagenet-rn50-pgd2-eps4"] = replace(
+        IMAGENET, m=1, eps=Perturbation.parse("4/255"), **_pgd(2, Fraction(2), "uniform")
+    )
+    # YOPO-5-3 (Zhang et al. 2019): 36 epochs, rate 0.1 * 4 / K and 0.1 * 2 / K.
+    yopo = replace(
+        FAST_CIFAR10,
+        method="yopo",
+        attack_steps=5,
+        yopo_inner=3,
+        step_size=Perturbation.parse("2/255"),
+        epochs=36,
+        batch_size=256,
+        schedule=Schedule.parse("at:30,34"),
+        eval_attacks=("pgd-20",),
+    )
+    rows["cifar10-wrn34-yopo-5-3"] = replace(yopo, arch="wrn-34-10", lr=0.08)
+    rows["cifar10-preact18-yopo-5-3"] = replace(yopo, lr=0.04)
+    # TRADES (Zhang et al. 2019): WRN-34-10, pixels in [0, 1], 0.031 and 0.007 of their range.
+    trades = replace(
+        FAST_CIFAR10,
+        method="trades",
+        attack_steps=10,
+        trades_beta=6.0,
+        arch="wrn-34-10",
+        normalization="none",
+        eps=Perturbation.parse("0.031"),
+        step_size=Perturbation.parse("0.007"),
+        epochs=76,
+        lr=0.1,
+        schedule=Schedule.parse("at:75"),
+        weight_decay=2e-4,
+        eval_attacks=("pgd-20",),
+        eval_step=Perturbation.parse("0.003"),
+    )
+    rows["cifar10-wrn34-trades"] = trades
+    # Not in the paper: TRADES with free training's replay.
+    rows["cifar10-wrn34-free-trades-m4"] = replace(
+        trades, method="free-trades", m=4, step_size=None
+    )
+    return rows
+
+
+def _fast_rows() -> dict[str, TrainConfig]:
+    """Wong et al. 2020 on ImageNet."""
+    return {
+        f"imagenet-rn50-fgsm-rs-eps{levels}": replace(
+            FAST_IMAGENET, eps=Perturbation(Fraction(levels))
+        )
+        for levels in (2, 4)
+    }
+
+
+def _figure_1(figure: Figure1, levels: int) -> dict[str, TrainConfig]:
+    """The methods of GradAlign's figure 1 at a radius in grey levels."""
+    eps = Fraction(levels)
+    base = replace(
+        figure.base, eps=Perturbation(eps), eval_step=Perturbation(eps / 4), lr=figure.lr
+    )
+    variants: dict[str, dict[str, Any]] = {
+        "gradalign": {"lr": figure.gradalign_lr},
+        "fgsm": {"method": "fgsm"},
+        "fgsm-rs": {"method": "fgsm-rs"},
+        "n-fgsm": {"method": "n-fgsm"},
+        "elle": {"method": "elle"},
+        "pgd2": _pgd(2, eps / 2),
+        "pgd10": _pgd(10, eps / 5),
+        "free-m8": {"method": "free", "m": 8, "epochs": figure.free_epochs, "lr": figure.free_lr},
+    }
+    return {label: replace(base, **changes) for label, changes in variants.items()}
+
+
+def _pgd(steps: int, step_size: Fraction, start: AttackStart = "zero") -> dict[str, Any]:
+    """Fields of PGD training, the step in grey levels."""
+    return {
+        "method": "pgd",
+        "attack_steps": steps,
+        "step_size": Perturbation(step_size),
+        "attack_start": start,
+    }
+
+
 def stretched(config: TrainConfig, factor: float) -> TrainConfig:
     """The same recipe on `factor` times the natural budget, schedule included."""
     milestones = tuple(factor * value for value in config.schedule.values)
@@ -250,23 +442,29 @@ RECIPES = _rows()
 
 # The recipe that --data alone selects, by the dataset of the script and the method.
 DEFAULTS: dict[str, dict[str, str]] = {
-    "digits": {
-        "free": "digits-free",
-        "natural": "digits-natural",
-        "fast-advprop": "digits-fast-advprop",
-        "advprop": "digits-advprop",
-    },
+    "digits": {method: f"digits-{method}" for method in METHODS},
     "cifar": {
         "free": "cifar10-wrn32-free-m8",
         "natural": "cifar10-wrn32-natural",
         "fast-advprop": "cifar10-preact18-fast-advprop",
         "advprop": "cifar10-preact18-advprop",
+        "fgsm": "cifar10-preact18-fgsm-eps8",
+        "fgsm-rs": "cifar10-preact18-fgsm-rs-30ep",
+        "n-fgsm": "cifar10-preact18-n-fgsm-eps8",
+        "gradalign": "cifar10-preact18-gradalign-eps8",
+        "elle": "cifar10-preact18-elle-eps8",
+        "pgd": "cifar10-preact18-pgd10-eps8",
+        "trades": "cifar10-wrn34-trades",
+        "free-trades": "cifar10-wrn34-free-trades-m4",
+        "yopo": "cifar10-preact18-yopo-5-3",
     },
     "imagenet": {
         "free": "imagenet-rn50-free-m4-eps4",
         "natural": "imagenet-rn50-natural",
         "fast-advprop": "imagenet-rn50-fast-advprop",
         "advprop": "imagenet-rn50-advprop-pgd5-1x",
+        "fgsm-rs": "imagenet-rn50-fgsm-rs-eps4",
+        "pgd": "imagenet-rn50-pgd2-eps4",
     },
 }
 
@@ -283,5 +481,9 @@ def find_recipe(name: str) -> TrainConfig:
     raise UserError(
         f"--recipe {name}: no such recipe"
         + (f"; did you mean {' or '.join(near)}?" if near else "")
-        + f"; all of them: {', '.join(RECIPES)}"
+        + "; python -m freeadv_fast.recipes lists them"
     )
+
+
+if __name__ == "__main__":
+    print("\n".join(RECIPES))

@@ -20,13 +20,18 @@ from torch import Tensor, nn
 from freeadv_fast.attacks import Attack, perturb
 from freeadv_fast.evaluate import eval_mode
 from freeadv_fast.models.normalize import unit_images
-from freeadv_fast.threat import ThreatModel
+from freeadv_fast.threat import AnyThreatModel
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6E6E6E"
 INK = "#222222"
 # Five shades up to BLUE's dark end, evenly spaced in lightness, for severities 1 to 5.
 SEVERITY_COLORS = ("#C6DEF1", "#8FC1E3", "#4F9FD0", "#0072B2", "#00466E")
+# Methods are told apart by colour, mark and dash: 7 colours, and the second round is dashed.
+SWEEP_COLORS = (BLUE, VERMILION, GREEN, ORANGE, "#56B4E9", "#CC79A7", "#8C564B")
+SWEEP_MARKS = "osD^vPX"
+# Methods stand side by side around their radius, this share of the axis apart.
+SWEEP_DODGE = 0.004
 # Empty space between two groups of corruptions, in widths of a corruption.
 GROUP_GAP = 0.45
 
@@ -49,18 +54,23 @@ ACCURACIES = (
     ("train_adversarial_accuracy", "training, adversarial", VERMILION, "--"),
     ("holdout_clean_accuracy", "held out, clean", BLUE, "-"),
     ("holdout_robust_accuracy", "held out, under attack", VERMILION, "-"),
+    ("guard_robust_accuracy", "guard, under attack", ORANGE, "-"),
+    ("guard_alignment", "guard, gradient alignment", GREEN, ":"),
 )
 
 
 def plot_training(log_lines: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draws loss, accuracies, learning rate and speed over the image passes of a run.
 
+    The guard's gradient alignment, a cosine, is drawn among the accuracies, 1 being 100 %: the two
+    collapse together.
+
     Args:
         log_lines: Lines of log.jsonl; a line may lack any key but ``passes``.
         path: PNG to write.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 6.2), layout="constrained")
+        figure = Figure(figsize=(11.4, 6.2), layout="constrained")
         loss, accuracy, rate, speed = figure.subplots(2, 2, sharex=True).flat
         _curve(loss, log_lines, "loss", color=BLUE)
         loss.set(title="Training loss", ylabel="cross entropy (nats)")
@@ -69,7 +79,7 @@ def plot_training(log_lines: Sequence[Mapping[str, Any]], path: str | Path) -> N
         accuracy.set(title="Accuracy", ylabel="images classified correctly", ylim=(0, 1.02))
         accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         if accuracy.lines:
-            accuracy.legend(loc="best")
+            figure.legend(handles=accuracy.lines, loc="outside right upper")
         _curve(rate, log_lines, "lr", color=GREY)
         rate.set(title="Learning rate", ylabel="step size of SGD")
         _curve(speed, log_lines, "passes_per_second", color=GREEN)
@@ -110,7 +120,7 @@ def plot_perturbations(
     labels: Tensor,
     classes: Sequence[str],
     attack: Attack,
-    threat: ThreatModel,
+    threat: AnyThreatModel,
     path: str | Path,
     *,
     num_columns: int = 6,
@@ -194,7 +204,7 @@ def _write_labels(
             )
 
 
-def _amplification(threat: ThreatModel) -> float:
+def _amplification(threat: AnyThreatModel) -> float:
     """The factor that makes a perturbation of size eps span black to white around grey."""
     return round(0.5 / float(threat.eps)) if threat.eps.levels else 1.0
 
@@ -333,6 +343,82 @@ def _severity_legend(figure: Figure) -> None:
     )
 
 
+def plot_sweep(cells: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Draws robust and clean accuracy over the radius: a line a method, a dot a run.
+
+    A line goes through the means over the seeds; where there are several, a bar spans one
+    standard deviation (n - 1) to each side. A run that collapsed is a cross.
+
+    Args:
+        cells: Runs: ``method``, ``eps_levels`` (radius in 1/255), ``clean`` and ``robust`` as
+            fractions, ``attack`` (name of the robust one), ``collapsed``. A run without ``robust``
+            is left out.
+        path: PNG to write.
+    """
+    runs = [cell for cell in cells if cell["robust"] is not None]
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    attacks = dict.fromkeys(run["attack"] for run in runs)
+    radii = sorted({float(run["eps_levels"]) for run in runs})
+    gap = SWEEP_DODGE * (radii[-1] - radii[0])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+        robust, clean = figure.subplots(1, 2, sharex=True, sharey=True)
+        for axes, key in ((robust, "robust"), (clean, "clean")):
+            for number, method in enumerate(methods):
+                own = [run for run in runs if run["method"] == method]
+                _sweep_line(axes, own, key, number, gap * (number - (len(methods) - 1) / 2))
+            axes.set_xlabel("radius eps (1/255)")
+            axes.set_xticks(radii, [f"{radius:g}" for radius in radii])
+        robust.set(title=f"Accuracy under {', '.join(attacks)}", ylim=(0, 1))
+        robust.set_ylabel("validation images classified correctly")
+        robust.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        clean.set_title("Accuracy on clean images")
+        _sweep_legend(figure, robust, runs)
+        _save(figure, path)
+
+
+def _sweep_line(
+    axes: Axes, runs: Sequence[Mapping[str, Any]], key: str, number: int, shift: float
+) -> None:
+    """Draws method number `number`: its runs, their means, and the spread over seeds."""
+    color = SWEEP_COLORS[number % len(SWEEP_COLORS)]
+    by_radius: dict[float, list[float]] = {}
+    for run in sorted(runs, key=lambda run: float(run["eps_levels"])):
+        place = run["eps_levels"] + shift
+        by_radius.setdefault(place, []).append(run[key])
+        cross = {"marker": "x", "s": 34, "color": INK, "linewidth": 1.1, "zorder": 5}
+        dot = {"marker": "o", "s": 9, "color": color, "alpha": 0.45, "linewidth": 0}
+        style: dict[str, Any] = cross if run["collapsed"] else dot
+        axes.scatter(place, run[key], clip_on=False, **style)
+    _, caps, bars = axes.errorbar(
+        list(by_radius),
+        [float(np.mean(values)) for values in by_radius.values()],
+        yerr=np.array([np.std(v, ddof=1) if len(v) > 1 else 0 for v in by_radius.values()]),
+        label=runs[0]["method"],
+        color=color,
+        marker=SWEEP_MARKS[number % len(SWEEP_MARKS)],
+        linestyle="-" if number < len(SWEEP_COLORS) else "--",
+        markersize=4,
+        capsize=2.5,
+        elinewidth=1.1,
+        linewidth=1.3,
+        clip_on=False,
+    )
+    for part in (*caps, *bars):
+        part.set_clip_on(False)
+
+
+def _sweep_legend(figure: Figure, axes: Axes, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Names the methods on the right, and what bars and crosses mean."""
+    handles, names = axes.get_legend_handles_labels()
+    if any(run["collapsed"] for run in runs):
+        handles.append(Line2D([], [], color=INK, marker="x", linestyle="none"))
+        names.append("run that collapsed")
+    num_seeds = len({run["seed"] for run in runs})
+    note = f"mean and std of {num_seeds} seeds" if num_seeds > 1 else "one seed"
+    figure.legend(handles, names, loc="outside right upper", title=note, title_fontsize=8)
+
+
 def _readable(name: str) -> str:
     """jpeg_compression as people write it."""
     return name.replace("_", " ").replace("jpeg", "JPEG")
@@ -376,6 +462,23 @@ def results_table(rows: Sequence[Mapping[str, object]]) -> str:
         cells = [cell.rjust(width) if is_number else cell.ljust(width) for cell in cells]
         columns.append([cells[0], "-" * width, *cells[1:]])
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+
+
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Lays results out as a markdown table, values as in `results_table`.
+
+    Args:
+        rows: One mapping a line, column title to value.
+
+    Returns:
+        Lines joined by newlines, without a last one; empty for no rows.
+    """
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    if not titles:
+        return ""
+    lines = [titles, ["---"] * len(titles)]
+    lines += [[_cell(row.get(title)).replace("|", "\\|") for title in titles] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(value: object) -> str:

@@ -40,7 +40,6 @@ from freeadv_fast.imagenet_c import (
 from freeadv_fast.report import corruption_table, plot_corruptions
 from freeadv_fast.runlog import write_json
 from freeadv_fast.saved_run import SavedRun, load_run
-from freeadv_fast.threat import ThreatModel
 
 ON_THE_FLY = {
     group: tuple(name for name, corruption in CORRUPTIONS.items() if corruption.group == group)
@@ -248,7 +247,7 @@ class _Trial:
             SelectedLogits(model, own + others),
             loader,
             (),
-            ThreatModel(config.eps, config.eval_step),
+            config.evaluation_threat,
             world=self.world,
             mean=config.pixel_mean,
             std=config.pixel_std,

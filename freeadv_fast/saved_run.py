@@ -24,7 +24,7 @@ from freeadv_fast.export import export_model
 from freeadv_fast.models.zoo import build_model
 from freeadv_fast.report import results_table
 from freeadv_fast.runlog import RunFolder, write_json
-from freeadv_fast.threat import Perturbation, ThreatModel
+from freeadv_fast.threat import Perturbation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _measure(run: SavedRun, world: World) -> Evaluation:
         model,
         loader,
         config.eval_attacks,
-        ThreatModel(config.eps, config.eval_step),
+        config.evaluation_threat,
         world=world,
         mean=config.pixel_mean,
         std=config.pixel_std,

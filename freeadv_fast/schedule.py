@@ -1,11 +1,18 @@
-"""Learning-rate schedules: a pure function of the update's index."""
+"""Learning-rate schedules: a pure function of an update's index and its place in the data."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import re
+from collections.abc import Callable
+
+import numpy as np
 
 from freeadv_fast.errors import UserError
+
+_KNOTS = re.compile(r"[^=,]+=[^=,]+(,[^=,]+=[^=,]+)*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +22,10 @@ class Schedule:
     Attributes:
         kind: ``every`` (drop by 10 each so many epochs of the natural budget), ``at`` (drop by 10
             at these epochs of the natural budget), ``steps`` (drop by 10 at these updates),
-            ``linear`` (rise to a peak, fall to zero) or ``constant``.
-        values: Epochs between drops; epochs; update indices; or the peak's place in (0, 1).
+            ``linear`` (rise to a peak, fall to zero), ``piecewise`` (straight lines between given
+            factors at given epochs of the natural budget) or ``constant``.
+        values: Epochs between drops; epochs; update indices; the peak's place in (0, 1); or epochs
+            and factors by turns.
     """
 
     kind: str
@@ -24,7 +33,9 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str | Schedule) -> Schedule:
-        """Reads ``every:30``, ``at:30,60,90``, ``steps:40000,60000``, ``linear:0.4``, ``constant``.
+        """Reads ``every:30``, ``at:30,60,90``, ``steps:40000,60000``, ``linear:0.4`` and the rest.
+
+        The rest: ``piecewise:0=0,1=1,6=0.1`` (epoch=factor, epochs rising from 0), ``constant``.
 
         Raises:
             UserError: any other form.
@@ -32,46 +43,65 @@ class Schedule:
         if isinstance(text, Schedule):
             return text
         kind, _, rest = text.partition(":")
+        separators = "[,=]" if kind == "piecewise" else ","
         try:
-            values = tuple(float(value) for value in rest.split(",")) if rest else ()
+            values = tuple(float(value) for value in re.split(separators, rest)) if rest else ()
         except ValueError:
             values = (math.nan,)
+        knots, factors = values[::2], values[1::2]
         is_valid = {
             "every": len(values) == 1 and values[0] > 0,
             "at": len(values) >= 1 and all(v > 0 for v in values),
             "steps": len(values) >= 1 and all(v > 0 for v in values),
             "linear": len(values) == 1 and 0 < values[0] < 1,
+            "piecewise": (
+                _KNOTS.fullmatch(rest) is not None
+                and knots[0] == 0
+                and all(a < b < math.inf for a, b in itertools.pairwise(knots))
+                and all(0 <= factor < math.inf for factor in factors)
+            ),
             "constant": not rest,
         }
         if not is_valid.get(kind, False):
             raise UserError(
-                f"--schedule {text}: write every:30, at:30,60,90, steps:40000,60000, linear:0.4 "
-                "or constant"
+                f"--schedule {text}: write every:30, at:30,60,90, steps:40000,60000, linear:0.4, "
+                "piecewise:0=0,1=1,6=0.1 or constant"
             )
         return cls(kind, values)
 
     def __str__(self) -> str:
         """The form users write."""
-        values = ",".join(f"{value:.12g}" for value in self.values)
+        words = [f"{value:.12g}" for value in self.values]
+        if self.kind == "piecewise":
+            words = [f"{a}={b}" for a, b in zip(words[::2], words[1::2], strict=True)]
+        values = ",".join(words)
         return f"{self.kind}:{values}" if values else self.kind
 
     def factor(
-        self, update: int, *, total_updates: int, updates_per_epoch: int, cost: float
+        self,
+        update: int,
+        *,
+        total_updates: int,
+        data_epochs_before: Callable[[int], float],
+        cost: float,
     ) -> float:
         """The factor on the peak learning rate for one optimizer update.
 
         Args:
             update: Index of the update, from 0.
             total_updates: Updates of the whole run.
-            updates_per_epoch: Updates of one pass over the data, all m replays counted.
+            data_epochs_before: Passes over the data done before an update, fractions counted;
+                exact for the first update of a data epoch.
             cost: Epochs of the natural budget that one pass over the data takes, such as m.
 
         Source: ``every`` follows the reference code of Free AT, lib/utils.py line 31: the period
         is ceil(epochs / m) data epochs, so that m = 4 drops at 8 and 16 of 23. ``at`` follows Fast
-        AdvProp's: 30, 60, 90, 100 at cost 1.2 are data epochs 25, 50, 75, 83.
+        AdvProp's: 30, 60, 90, 100 at cost 1.2 are data epochs 25, 50, 75, 83. ``piecewise`` follows
+        Wong et al.'s code for ImageNet, main_fast.py: an update's rate is that of the place in the
+        data where it ends.
         """
-        data_epoch = update // updates_per_epoch  # and 1e-9 below: 30 / 1.2 is 25, to the last bit
-        if self.kind == "every":
+        data_epoch = int(data_epochs_before(update))
+        if self.kind == "every":  # 1e-9, here and below: 30 / 1.2 is 25, to the last bit
             return float(0.1 ** (data_epoch // math.ceil(self.values[0] / cost - 1e-9)))
         if self.kind == "at":
             return float(0.1 ** sum(data_epoch >= int(v / cost + 1e-9) for v in self.values))
@@ -82,4 +112,7 @@ class Schedule:
             rising = (update + 1) / peak  # the first update already moves the weights
             falling = (total_updates - update) / (total_updates - peak)
             return max(0.0, min(rising, falling))
+        if self.kind == "piecewise":
+            epoch = cost * data_epochs_before(update + 1)
+            return float(np.interp(epoch, self.values[::2], self.values[1::2]))
         return 1.0

@@ -14,20 +14,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from freeadv_fast import checkpoint
 from freeadv_fast.attacks import Attack
+from freeadv_fast.budget import Budget
 from freeadv_fast.config import TrainConfig
 from freeadv_fast.config_file import config_to_dict, save_config
-from freeadv_fast.data import Loaders, build_loaders
+from freeadv_fast.data import Loaders, build_phase_loaders
 from freeadv_fast.distributed import World
 from freeadv_fast.environment import environment
-from freeadv_fast.errors import UserError
+from freeadv_fast.errors import UserError, blaming
+from freeadv_fast.guard import Guard, History
 from freeadv_fast.learner import Learner, Pixels
 from freeadv_fast.methods import TrainingMethod, build_method
 from freeadv_fast.methods.fast_advprop import Exchange
 from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
-from freeadv_fast.models.zoo import build_model
+from freeadv_fast.models.zoo import build_model, check_image_size
 from freeadv_fast.optim import build_sgd
 from freeadv_fast.runlog import RunFolder, RunLog, read_json, write_json
-from freeadv_fast.threat import ThreatModel
+from freeadv_fast.threat import AnyThreatModel
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -103,23 +105,6 @@ class Clock:
         return (passes - passes_before) / max(seconds - seconds_before, 1e-9)
 
 
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """A budget in data epochs and optimizer updates."""
-
-    data_epochs: int
-    total_updates: int
-    updates_per_epoch: int
-
-    @classmethod
-    def of(cls, config: TrainConfig, num_batches: int) -> Budget:
-        """The budget of a config on data with so many minibatches an epoch."""
-        per_epoch = num_batches * config.m
-        if config.steps is None:
-            return cls(config.data_epochs, config.data_epochs * per_epoch, per_epoch)
-        return cls(-(-config.steps // per_epoch), config.steps, per_epoch)
-
-
 @dataclasses.dataclass
 class Run:
     """A run in progress: what the training loop reads and moves forward."""
@@ -127,15 +112,26 @@ class Run:
     config: TrainConfig
     world: World
     folder: RunFolder
-    loaders: Loaders
+    phase_loaders: tuple[Loaders, ...]
     budget: Budget
     model: nn.Module
     learner: Learner
     method: TrainingMethod
+    guard: Guard
     progress: Progress
     clock: Clock
     log: RunLog
     saved_at: float
+
+    @property
+    def phase(self) -> int:
+        """The phase that the run is in, from 0; it follows from the data epoch."""
+        return self.budget.phase_of(self.progress.epoch)
+
+    @property
+    def loaders(self) -> Loaders:
+        """The data of the phase that the run is in."""
+        return self.phase_loaders[self.phase]
 
     @property
     def attacks(self) -> tuple[Attack, ...]:
@@ -144,9 +140,9 @@ class Run:
         return tuple(Attack.parse(name) for name in names)
 
     @property
-    def evaluation_threat(self) -> ThreatModel:
+    def evaluation_threat(self) -> AnyThreatModel:
         """Radius and step of validation and of the final attacks."""
-        return ThreatModel(self.config.eps, self.config.eval_step)
+        return self.config.evaluation_threat
 
     @property
     def is_budget_spent(self) -> bool:
@@ -159,7 +155,11 @@ class Run:
     @property
     def is_complete(self) -> bool:
         """Whether nothing is left to train."""
-        return self.progress.epoch >= self.budget.data_epochs or self.is_budget_spent
+        return (
+            self.progress.epoch >= self.budget.data_epochs
+            or self.is_budget_spent
+            or self.guard.history.has_stopped
+        )
 
 
 def prepare(config: TrainConfig, world: World, own_model: nn.Module | None = None) -> Run | None:
@@ -184,45 +184,107 @@ def prepare(config: TrainConfig, world: World, own_model: nn.Module | None = Non
     if config.resume and world.on_main(folder.result.exists):
         say(world, f"{folder.root} is finished; its result is in {folder.result}")
         return None
-    loaders = world.together(lambda: build_loaders(config, world))
-    for line in loaders.describe():
+    phase_loaders = world.together(lambda: build_phase_loaders(config, world))
+    for line in describe_data(phase_loaders):
         say(world, line)
-    budget = Budget.of(config, loaders.train.num_batches)
+    classes = phase_loaders[-1].train.classes
+    budget = Budget.of(config, [loaders.train.num_batches for loaders in phase_loaders])
     state = find_checkpoint(config, world, folder) if config.resume else None
     torch.manual_seed(config.seed)
     model = own_model or world.together(
-        lambda: build_network(config, loaders.train.classes, is_fresh=state is None)
+        lambda: build_network(config, classes, is_fresh=state is None)
     )
     learner = build_learner(model, config, world, budget)
-
-    def shuffle(images: Tensor, labels: Tensor, step: int) -> Exchange:
-        return world.shuffle(images, labels, seed=config.seed, step=step)
-
-    num_classes = len(loaders.train.classes)
-    method = build_method(config, learner, world.device, num_classes, shuffle)
+    phase = budget.phase_of(state["progress"]["epoch"]) if state else 0
+    history = History.of(state["guard"]) if state else History()
+    learner.lr_at = history.slowed(learner.lr_at, config.m)
+    method = build_phase_method(config, phase, learner, world, len(classes), history)
+    guard = build_guard(config, phase_loaders[phase], method, history, world)
     torch.manual_seed(config.seed + 1_000_003 * world.rank)  # no dropout mask on two ranks
     progress, log_bytes = Progress(), 0
     world.on_main(lambda: folder.claim(config.resume))
     if state is not None:
         progress = restore(state, config, world, model, learner, method)
         log_bytes = int(state["log_bytes"])
+        guard.good = state["good"]
     record = environment(ranks=world.size)
     if state is not None:
         warn_about_changes(folder, record, world)
     world.on_main(lambda: write_description(folder, config, record))
-    num_minibatches = budget.total_updates // config.m
-    num_images = min(
-        budget.data_epochs * loaders.train.num_images,
-        num_minibatches * config.batch_size * world.size,
-    )
-    total = round(num_images * config.weight_passes)
+    total = num_passes(config, budget, phase_loaders, world)
     total = min(total, config.max_passes or total)
     log = RunLog(folder, total, log_bytes, progress.passes, world.is_main)
     clock = Clock(progress.train_seconds, progress.passes)
     return Run(
-        config, world, folder, loaders, budget, model, learner, method, progress, clock, log,
-        saved_at=time.monotonic(),
+        config, world, folder, phase_loaders, budget, model, learner, method, guard, progress,
+        clock, log, saved_at=time.monotonic(),
     )  # fmt: skip
+
+
+def describe_data(phase_loaders: tuple[Loaders, ...]) -> list[str]:
+    """Lines for the user about the data of all phases, none twice."""
+    return list(dict.fromkeys(line for loaders in phase_loaders for line in loaders.describe()))
+
+
+def num_passes(
+    config: TrainConfig, budget: Budget, phase_loaders: tuple[Loaders, ...], world: World
+) -> int:
+    """Image passes for the weights that the whole run will make, over all ranks."""
+    num_images = 0
+    for phase, loaders, span in zip(config.phase_configs, phase_loaders, budget.spans, strict=True):
+        num_minibatches = len(span.updates) // config.m
+        num_images += min(
+            len(span.epochs) * loaders.train.num_images,
+            num_minibatches * phase.batch_size * world.size,
+        )
+    return round(num_images * config.weight_passes)
+
+
+def build_phase_method(
+    config: TrainConfig,
+    phase: int,
+    learner: Learner,
+    world: World,
+    num_classes: int,
+    history: History,
+) -> TrainingMethod:
+    """The method for one phase's minibatches, its perturbation at the start.
+
+    Args:
+        config: The run. phase: From 0.
+        learner: The network in training.
+        world: This process among the others.
+        num_classes: Of the data.
+        history: Of the guard, after which the method may be another one.
+    """
+
+    def shuffle(images: Tensor, labels: Tensor, step: int) -> Exchange:
+        return world.shuffle(images, labels, seed=config.seed, step=step)
+
+    method_config = history.method_config(config.phase_configs[phase])
+    return build_method(method_config, learner, world.device, num_classes, shuffle)
+
+
+def build_own_method(run: Run) -> None:
+    """Gives a run the method of its place and history, the perturbation at the start."""
+    num_classes = len(run.loaders.train.classes)
+    run.method = build_phase_method(
+        run.config, run.phase, run.learner, run.world, num_classes, run.guard.history
+    )
+
+
+def enter_phase(run: Run) -> None:
+    """Begins the phase that the run has come to: a method for its image size, a new selection.
+
+    The perturbation starts anew because its shape changes (Wong et al. start each phase as a
+    process of its own). Weights, momentum, running statistics and generators go on. Held-out
+    accuracies at different image sizes do not compare, so that best.pt is replaced at the end of
+    the phase's first epoch, however good it was.
+    """
+    build_own_method(run)
+    run.progress.best_score = -1.0
+    run.log.say(f"phase {run.config.phases[run.phase]}: {run.loaders.train.num_batches:,} "
+                "minibatches an epoch")  # fmt: skip
 
 
 def refuse_different_configs(config: TrainConfig, world: World) -> None:
@@ -255,11 +317,12 @@ def refuse_empty_exchange(config: TrainConfig, world: World) -> None:
     """
     if config.method != "fast-advprop" or not config.shuffle:
         return
-    if config.num_adversarial < world.size:
+    smallest = min(config.phase_configs, key=lambda phase: phase.batch_size)
+    if smallest.num_adversarial < world.size:
         raise UserError(
-            f"--batch-size {config.batch_size}: {config.num_adversarial} adversarial images a rank "
-            f"(--p-adv {config.p_adv:g}) cannot be shuffled over {world.size} ranks; use at least "
-            f"--batch-size {math.ceil(world.size / config.p_adv)}"
+            f"--batch-size {smallest.batch_size}: {smallest.num_adversarial} adversarial images a "
+            f"rank (--p-adv {config.p_adv:g}) cannot be shuffled over {world.size} ranks; use at "
+            f"least --batch-size {math.ceil(world.size / config.p_adv)}"
         )
 
 
@@ -272,6 +335,9 @@ def build_network(config: TrainConfig, classes: list[str], is_fresh: bool) -> nn
         per_image_standardize=config.normalization == "per-image",
         bn_group=config.bn_group,
     )
+    for phase in config.phases:
+        with blaming(f"--phases {phase}"):
+            check_image_size(model, config.arch, len(classes), phase.image_size)
     if config.init_from is not None and is_fresh:
         state = checkpoint.load_checkpoint(Path(config.init_from), "--init-from")
         checkpoint.load_weights(model, state, config.arch, f"--init-from {config.init_from}")
@@ -280,7 +346,7 @@ def build_network(config: TrainConfig, classes: list[str], is_fresh: bool) -> nn
 
 def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: Budget) -> Learner:
     """The learner around a network, which moves to the training device."""
-    # Two minibatch shapes a run, so that every convolution is timed once and well chosen after.
+    # Two minibatch shapes a phase, so that every convolution is timed once and well chosen after.
     torch.backends.cudnn.benchmark = True
     if config.has_branches:
         add_auxiliary_bn(model, config.aux_bn_group)
@@ -310,11 +376,27 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
         return config.lr * config.schedule.factor(
             update,
             total_updates=budget.total_updates,
-            updates_per_epoch=budget.updates_per_epoch,
+            data_epochs_before=budget.data_epochs_before,
             cost=config.cost,
         )
 
-    return Learner(net, optimizer, lr_at, pixels, precision, world.size)
+    def attack_scale_at(update: int) -> float:
+        if config.attack_warmup == 0:
+            return 1.0
+        return min(1.0, budget.data_epochs_before(update) * config.cost / config.attack_warmup)
+
+    return Learner(net, optimizer, lr_at, pixels, precision, world.size, attack_scale_at)
+
+
+def build_guard(
+    config: TrainConfig, loaders: Loaders, method: TrainingMethod, history: History, world: World
+) -> Guard:
+    """The run's guard; it is off where nothing needs it, and where no images are held out."""
+    if not method.seeks_robustness or config.guard_every == 0:
+        return Guard(config, None, history, world)
+    if loaders.guard is None:
+        say(world, "guard: off, for no training images are held out (--holdout-images 0)")
+    return Guard(config, loaders.guard, history, world)
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -336,7 +418,7 @@ def find_checkpoint(config: TrainConfig, world: World, folder: RunFolder) -> dic
     if world.is_main and (folder.checkpoints / checkpoint.DAMAGED).exists():
         say(world, f"the damaged {checkpoint.LAST} is kept as {checkpoint.DAMAGED}")
     state = checkpoint.load_checkpoint(path)
-    if not {"config", "learner", "progress", "ranks"} <= state.keys():
+    if not {"config", "learner", "progress", "guard", "good", "ranks"} <= state.keys():
         raise UserError(f"--resume: {path} holds weights only; start a run with --init-from {path}")
     saved, current = state["config"], config_to_dict(config)
     for name in sorted(set(saved) - FREE_TO_CHANGE):
@@ -352,6 +434,16 @@ def find_checkpoint(config: TrainConfig, world: World, folder: RunFolder) -> dic
             f"{len(state['ranks'])} ranks; resume it with as many"
         )
     return state
+
+
+def rank_state(run: Run) -> dict[str, Any]:
+    """What each rank has of its own: perturbation, sums, generators, running statistics."""
+    return {
+        "method": run.method.state_dict(),
+        "meters": run.learner.meters.state_dict(),
+        "random": checkpoint.random_state(run.world.device),
+        "buffers": checkpoint.batch_norm_buffers(run.model),
+    }
 
 
 def restore(

@@ -62,6 +62,10 @@ class Perturbation:
             return f"{self.levels.numerator}/255"
         return f"{float(self.levels)!r}/255"
 
+    def scaled(self, share: float) -> Perturbation:
+        """A share of the distance; 1 is the same one, exactly."""
+        return self if share == 1 else Perturbation(self.levels * Fraction(share))
+
     def __float__(self) -> float:
         """The distance as a fraction of the pixel range, for attacks on images in [0, 1]."""
         return float(self.levels / 255)
@@ -73,6 +77,10 @@ class ThreatModel:
 
     eps: Perturbation
     step: Perturbation
+
+    def scaled(self, share: float) -> ThreatModel:
+        """The same ball and step at a share of their size."""
+        return ThreatModel(self.eps.scaled(share), self.step.scaled(share))
 
     @property
     def is_integral(self) -> bool:
@@ -134,6 +142,10 @@ class L2ThreatModel:
 
     eps: Perturbation
     step: Perturbation
+
+    def scaled(self, share: float) -> L2ThreatModel:
+        """The same ball and step at a share of their size."""
+        return L2ThreatModel(self.eps.scaled(share), self.step.scaled(share))
 
     def uniform_delta(self, images: torch.Tensor) -> torch.Tensor:
         """A uniform point of the ball around each image, clipped to the pixel range.

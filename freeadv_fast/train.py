@@ -16,20 +16,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from freeadv_fast import checkpoint, session
-from freeadv_fast.attacks import Attack
+from freeadv_fast import checkpoint, rewind, session
+from freeadv_fast.budget import Budget
 from freeadv_fast.conclude import Result, conclude
 from freeadv_fast.config import TrainConfig
 from freeadv_fast.config_file import config_to_dict
-from freeadv_fast.data import Batch, build_loaders
+from freeadv_fast.data import Batch, build_phase_loaders
 from freeadv_fast.distributed import join_world, leave_world
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluate import evaluate
+from freeadv_fast.guard import CHECK_ATTACK, Count
 from freeadv_fast.session import Run
 from freeadv_fast.signals import Interrupted, StopRequests
-
-# Ten steps tell robust weights from weak ones; the final evaluation uses the recipe's attacks.
-SELECTION_ATTACK = Attack.parse("pgd-10")
 
 
 def train(config: TrainConfig, model: nn.Module | None = None) -> Result | None:
@@ -68,20 +66,20 @@ def train_epochs(run: Run, stop: StopRequests) -> None:
     progress = run.progress
     while not run.is_complete:
         run.clock.start()
-        train_epoch(run, stop)
-        run.clock.pause()
-        run.log.write(progress.last_line | select(run))
-        run.clock.start()
-        if progress.minibatch == run.loaders.train.num_batches:
-            progress.epoch, progress.minibatch = progress.epoch + 1, 0
+        if train_epoch(run, stop):
+            end_epoch(run)
         save(run)
         obey_requests(run, stop)
         run.clock.pause()
         progress.train_seconds = run.clock.seconds
 
 
-def train_epoch(run: Run, stop: StopRequests) -> None:
-    """Trains on what is left of one data epoch, saving in between as often as asked."""
+def train_epoch(run: Run, stop: StopRequests) -> bool:
+    """Trains on what is left of one data epoch, saving in between as often as asked.
+
+    Returns:
+        False when the guard rewound the run: its place in the data is another one now.
+    """
     config, progress, loader = run.config, run.progress, run.loaders.train
     run.model.train()
     batches = loader.epoch(progress.epoch, progress.minibatch)
@@ -90,14 +88,36 @@ def train_epoch(run: Run, stop: StopRequests) -> None:
         progress.minibatch += 1
         progress.passes += passes.weights
         progress.attack_passes += passes.attack
+        run.guard.advance(passes)
         run.log.advance(passes.weights)
         if progress.minibatch == loader.num_batches or run.is_budget_spent:
             measure(run, batch)
-            return
-        if progress.minibatch % config.log_every == 0:
+            return True
+        check = run.guard.check(run.model, run.loaders.guard) if run.guard.is_due else None
+        if check or progress.minibatch % config.log_every == 0:
             measure(run, batch)
-            run.log.write(progress.last_line)
+            run.log.write(progress.last_line | (check.line if check else {}))
+        if check and rewind.judge(run, check.count):
+            return False
         obey_requests(run, stop)
+    return True
+
+
+def end_epoch(run: Run) -> None:
+    """Selects among the weights, uncounted in train_seconds; a check of the guard's as well."""
+    progress, loaders = run.progress, run.loaders
+    run.clock.pause()
+    found = select(run)
+    run.log.write(progress.last_line | found)
+    run.clock.start()
+    if progress.minibatch == loaders.train.num_batches:
+        progress.epoch, progress.minibatch = progress.epoch + 1, 0
+        if run.budget.begins_phase(progress.epoch):  # before the save: it holds a new delta
+            session.enter_phase(run)
+    if run.guard.is_on and loaders.holdout is not None:
+        num_images = loaders.holdout.num_images
+        standing = round(found["holdout_robust_accuracy"] * num_images)
+        rewind.judge(run, Count(standing, num_images))
 
 
 def obey_requests(run: Run, stop: StopRequests) -> None:
@@ -165,7 +185,7 @@ def select(run: Run) -> dict[str, float]:
     config, progress = run.config, run.progress
     if run.loaders.holdout is None:
         return {}
-    attacks = (SELECTION_ATTACK,) if run.method.seeks_robustness else ()
+    attacks = (CHECK_ATTACK,) if run.method.seeks_robustness else ()
     with checkpoint.averaged_buffers(run.model, run.world):
         measured = evaluate(
             run.model,
@@ -180,7 +200,7 @@ def select(run: Run) -> dict[str, float]:
         )
         found = {"holdout_clean_accuracy": measured.clean_accuracy}
         if attacks:
-            found["holdout_robust_accuracy"] = measured.robust_accuracy[str(SELECTION_ATTACK)]
+            found["holdout_robust_accuracy"] = measured.robust_accuracy[str(CHECK_ATTACK)]
         score = found.get("holdout_robust_accuracy", measured.clean_accuracy)
         if score > progress.best_score:
             progress.best_score, progress.best_epoch = score, progress.epoch
@@ -204,23 +224,22 @@ def save_best(run: Run) -> None:
 def save(run: Run) -> None:
     """Writes last.pt: everything that makes the next update what it would have been.
 
+    The last good state is in the same file, so that the two are never of different times.
+
     Rank 0's weights and optimizer stand for all; perturbation, running statistics, generators and
     sums are each rank's own. Inside ``model`` the running statistics are the ranks' mean.
     """
     refuse_nonfinite_weights(run)
     run.progress.train_seconds = run.clock.seconds
-    rank_state = {
-        "method": run.method.state_dict(),
-        "meters": run.learner.meters.state_dict(),
-        "random": checkpoint.random_state(run.world.device),
-        "buffers": checkpoint.batch_norm_buffers(run.model),
-    }
-    rank_states = run.world.gather_on_host(session.to_cpu(rank_state))
+    rank_states = run.world.gather_on_host(session.to_cpu(session.rank_state(run)))
+    good = run.guard.good and rewind.gathered(run.guard.good, run.world)
     with checkpoint.averaged_buffers(run.model, run.world):
         state = identity(run) | {
             "model": run.model.state_dict(),
             "learner": run.learner.state_dict(),
             "progress": dataclasses.asdict(run.progress),
+            "guard": run.guard.history.state_dict(),
+            "good": good,
             "log_bytes": run.log.num_bytes,
             "ranks": rank_states,
         }
@@ -253,18 +272,21 @@ def dry_run(config: TrainConfig) -> list[str]:
     """What `train` would do: data, steps and the first minibatch; writes nothing."""
     world = join_world()
     try:
-        loaders = build_loaders(config, world)
-        budget = session.Budget.of(config, loaders.train.num_batches)
-        batch = next(iter(loaders.train.epoch(0)))
-        return [
-            *loaders.describe(),
-            f"global batch {batch.global_size} = {world.size} ranks x {config.batch_size}",
-            f"{budget.data_epochs} data epochs x {loaders.train.num_batches} minibatches"
-            + f" x m {config.m}" * (config.m > 1)
-            + f" = {budget.total_updates} updates",
-            f"first minibatch: images {tuple(batch.images.shape)} {batch.images.dtype}, "
-            f"labels {tuple(batch.labels.shape)} {batch.labels.dtype}",
-            f"output folder: {os.fspath(Path(config.run_folder))}",
-        ]
+        phase_loaders = build_phase_loaders(config, world)
+        budget = Budget.of(config, [loaders.train.num_batches for loaders in phase_loaders])
+        lines = session.describe_data(phase_loaders)
+        for number, span in enumerate(budget.spans):
+            phase, loader = config.phase_configs[number], phase_loaders[number].train
+            batch = next(iter(loader.epoch(span.epochs.start)))
+            lines += [f"phase {config.phases[number]}"] if config.phases else []
+            lines += [
+                f"global batch {batch.global_size} = {world.size} ranks x {phase.batch_size}",
+                f"{len(span.epochs)} data epochs x {loader.num_batches} minibatches"
+                + f" x m {config.m}" * (config.m > 1)
+                + f" = {len(span.updates)} updates",
+                f"first minibatch: images {tuple(batch.images.shape)} {batch.images.dtype}, "
+                f"labels {tuple(batch.labels.shape)} {batch.labels.dtype}",
+            ]
+        return [*lines, f"output folder: {os.fspath(Path(config.run_folder))}"]
     finally:
         leave_world()

@@ -1,4 +1,4 @@
-"""Free or natural training on CIFAR-10 or CIFAR-100, as in tables 1 and 2 of the paper.
+"""Any method on CIFAR-10, or on whatever --data names: --method free, fgsm-rs, gradalign, pgd, ...
 
 python launch/cifar.py --method free --m 8 --data cifar10:/data/cifar10
 """

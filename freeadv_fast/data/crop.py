@@ -15,9 +15,16 @@ def pad_images(images: Tensor, padding: int) -> Tensor:
 
 
 def random_crop_flip(
-    padded: Tensor, slots: Ints, rows: Ints, padding: int, seed: int, epoch: int
+    padded: Tensor,
+    slots: Ints,
+    rows: Ints,
+    padding: int,
+    seed: int,
+    epoch: int,
+    *,
+    flip: bool = True,
 ) -> Tensor:
-    """RandomCrop and RandomHorizontalFlip of images that are padded already.
+    """RandomCrop, and RandomHorizontalFlip if asked for, of images that are padded already.
 
     Args:
         padded: (N, H + 2p, W + 2p, 3) uint8 images with p pixels of padding.
@@ -26,17 +33,20 @@ def random_crop_flip(
         padding: p.
         seed: The run's seed.
         epoch: Data epoch.
+        flip: Whether to mirror half of the images; house numbers are not mirrored.
 
     Returns:
         (n, H, W, 3) uint8 on the same device, contiguous.
     """
     corners = random_offsets(seed, epoch, rows, 2 * padding + 1)
-    flips = random_flips(seed, epoch, rows)
+    flips = random_flips(seed, epoch, rows) & flip
     packed = np.column_stack([slots, corners, flips])
-    slot, top, left, flip = torch.from_numpy(packed).to(padded.device, non_blocking=True).unbind(1)
+    slot, top, left, is_mirrored = (
+        torch.from_numpy(packed).to(padded.device, non_blocking=True).unbind(1)
+    )
     down = torch.arange(padded.shape[1] - 2 * padding, device=padded.device)
     right = torch.arange(padded.shape[2] - 2 * padding, device=padded.device)
-    mirrored = torch.where(flip[:, None] == 1, right.flip(0), right)
+    mirrored = torch.where(is_mirrored[:, None] == 1, right.flip(0), right)
     return padded[
         slot[:, None, None], (top[:, None] + down)[:, :, None], (left[:, None] + mirrored)[:, None]
     ]

@@ -137,12 +137,14 @@ class FolderLoader:
 
     def _augmented(self, images: Tensor, share: Share, epoch: int) -> Tensor:
         """What happens after decoding, on the device."""
-        if self.augment != "pad-crop-flip":
+        if self.augment not in ("pad-crop-flip", "pad-crop"):
             return images
         padding = self.config.crop_padding
         slots = torch.arange(len(images)).numpy()
         padded = pad_images(images, padding)
-        return random_crop_flip(padded, slots, share.rows, padding, self.config.seed, epoch)
+        flip = self.augment == "pad-crop-flip"
+        seed = self.config.seed
+        return random_crop_flip(padded, slots, share.rows, padding, seed, epoch, flip=flip)
 
 
 def split_folder(data: str, split: Literal["train", "val"]) -> str:

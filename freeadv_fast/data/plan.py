@@ -56,11 +56,13 @@ def plan_evaluation(rows: Ints, sizes: Ints, image_size: int, resize_size: int) 
         rows: (n,) rows of the file list.
         sizes: (n, 2) height and width of these images in pixels.
         image_size: Side of the output in pixels.
-        resize_size: Shorter side after resizing, at least image_size.
+        resize_size: Shorter side after resizing, at least image_size; 0 for images as they are
+            stored. Those that are then too small for the crop are enlarged to it, where
+            torchvision's CenterCrop pads them with black.
     """
     # The longer side is cut, the offset rounded half to even, as torchvision does.
     shorter = sizes.min(axis=1, keepdims=True)
-    resized = resize_size * sizes // shorter
+    resized = (resize_size or np.maximum(shorter, image_size)) * sizes // shorter
     return Plan(
         rows=rows,
         windows=np.concatenate([np.zeros_like(sizes), sizes], axis=1),

@@ -46,7 +46,8 @@ class ResidentLoader:
         self.num_images = stream.num_images
         self.num_batches = stream.num_batches
         self.seed = config.seed
-        self.crops = stream.seed is not None and config.augment == "pad-crop-flip"
+        self.crops = stream.seed is not None and config.augment in ("pad-crop-flip", "pad-crop")
+        self.flips = config.augment == "pad-crop-flip"
         self.padding = config.crop_padding if self.crops else 0
         self.images = pad_images(split.images, self.padding) if self.crops else split.images
 
@@ -62,5 +63,7 @@ class ResidentLoader:
         """The images of a share."""
         slots = share.rows % len(self.images)
         if self.crops:
-            return random_crop_flip(self.images, slots, share.rows, self.padding, self.seed, epoch)
+            return random_crop_flip(
+                self.images, slots, share.rows, self.padding, self.seed, epoch, flip=self.flips
+            )
         return self.images[torch.from_numpy(slots).to(self.images.device, non_blocking=True)]

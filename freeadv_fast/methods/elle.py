@@ -90,9 +90,9 @@ class Elle:
         """
         learner = self.learner
         learner.zero_grad()
-        delta, unit = self.fgsm.attack(images, labels)
+        delta = self.fgsm.attack(images, labels)
         with learner.without_reduction():
-            x = learner.network_input(images, delta, unit)
+            x = learner.network_input(images, delta)
             learner.add_gradients(learner.loss(x, labels, global_size, role="adversarial"))
         errors = self.linearity_errors(images, labels)
         learner.add_gradients(self.lam * learner.share(errors.sum(), global_size))

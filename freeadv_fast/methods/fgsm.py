@@ -31,6 +31,7 @@ import dataclasses
 from fractions import Fraction
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from freeadv_fast import ops
@@ -78,30 +79,28 @@ class Fgsm:
             global_size: Images of the minibatch over all ranks.
         """
         learner = self.learner
-        delta, unit = self.attack(images, labels)
-        x = learner.network_input(images, delta, unit)
+        x = learner.network_input(images, self.attack(images, labels))
         learner.backward(learner.loss(x, labels, global_size, role="adversarial"))
         learner.step()
         return Passes(global_size, global_size)
 
-    def attack(self, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
-        """The perturbation after one step, and grey levels in its unit."""
-        learner, threat = self.learner, self.threat
+    def attack(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The perturbation after one step, (n, H, W, 3) float32 in grey levels."""
+        learner = self.learner
         if self.start == "zero":
-            delta, unit = threat.zero_delta(images.shape, images.device), threat.delta_unit
+            delta = torch.zeros(images.shape, device=images.device)
         else:
-            delta, unit = self.noise.uniform_delta(images), 1.0
-        x = learner.network_input(images, delta, unit)
+            delta = self.noise.uniform_delta(images)
+        x = learner.network_input(images, delta)
         ops.sign_ascent_(
             delta,
             learner.input_gradient(x, labels),
             images,
             learner.meters.nonfinite_gradients,
-            step=self.step_size,
+            step=self.step_size * learner.attack_scale,
             eps=self.reach,
-            unit=unit,
         )
-        return delta, unit
+        return delta
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing outlives a minibatch."""

@@ -1,5 +1,5 @@
-"""GradAlign: Andriushchenko and Flammarion, "Understanding and Improving Fast Adversarial Training",
-NeurIPS 2020. FGSM, and a term that keeps the loss linear within the ball:
+"""GradAlign: Andriushchenko and Flammarion, NeurIPS 2020, "Understanding and Improving Fast
+Adversarial Training". FGSM, and a term that keeps the loss linear within the ball:
 
     g1    <- gradient of the loss at x
     delta <- alpha * sign(g1)                  FGSM from the image itself, alpha = eps
@@ -73,7 +73,7 @@ class GradAlign:
             global_size: Images of the minibatch over all ranks.
         """
         learner, threat = self.learner, self.threat
-        delta, unit = threat.zero_delta(images.shape, images.device), threat.delta_unit
+        delta = torch.zeros(images.shape, device=images.device)
         has_term = learner.updates % self.every == 0
         clean = learner.network_input(images)
         if has_term and self.through == "both":
@@ -85,11 +85,10 @@ class GradAlign:
             g1.detach().to(clean.dtype),
             images,
             learner.meters.nonfinite_gradients,
-            step=float(threat.step.levels),
+            step=float(threat.step.levels) * learner.attack_scale,
             eps=float(threat.eps.levels),
-            unit=unit,
         )
-        x = learner.network_input(images, delta, unit)
+        x = learner.network_input(images, delta)
         loss = learner.loss(x, labels, global_size, role="adversarial")
         if has_term:
             term = self.misalignment_at(clean, labels, g1)

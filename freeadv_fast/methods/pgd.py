@@ -74,7 +74,7 @@ class Pgd:
 
     def attack(self, images: Tensor, labels: Tensor) -> Tensor:
         """The perturbation after K steps, (n, H, W, 3) float32 in grey levels."""
-        learner, threat = self.learner, self.threat
+        learner, threat = self.learner, self.threat.scaled(self.learner.attack_scale)
         if self.start == "uniform":
             delta = threat.uniform_delta(images)
         else:

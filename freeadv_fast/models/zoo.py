@@ -59,7 +59,7 @@ def build_model(
         apply_bn_groups(model, bn_group)
     if per_image_standardize:
         model = StandardizedNetwork(model)
-    _check_image_size(model, arch, num_classes, image_size)
+    check_image_size(model, arch, num_classes, image_size)
     return model
 
 
@@ -130,8 +130,18 @@ def _build_plain(arch: str, num_classes: int, image_size: int) -> nn.Module:
     return model
 
 
-def _check_image_size(model: nn.Module, arch: str, num_classes: int, image_size: int) -> None:
-    """Runs one black image through the network in eval mode, which leaves no trace."""
+def check_image_size(model: nn.Module, arch: str, num_classes: int, image_size: int) -> None:
+    """Runs one black image through the network in eval mode, which leaves no trace.
+
+    Args:
+        model: (N, 3, image_size, image_size) to (N, num_classes), in training mode.
+        arch: Its name, for the message.
+        num_classes: Logits.
+        image_size: Side of the image in pixels.
+
+    Raises:
+        UserError: it does not take images of that size, or returns something else.
+    """
     probe = torch.zeros(1, 3, image_size, image_size)
     model.eval()
     try:

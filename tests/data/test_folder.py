@@ -112,6 +112,21 @@ def test_evaluation_is_resize_and_center_crop(backend, real_images, config, worl
             assert (pixels.int() - expected.int()).abs().max() <= (4 if backend == "dali" else 0)
 
 
+def test_evaluation_can_cut_images_as_they_are_stored(backend, real_images, config, world_of):
+    """--resize-size 0: torchvision's central crop of large images; small ones are enlarged."""
+    reference = ImageFolder(real_images / "val")
+    shorter = [min(image.size) for image, _ in reference]
+    for image_size in (min(shorter), min(shorter) + 8):
+        settings = config(str(real_images), image_size=image_size, resize_size=0, batch_size=8)
+        for batch in build_val_loader(settings, world_of(), None).epoch(0):
+            for pixels, index in zip(batch.images, batch.indices.tolist(), strict=True):
+                image = reference[index][0]
+                if shorter[index] < image_size:
+                    image = functional.resize(image, image_size)
+                expected = torch.from_numpy(np.array(functional.center_crop(image, image_size)))
+                assert mean_difference(pixels, expected) < (0.5 if backend == "dali" else 1e-9)
+
+
 def test_decoders_agree_without_resampling(use_backend, smooth_image, tmp_path, config, world_of):
     """RGB and grey JPEGs and PNGs of the network's size: the decoders' rounding is all."""
     for split in ("train", "val"):

@@ -75,8 +75,8 @@ def test_the_ball_holds_for_fgsm_rs_and_not_for_n_fgsm(small_network):
     labels = torch.arange(6) % 5
     reached = {}
     for start in ALPHA:
-        delta, unit = build(small_network(torch.float64), start).attack(images, labels)
-        reached[start] = float(delta.abs().max()) * unit
+        delta = build(small_network(torch.float64), start).attack(images, labels)
+        reached[start] = float(delta.abs().max())
     assert reached["zero"] == EPS
     assert reached["uniform"] == EPS
     assert 2.5 * EPS < reached["noisy"] <= 3 * EPS
@@ -119,6 +119,20 @@ def test_fp16_attacks_still_move_at_the_scale_of_a_long_run(small_network):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (256, 8, 8, 3), generator=generator).to(torch.uint8)
     labels = torch.randint(0, 5, (256,), generator=generator)
-    delta, _ = method.attack(images, labels)
+    delta = method.attack(images, labels)
     assert learner.meters.nonfinite_gradients.item() == 0
     assert (delta != 0).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("start", ["zero", "uniform", "noisy"])
+def test_warm_up_shortens_the_step(small_network, start):
+    """A quarter of the way through the warm-up the step is a quarter of its length."""
+    images = torch.full((6, 8, 8, 3), 128, dtype=torch.uint8)
+    labels = torch.arange(6) % 5
+    method = build(small_network(torch.float64), start)
+    method.learner.attack_scale_at = lambda update: 0.25
+    torch.manual_seed(0)
+    noise = method.noise.uniform_delta(images) if start != "zero" else torch.zeros(images.shape)
+    torch.manual_seed(0)
+    moved = (method.attack(images, labels) - noise).abs()
+    torch.testing.assert_close(moved.max(), torch.tensor(ALPHA[start] / 4))

@@ -16,7 +16,10 @@ def test_every_30_drops_where_the_reference_code_drops(m, drops):
 
     def factor(epoch):
         return schedule.factor(
-            epoch * per_epoch, total_updates=epochs * per_epoch, updates_per_epoch=per_epoch, cost=m
+            epoch * per_epoch,
+            total_updates=epochs * per_epoch,
+            data_epochs_before=lambda update: update / per_epoch,
+            cost=m,
         )
 
     assert factor(drops[0] - 1) == pytest.approx(1)
@@ -29,7 +32,9 @@ def test_steps_do_not_scale_with_m():
     """The CIFAR code drops at updates 40,000 and 60,000 whatever m."""
     schedule = Schedule.parse("steps:40000,60000")
     factors = [
-        schedule.factor(update, total_updates=80_000, updates_per_epoch=391 * 8, cost=8)
+        schedule.factor(
+            update, total_updates=80_000, data_epochs_before=lambda u: u / (391 * 8), cost=8
+        )
         for update in (39_999, 40_000, 59_999, 60_000)
     ]
     assert factors == pytest.approx([1, 0.1, 0.1, 0.01])
@@ -39,7 +44,7 @@ def test_linear_rises_and_falls():
     """The peak is where it was asked for; no update has rate 0."""
     schedule = Schedule.parse("linear:0.4")
     factors = [
-        schedule.factor(update, total_updates=100, updates_per_epoch=10, cost=1)
+        schedule.factor(update, total_updates=100, data_epochs_before=lambda u: u / 10, cost=1)
         for update in range(100)
     ]
     assert max(factors) == pytest.approx(1)
@@ -49,7 +54,25 @@ def test_linear_rises_and_falls():
 
 
 @pytest.mark.parametrize(
-    "text", ["every", "every:0", "steps:", "linear:1.5", "constant:3", "x", "steps:a"]
+    "text",
+    [
+        "every",
+        "every:0",
+        "steps:",
+        "linear:1.5",
+        "constant:3",
+        "x",
+        "steps:a",
+        "at:3=5",
+        "piecewise",
+        "piecewise:0,0,1,1",
+        "piecewise:0=0,1",
+        "piecewise:1=0,2=1",
+        "piecewise:0=0,2=1,2=0",
+        "piecewise:0=0,1=-1",
+        "piecewise:0=nan",
+        "piecewise:0=0,inf=1",
+    ],
 )
 def test_refuses(text):
     """Anything else, naming the flag."""
@@ -58,7 +81,15 @@ def test_refuses(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["every:30", "at:30,60,90", "steps:40000,60000", "linear:0.4", "constant"]
+    "text",
+    [
+        "every:30",
+        "at:30,60,90",
+        "steps:40000,60000",
+        "linear:0.4",
+        "piecewise:0=0,1=1,6=0.1",
+        "constant",
+    ],
 )
 def test_prints_back(text):
     """What a config file holds is what a user writes."""
@@ -73,9 +104,22 @@ def test_at_drops_at_epochs_of_the_natural_budget(cost, milestones, drops):
     """Fast AdvProp's code: 30, 60, 90, 100 at cost 1.2 are data epochs 25, 50, 75, 83."""
     schedule = Schedule.parse(f"at:{','.join(map(str, milestones))}")
     factors = [
-        schedule.factor(epoch * 3, total_updates=300, updates_per_epoch=3, cost=cost)
+        schedule.factor(epoch * 3, total_updates=300, data_epochs_before=lambda u: u / 3, cost=cost)
         for epoch in range(100)
     ]
     for power, drop in enumerate(drops):
         assert factors[drop - 1] == pytest.approx(0.1**power)
         assert factors[drop] == pytest.approx(0.1 ** (power + 1))
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_piecewise_draws_lines_between_epochs_of_the_natural_budget(m):
+    """Ten updates an epoch of the budget: the rate at the place where each update ends."""
+    schedule = Schedule.parse("piecewise:0=0,1=1,6=0.1,7=0.1")
+    factors = [
+        schedule.factor(update, total_updates=80, data_epochs_before=lambda u: u / (10 * m), cost=m)
+        for update in range(80)
+    ]
+    assert factors[:10] == pytest.approx([0.1 * k for k in range(1, 11)])  # the first is not 0
+    assert factors[10] == pytest.approx(1 - 0.9 / 50)
+    assert factors[59] == factors[60] == factors[79] == pytest.approx(0.1)  # the last one stays
