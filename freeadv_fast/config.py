@@ -484,6 +484,8 @@ class TrainConfig:
         match self.method:
             case "trades" | "free-trades":
                 return 2 * self.m
+            case "elle":  # three points for the linearity of the loss
+                return 4
             case "yopo":
                 return self.attack_steps
             case "fast-advprop":

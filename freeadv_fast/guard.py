@@ -120,6 +120,10 @@ class History:
             self.best = now
         return collapsed
 
+    def forget(self) -> None:
+        """Starts over with the next check; what collapsed before stays known."""
+        self.recent, self.best = [], Count()
+
     def actions(self, name: str) -> list[dict[str, Any]]:
         """The collapses that were answered so."""
         return [collapse for collapse in self.collapses if collapse["action"] == name]

@@ -44,6 +44,12 @@ def judge(run: Run, count: Count) -> bool:
     return False
 
 
+def begin_anew(run: Run) -> None:
+    """Forgets the checks before a phase: accuracies at two image sizes do not compare."""
+    run.guard.history.forget()
+    run.guard.good = snapshot(run)
+
+
 def rewind(run: Run, best: Count, now: Count) -> None:
     """Puts the last good state back, changes what must change, and says so in one line."""
     guard, progress, config = run.guard, run.progress, run.config

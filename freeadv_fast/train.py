@@ -110,14 +110,18 @@ def end_epoch(run: Run) -> None:
     found = select(run)
     run.log.write(progress.last_line | found)
     run.clock.start()
+    begins_phase = False
     if progress.minibatch == loaders.train.num_batches:
         progress.epoch, progress.minibatch = progress.epoch + 1, 0
-        if run.budget.begins_phase(progress.epoch):  # before the save: it holds a new delta
+        begins_phase = run.budget.begins_phase(progress.epoch)
+        if begins_phase:  # before the save: it holds a new delta
             session.enter_phase(run)
     if run.guard.is_on and loaders.holdout is not None:
         num_images = loaders.holdout.num_images
         standing = round(found["holdout_robust_accuracy"] * num_images)
-        rewind.judge(run, Count(standing, num_images))
+        is_rewound = rewind.judge(run, Count(standing, num_images))
+        if begins_phase and not is_rewound:
+            rewind.begin_anew(run)
 
 
 def obey_requests(run: Run, stop: StopRequests) -> None:

@@ -212,3 +212,15 @@ def test_flags_out_of_range():
         TrainConfig(guard_every=-1)
     with pytest.raises(UserError, match="--guard-images 0: must be at least 1"):
         TrainConfig(guard_images=0)
+
+
+def test_a_new_phase_starts_over_and_remembers_collapses():
+    """Higher accuracy at another image size before it is no best to fall from."""
+    history = History()
+    for _ in range(12):
+        history.add(Count(60, 64))
+    history.collapses.append({"action": "restore"})
+    history.forget()
+    assert not history.add(Count(2, 64))
+    assert history.best == Count(2, 64)
+    assert len(history.collapses) == 1

@@ -1,0 +1,238 @@
+"""A sweep skips what is finished, resumes what is not, and reports what failed."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from freeadv_fast import sweep
+from freeadv_fast.config_file import save_config
+from freeadv_fast.errors import UserError
+from freeadv_fast.report import markdown_table, plot_sweep
+from freeadv_fast.runlog import RunFolder, write_json
+from freeadv_fast.signals import Interrupted
+from freeadv_fast.sweep import Cell, run_sweep, split_arguments
+
+FLAGS = ["--methods", "natural,free", "--eps", "8/255,32/255", "--seeds", "0,1"]
+NAMES = [f"{m}-eps{e}-seed{s}" for m in ("natural", "free") for e in (8, 32) for s in (0, 1)]
+
+
+class FakeTrainer:
+    """Writes what a run leaves behind; records the configs it was called with.
+
+    Args:
+        failing: Error by name of cell.
+    """
+
+    def __init__(self, failing=None, **result):
+        self.failing, self.result, self.configs = failing or {}, result, []
+
+    @property
+    def names(self):
+        return [RunFolder(self.path(config)).root.name for config in self.configs]
+
+    def path(self, config):
+        return sweep.Path(config.run_folder)
+
+    def __call__(self, config):
+        self.configs.append(config)
+        folder = RunFolder(self.path(config))
+        folder.claim(config.resume)
+        save_config(config, folder.config)
+        if folder.root.name in self.failing:
+            raise self.failing[folder.root.name]
+        robust = 0.6 - float(config.eps.levels) / 100 - 0.01 * config.seed
+        write_json(
+            folder.result,
+            {
+                "clean_accuracy": 0.9,
+                "robust_accuracy": {"pgd-5": 0.7, "pgd-50-10": robust},
+                "passes_per_second": 1234.5,
+                "train_seconds": 6.7,
+                **self.result,
+            },
+        )
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tmp_path / "sweep"
+
+
+@pytest.fixture
+def run(root):
+    def call(trainer, *flags):
+        return run_sweep([*FLAGS, "--output-dir", str(root), *flags], trainer)
+
+    return call
+
+
+def cells_of(root):
+    return json.loads((root / "sweep.json").read_text())["cells"]
+
+
+def test_every_cell_is_a_run_of_its_own(root, run, capsys):
+    trainer = FakeTrainer()
+    assert run(trainer, "--epochs", "2", "--", "--lr", "0.5") == 0
+    assert trainer.names == NAMES
+    assert {(c.epochs, c.lr, c.resume) for c in trainer.configs} == {(2.0, 0.5, False)}
+    assert [(c.method, str(c.eps), c.seed) for c in trainer.configs][5] == ("free", "8/255", 1)
+    assert [c["attack"] for c in cells_of(root)] == ["pgd-50-10"] * 8
+    assert cells_of(root)[5]["robust"] == pytest.approx(0.51)
+    with (root / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert (rows[5]["method"], rows[5]["eps"], rows[5]["seed"]) == ("free", "8/255", "1")
+    table = (root / "sweep.md").read_text().splitlines()
+    assert table[0].startswith("| method | eps | seed | clean | robust | under | passes/s |")
+    assert table[7] == "| free | 8/255 | 1 | 90.0% | 51.0% | pgd-50-10 | 1,234 | 7 | - |"
+    pixels = np.asarray(Image.open(root / "sweep.png"))
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
+    printed = capsys.readouterr().out
+    assert "8 cells" in printed
+    assert printed.count("no GPU: evaluating with pgd-20 only") <= 1
+    assert not list(root.glob(".*"))
+
+
+def test_an_interrupted_sweep_goes_on(root, run, capsys):
+    trainer = FakeTrainer({NAMES[2]: Interrupted(15)})
+    assert run(trainer) == 128 + 15
+    assert trainer.names == NAMES[:3]
+    assert [cell["clean"] for cell in cells_of(root)] == [0.9, 0.9] + [None] * 6
+    assert run(FakeTrainer()) == 2
+    assert "holds another sweep; add --resume" in capsys.readouterr().err
+    trainer = FakeTrainer()
+    assert run(trainer, "--resume") == 0
+    assert trainer.names == NAMES[2:]
+    assert [config.resume for config in trainer.configs] == [True] + [False] * 5
+    trainer = FakeTrainer()
+    assert run(trainer, "--resume") == 0
+    assert not trainer.names
+    assert all(cell["clean"] == 0.9 for cell in cells_of(root))
+
+
+def test_a_cell_that_fails_stops_no_other(root, run):
+    trainer = FakeTrainer({NAMES[1]: UserError("--lr 9: became non-finite | start again")})
+    assert run(trainer) == 2
+    assert trainer.names == NAMES
+    assert [bool(cell["error"]) for cell in cells_of(root)] == [n == NAMES[1] for n in NAMES]
+    assert "--lr 9: became non-finite \\| start again" in (root / "sweep.md").read_text()
+    again = FakeTrainer()
+    assert run(again, "--resume") == 0
+    assert again.names == [NAMES[1]]
+
+
+def test_flags_that_do_not_fit_a_method_are_its_error(root, run):
+    trainer = FakeTrainer()
+    assert run(trainer, "--mix", "mixup", "--max-passes", "9") == 2  # free training has no --mix
+    assert trainer.names == NAMES[:4]
+    assert all("--mix" in cell["error"] for cell in cells_of(root)[4:])
+
+
+def test_a_finished_run_with_other_flags_is_not_passed_off(root, run):
+    run(FakeTrainer(), "--epochs", "2")
+    trainer = FakeTrainer()
+    assert run(trainer, "--resume", "--epochs", "3", "--workers", "1") == 2
+    assert not trainer.names
+    assert "--epochs 3.0" in cells_of(root)[0]["error"]
+    assert "made with --epochs 2.0" in cells_of(root)[0]["error"]
+
+
+@pytest.mark.parametrize(
+    ("result", "collapsed", "shown"),
+    [({}, None, "-"), ({"collapse": None}, False, "no"), ({"collapse": {"epoch": 3}}, True, "yes")],
+)
+def test_collapse(root, run, result, collapsed, shown):
+    assert run(FakeTrainer(**result)) == 0
+    assert {cell["collapsed"] for cell in cells_of(root)} == {collapsed}
+    assert all(
+        line.endswith(f" {shown} |") for line in (root / "sweep.md").read_text().splitlines()[2:]
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--methods", "fgms"], "--methods fgms: no recipe for digits; choose among "),
+        (["--eps", "4"], "--eps 4: larger than the whole pixel range; did you mean 4/255?"),
+        (["--seeds", "0,x"], "--seeds x: write whole numbers"),
+        (["--seed", "0"], "--seed: a sweep sets it for each cell; use --seeds"),
+        (["--epoch", "3"], "--epoch: no such flag; did you mean --epochs?"),
+        (["--epochs", "-1"], "--epochs -1: must be a positive number"),
+        (["--data", "nowhere", "--methods", "x"], "--methods x: no recipe for cifar"),
+    ],
+)
+def test_mistakes_are_one_line(root, capsys, flags, words):
+    trainer = FakeTrainer()
+    assert run_sweep(["--output-dir", str(root), *flags], trainer) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {words}")
+    assert error.count("\n") == 1
+    assert not trainer.names
+    assert not root.exists()
+
+
+def test_torchrun_is_refused(root, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_sweep(["--output-dir", str(root)], FakeTrainer()) == 2
+    assert "without torchrun" in capsys.readouterr().err
+
+
+def test_flags_are_told_apart():
+    own, flags = split_arguments(
+        ["--eps", "1/255", "--lr=0.1", "--epochs", "3", "--resume", "--", "--eps", "x"]
+    )
+    assert own == ["--eps", "1/255", "--resume"]
+    assert flags == ["--lr=0.1", "--epochs", "3", "--eps", "x"]
+
+
+def test_a_real_cell(root):
+    flags = ["--methods", "free", "--eps", "32/255", "--output-dir", str(root)]
+    flags += ["--max-passes", "128", "--batch-size", "32", "--m", "2", "--eval-images", "8"]
+    flags += ["--eval-attacks", "pgd-2", "--holdout-images", "0", "--workers", "1"]
+    assert run_sweep(flags) == 0
+    (cell,) = cells_of(root)
+    assert (cell["method"], cell["eps"], cell["attack"], cell["error"]) == (
+        "free",
+        "32/255",
+        "pgd-2",
+        "",
+    )
+    assert 0 <= cell["robust"] <= cell["clean"] <= 1
+    before = (root / cell_name(cell) / "result.json").stat().st_mtime_ns
+    assert run_sweep([*flags, "--resume"]) == 0
+    assert (root / cell_name(cell) / "result.json").stat().st_mtime_ns == before
+
+
+def cell_name(cell):
+    return Cell(cell["method"], cell["eps"], cell["seed"]).name
+
+
+def test_plot(tmp_path):
+    random = np.random.default_rng(0)
+    runs = [
+        {"method": method, "eps_levels": eps, "seed": seed, "clean": 0.9 - 0.02 * eps}
+        | {"robust": float(0.8 - 0.04 * eps + 0.03 * random.normal()), "attack": "pgd-50-10"}
+        | {"collapsed": method == "fgsm" and eps > 8}
+        for method in ("fgsm", "fgsm-rs", "gradalign", "free", "pgd", "trades", "yopo", "elle")
+        for eps in (2.0, 8.0, 12.0)
+        for seed in range(3)
+    ]
+    plot_sweep([*runs, {"method": "natural", "robust": None}], tmp_path / "many.png")
+    plot_sweep(runs[:1], tmp_path / "one.png")
+    for name in ("many", "one"):
+        assert Image.open(tmp_path / f"{name}.png").size[1] > 400
+
+
+def test_markdown():
+    rows = [{"method": "free", "clean": 0.5}, {"method": "a|b", "n": 12345}]
+    assert markdown_table(rows).splitlines() == [
+        "| method | clean | n |",
+        "| --- | --- | --- |",
+        "| free | 50.0% | - |",
+        "| a\\|b | - | 12,345 |",
+    ]
+    assert markdown_table([]) == ""
