@@ -1,6 +1,7 @@
-"""The whole ladder on one GPU in under nine minutes, written to one JSON.
+"""The whole ladder on one GPU in two parts of under nine minutes, each written to one JSON.
 
     python bench/run_gpu.py --out bench/results/h200/ladder.json --data /imagenette
+    python bench/run_gpu.py --part 2 --out bench/results/h200/ladder-methods.json --data /imagenette
     python bench/run_gpu.py --tiny --out /tmp/ladder.json        # a CPU, to prove the script
 
 Every section is a process of its own with its own time limit: one that fails, hangs or runs out of
@@ -54,6 +55,9 @@ def main() -> None:
     """Runs the sections, or, as a child, the one that lives in this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="ImageFolder with train/ and val/: loader and a short run")
+    parser.add_argument(
+        "--part", type=int, choices=(1, 2), default=1, help="1: free training; 2: the other methods"
+    )
     parser.add_argument("--budget", type=float, default=530, help="seconds for everything")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to prove the script")
     parser.add_argument("--only", nargs="+", help="names of the sections to run")
@@ -64,7 +68,8 @@ def main() -> None:
         print(json.dumps(input_gradient(flags.input_gradient, flags.tiny)))
         return
     device = harness.default_device()
-    sections = [s for s in ladder(flags) if not flags.only or s.name in flags.only]
+    parts = {1: ladder, 2: methods_ladder}
+    sections = [s for s in parts[flags.part](flags) if not flags.only or s.name in flags.only]
     deadline = time.monotonic() + flags.budget
     record: dict[str, Any] = {
         "benchmark": "ladder",
@@ -115,7 +120,24 @@ def ladder(flags: argparse.Namespace) -> list[Section]:
         if has_dali():
             command = ["bench/bench_loader.py", "--data", flags.data, "--seconds", "30"]
             sections.append(Section("loader", command, 90))
-        sections.append(free_run_section(flags))
+        sections.append(run_section_of("free_run", "imagenet_free.py", ["--m", "4"], flags))
+    return sections
+
+
+def methods_ladder(flags: argparse.Namespace) -> list[Section]:
+    """What the other methods cost in natural steps, the exchange, and two short runs to compare."""
+    advprops = ["--methods", "natural,fast-advprop,advprop"]
+    family = ["--methods", "natural,fgsm-rs,n-fgsm,gradalign,pgd,free", "--attack-steps", "2"]
+    rows = ["bench/bench_shuffle.py"] + (["--rounds", "3"] if flags.tiny else [])
+    sections = [
+        step_section("step_advprop_resnet50_224", "resnet50", 224, 320, 110, flags, advprops),
+        step_section("step_family_preact_32", "preact-resnet18", 32, 128, 90, flags, family),
+        Section("shuffle", rows, 90),
+    ]
+    if flags.data:
+        for method in ("fast_advprop", "natural"):  # as many passes, so the same budget
+            trained = run_section_of(f"{method}_run", f"imagenet_{method}.py", [], flags)
+            sections += [trained, corruptions_section(f"{method}_corruptions", trained)]
     return sections
 
 
@@ -128,28 +150,47 @@ def has_dali() -> bool:
 
 
 def step_section(
-    name: str, arch: str, size: int, batch: int, limit_s: float, flags: argparse.Namespace
+    name: str,
+    arch: str,
+    size: int,
+    batch: int,
+    limit_s: float,
+    flags: argparse.Namespace,
+    more: list[str] | None = None,
 ) -> Section:
     """bench_step on one network; a third of the limit is for the processes and peak memory."""
     command = ["bench/bench_step.py", "--arch", arch, "--image-size", str(size)]
     if flags.tiny:
         command = ["bench/bench_step.py", "--arch", "resnet18", "--image-size", "32"]
-        command += ["--batch-size", "2", "--m", "2", "--rounds", "3", "--no-memory"]
+        command += ["--batch-size", "10" if more else "2", "--m", "2", "--rounds", "3"]
+        command += ["--no-memory"]
     else:
         command += ["--batch-size", str(batch), "--seconds", str(limit_s / 3)]
-    return Section(name, command, limit_s)
+    return Section(name, command + (more or []), limit_s)
 
 
-def free_run_section(flags: argparse.Namespace) -> Section:
-    """A short free run from JPEG files through the trainer; passes_per_second is in its log."""
+def run_section_of(name: str, script: str, more: list[str], flags: argparse.Namespace) -> Section:
+    """A short run from JPEG files through the trainer; passes_per_second is in its log."""
     folder = Path(tempfile.mkdtemp(prefix="freeadv-ladder-")) / "run"
     passes = "64" if flags.tiny else "150000"
-    command = ["launch/imagenet_free.py", "--m", "4", "--data", flags.data, "--max-passes", passes]
+    command = [f"launch/{script}", "--data", flags.data, "--max-passes", passes, *more]
     command += ["--output-dir", str(folder), "--eval-images", "64", "--eval-attacks", "pgd-10"]
     if flags.tiny:
-        command += ["--arch", "resnet18", "--image-size", "32", "--batch-size", "8"]
+        command += ["--arch", "resnet18", "--image-size", "32", "--batch-size", "10"]
         command += ["--workers", "2", "--holdout-images", "0"]
-    return Section("free_run", command, 90, writes_out=False)
+        command += ["--aux-bn-group", "2"] if "advprop" in script else []
+    return Section(name, command, 90, writes_out=False)
+
+
+def corruptions_section(name: str, trained: Section) -> Section:
+    """The corruptions made on the fly, on a run that another section has trained."""
+    command = ["launch/robustness.py", run_folder(trained), "--on-the-fly", "--eval-images", "200"]
+    return Section(name, command, 60, writes_out=False)
+
+
+def run_folder(section: Section) -> str:
+    """The output folder in a section's command."""
+    return section.command[section.command.index("--output-dir") + 1]
 
 
 def run_section(section: Section, limit_s: float) -> dict[str, Any]:
@@ -172,9 +213,11 @@ def run_section(section: Section, limit_s: float) -> dict[str, Any]:
             result = json.loads(out.read_text())
             del result["environment"]  # the record's own
             return {**outcome, **result}
-    if section.name == "free_run":
-        folder = Path(section.command[section.command.index("--output-dir") + 1])
-        return {**outcome, **read_run(folder)}
+    if section.name.endswith("_run"):
+        return {**outcome, **read_run(Path(run_folder(section)))}
+    if section.name.endswith("_corruptions"):
+        (found,) = Path(section.command[1]).glob("robustness-*.json")
+        return {**outcome, **json.loads(found.read_text())}
     return {**outcome, **json.loads(output.strip().splitlines()[-1])}
 
 

@@ -135,6 +135,8 @@ def parse(arguments: list[str], method: Method, dataset: str) -> tuple[CommandLi
         base = find_recipe(recipe)
     else:
         is_embedded = value_of(arguments, "--data") in (None, "digits")
+        if str(value_of(arguments, "--data")).startswith("svhn:"):
+            dataset = "svhn"
         defaults = DEFAULTS["digits" if is_embedded else dataset]
         base = RECIPES[defaults.get(value_of(arguments, "--method") or method, defaults[method])]
     command = parse_with_tyro(CommandLine, arguments, CommandLine(base))
@@ -281,14 +283,14 @@ def resolve(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str
     Returns:
         The config to train with, and a remark a line about what was settled.
     """
-    remarks = []
+    config, remarks = with_scaled_steps(config, typed)
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if config.phases and num_ranks > 1 and "phases" not in typed:
         config = dataclasses.replace(config, phases=config.phases.divided(num_ranks))
         remarks.append(
             f"recipe batches over {num_ranks} ranks: {config.phases} (--phases sets them per rank)"
         )
-    elif num_ranks > 1 and "batch_size" not in typed:
+    elif not config.phases and num_ranks > 1 and "batch_size" not in typed:
         share = max(2, config.batch_size // num_ranks)
         remarks.append(
             f"recipe batch {config.batch_size} over {num_ranks} ranks: {share} per rank "
@@ -307,6 +309,36 @@ def resolve(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str
                 "more: --eval-images N, or launch/evaluate.py afterwards"
             )
     return config, remarks
+
+
+def with_scaled_steps(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str]]:
+    """The config with steps that fit a typed --eps or --norm; a recipe's were made for its own.
+
+    In an L2 ball, where a recipe's steps mean nothing, 2.5 eps / K (`TrainConfig.threat`) and for
+    evaluations eps / 8, the same for K = 20.
+    """
+    recipe = RECIPES.get(config.recipe)
+    if recipe is None or not recipe.eps.levels or not {"eps", "norm"} & typed:
+        return config, []
+    share = config.eps.levels / recipe.eps.levels
+    is_l2 = config.norm != recipe.norm
+    changes: dict[str, Any] = {}
+    if "step_size" not in typed and config.step_size is not None:
+        changes["step_size"] = None if is_l2 else Perturbation(config.step_size.levels * share)
+    if "eval_step" not in typed:
+        levels = config.eps.levels / 8 if is_l2 else config.eval_step.levels * share
+        changes["eval_step"] = Perturbation(levels)
+    changes = {name: value for name, value in changes.items() if value != getattr(config, name)}
+    if not changes:
+        return config, []
+    config = dataclasses.replace(config, **changes)
+    flags = {name: f"--{name.replace('_', '-')}" for name in changes}
+    return config, [
+        f"for --eps {config.eps}: "
+        + ", ".join(
+            f"{flag} {getattr(config, name) or config.threat.step}" for name, flag in flags.items()
+        )
+    ]
 
 
 def with_batch_size(config: TrainConfig, size: int, typed: set[str]) -> TrainConfig:

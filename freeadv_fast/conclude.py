@@ -69,8 +69,10 @@ def conclude(run: Run) -> Result:
     best, best_epoch = run.folder.checkpoints / checkpoint.BEST, -1
     if world.on_main(best.exists):
         state = checkpoint.load_checkpoint(best)
-        checkpoint.load_weights(run.model, state, config.arch, str(best))
-        best_epoch = state["epoch"]
+        # A run that was stopped early in a phase has selected nothing in it yet.
+        if state["epoch"] >= run.budget.spans[run.phase].epochs.start:
+            checkpoint.load_weights(run.model, state, config.arch, str(best))
+            best_epoch = state["epoch"]
     with checkpoint.averaged_buffers(run.model, world):
         measured = evaluate(
             run.model,

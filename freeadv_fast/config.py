@@ -45,6 +45,7 @@ REPLAYING: tuple[Method, ...] = ("natural", "free", "free-trades")
 DUAL: tuple[Method, ...] = ("fast-advprop", "advprop")
 # Methods whose weights GradAlign can go on with: they make the same L-infinity attacks.
 ALIGNABLE: tuple[Method, ...] = ("free", "fgsm", "fgsm-rs", "n-fgsm", "elle", "pgd", "yopo")
+WARMING: tuple[Method, ...] = ("fgsm", "fgsm-rs", "n-fgsm", "gradalign", "elle", "pgd")
 AttackStart = Literal["uniform", "zero"]
 Norm = Literal["linf", "l2"]
 OnCollapse = Literal["stop", "restore", "gradalign"]
@@ -343,6 +344,10 @@ class TrainConfig:
         for flag, distance in (("--eps", self.eps), ("--step-size", self.step_size or self.eps)):
             if self.norm == "linf" and distance.levels > 255:
                 raise UserError(f"{flag} {distance}: larger than the whole pixel range")
+        if self.attack_warmup and self.method not in WARMING:
+            raise UserError(
+                f"--attack-warmup {self.attack_warmup:g}: not for {self.method}; leave it out"
+            )
         if self.norm != "linf" and self.method not in ("pgd", "trades"):
             raise UserError(f"--norm {self.norm}: only for pgd and trades; leave it out")
         if self.on_collapse == "gradalign" and (
@@ -354,8 +359,8 @@ class TrainConfig:
             )
         for name in self.eval_attacks:  # a misspelt one should not be found after training
             Attack.parse(name)
-        if self.mix != "none" and self.method == "free":
-            raise UserError(f"--mix {self.mix}: not for free training; leave it out")
+        if self.mix != "none" and self.method not in ("natural", *DUAL):
+            raise UserError(f"--mix {self.mix}: not for {self.method}; leave it out")
         if self.method != "natural" and self.threat.eps.levels == 0:
             raise UserError(f"--eps 0: {self.method} needs a radius above 0, such as 4/255")
         if self.method != "natural" and self.threat.step.levels == 0:

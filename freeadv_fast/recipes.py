@@ -339,6 +339,9 @@ def _family_rows() -> dict[str, TrainConfig]:
             rows[f"svhn-preact18-{label}-eps{levels}"] = (
                 replace(config, reg_lambda=lambda_) if label == "gradalign" else config
             )
+    rows["svhn-preact18-natural"] = replace(
+        GRADALIGN_SVHN, method="natural", lr=0.05, attack_warmup=0
+    )
     # Wong et al., table 1; Free AT's own rivals, tables 1, 2 and 5.
     for epochs in (15, 30):
         rows[f"cifar10-preact18-fgsm-rs-{epochs}ep"] = replace(FAST_CIFAR10, epochs=epochs)
@@ -413,7 +416,13 @@ def _figure_1(figure: Figure1, levels: int) -> dict[str, TrainConfig]:
         "elle": {"method": "elle"},
         "pgd2": _pgd(2, eps / 2),
         "pgd10": _pgd(10, eps / 5),
-        "free-m8": {"method": "free", "m": 8, "epochs": figure.free_epochs, "lr": figure.free_lr},
+        "free-m8": {
+            "method": "free",
+            "m": 8,
+            "epochs": figure.free_epochs,
+            "lr": figure.free_lr,
+            "attack_warmup": 0,
+        },
     }
     return {label: replace(base, **changes) for label, changes in variants.items()}
 
@@ -457,6 +466,16 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "trades": "cifar10-wrn34-trades",
         "free-trades": "cifar10-wrn34-free-trades-m4",
         "yopo": "cifar10-preact18-yopo-5-3",
+    },
+    "svhn": {
+        "free": "svhn-preact18-free-m8-eps8",
+        "natural": "svhn-preact18-natural",
+        "fgsm": "svhn-preact18-fgsm-eps8",
+        "fgsm-rs": "svhn-preact18-fgsm-rs-eps8",
+        "n-fgsm": "svhn-preact18-n-fgsm-eps8",
+        "gradalign": "svhn-preact18-gradalign-eps8",
+        "elle": "svhn-preact18-elle-eps8",
+        "pgd": "svhn-preact18-pgd10-eps8",
     },
     "imagenet": {
         "free": "imagenet-rn50-free-m4-eps4",

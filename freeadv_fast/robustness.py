@@ -8,6 +8,7 @@ the run's result as soon as it is done.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -283,6 +284,8 @@ def _imagenet_c(
             measured = trial.measure(loader, f"{name} {severity}/{SEVERITIES[-1]}")
             errors.setdefault(name, {})[severity] = 1 - measured.clean_accuracy
             contents.setdefault(name, {})[severity] = len(loader.classes), len(loader.index.files)
+            del loader
+            gc.collect()  # a decoder is a ring of references and holds threads and buffers
             num_images, seconds = max(num_images, measured.num_images), seconds + measured.seconds
     if not errors:
         raise UserError(f"--imagenet-c {root}: unreadable: {shortened(unreadable)}")

@@ -418,8 +418,13 @@ def find_checkpoint(config: TrainConfig, world: World, folder: RunFolder) -> dic
     if world.is_main and (folder.checkpoints / checkpoint.DAMAGED).exists():
         say(world, f"the damaged {checkpoint.LAST} is kept as {checkpoint.DAMAGED}")
     state = checkpoint.load_checkpoint(path)
-    if not {"config", "learner", "progress", "guard", "good", "ranks"} <= state.keys():
+    if not {"config", "learner", "progress", "ranks"} <= state.keys():
         raise UserError(f"--resume: {path} holds weights only; start a run with --init-from {path}")
+    if not {"guard", "good"} <= state.keys():
+        raise UserError(
+            f"--resume: {path} is from an older version of freeadv_fast; finish the run with that, "
+            f"or start one with --init-from {path}"
+        )
     saved, current = state["config"], config_to_dict(config)
     for name in sorted(set(saved) - FREE_TO_CHANGE):
         if saved[name] != current.get(name):

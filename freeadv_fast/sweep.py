@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gc
 import io
 import itertools
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from freeadv_fast import cli
-from freeadv_fast.config import TrainConfig
+from freeadv_fast.config import DUAL, TrainConfig
 from freeadv_fast.config_file import config_to_dict, load_config
 from freeadv_fast.errors import UserError
 from freeadv_fast.recipes import DEFAULTS
@@ -238,6 +239,7 @@ def run_cell(cell: Cell, config: TrainConfig, train: Train) -> Cell:
     """Trains a cell; a user's mistake is noted in it, so that the others go on."""
     try:
         train(config)
+        gc.collect()  # a decoder is a ring of references and holds threads and buffers
     except UserError as error:
         print(f"error: {error}", flush=True)
         return dataclasses.replace(cell, error=str(error))
@@ -256,6 +258,7 @@ def read_result(cell: Cell, config: TrainConfig | None) -> Cell:
     except UserError as error:
         return dataclasses.replace(cell, error=str(error))
     result = read_json(folder.result)
+    is_watched = config.method not in ("natural", *DUAL) and config.guard_every != 0
     attack, robust = next(reversed(result["robust_accuracy"].items()), (None, None))
     return dataclasses.replace(
         cell,
@@ -264,8 +267,7 @@ def read_result(cell: Cell, config: TrainConfig | None) -> Cell:
         robust=robust,
         passes_per_second=result["passes_per_second"],
         seconds=result["train_seconds"],
-        # Null is a run without a collapse; a result of a version that did not look lacks the key.
-        collapsed=bool(result["collapse"]) if "collapse" in result else None,
+        collapsed=bool(result.get("collapse")) if is_watched else None,
     )
 
 

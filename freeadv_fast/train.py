@@ -110,7 +110,7 @@ def end_epoch(run: Run) -> None:
     found = select(run)
     run.log.write(progress.last_line | found)
     run.clock.start()
-    begins_phase = False
+    begins_phase, selected = False, (progress.best_score, progress.best_epoch)
     if progress.minibatch == loaders.train.num_batches:
         progress.epoch, progress.minibatch = progress.epoch + 1, 0
         begins_phase = run.budget.begins_phase(progress.epoch)
@@ -120,7 +120,9 @@ def end_epoch(run: Run) -> None:
         num_images = loaders.holdout.num_images
         standing = round(found["holdout_robust_accuracy"] * num_images)
         is_rewound = rewind.judge(run, Count(standing, num_images))
-        if begins_phase and not is_rewound:
+        if begins_phase and is_rewound:  # back in the old phase, and to its selection
+            progress.best_score, progress.best_epoch = selected
+        elif begins_phase:
             rewind.begin_anew(run)
 
 

@@ -28,6 +28,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from freeadv_fast import ops
 from freeadv_fast.alignment import misalignment
@@ -82,7 +83,7 @@ class GradAlign:
             g1 = learner.input_gradient(clean, labels)
         ops.sign_ascent_(
             delta,
-            g1.detach().to(clean.dtype),
+            g1.detach(),
             images,
             learner.meters.nonfinite_gradients,
             step=float(threat.step.levels) * learner.attack_scale,
@@ -116,7 +117,11 @@ class GradAlign:
         parallelism: the update's only backward pass then finds every weight once.
         """
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
-        with torch.autocast(x.device.type, enabled=False), FastDoubleBackward():
+        with (
+            torch.autocast(x.device.type, enabled=False),
+            sdpa_kernel(SDPBackend.MATH),  # fused attention has no second derivative
+            FastDoubleBackward(),
+        ):
             loss_sum = F.cross_entropy(self.learner.module(x), labels, reduction="sum")
         (gradient,) = torch.autograd.grad(loss_sum, x, create_graph=True)
         return gradient

@@ -299,7 +299,11 @@ class _BatchNormInputGradient(torch.autograd.Function):
 def _native_backward(
     g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, s: Tensor, *, wants_gx: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """PyTorch's kernel: the input gradient, and a channel's sums of g xhat and of g."""
+    """PyTorch's kernel: the input gradient, and a channel's sums of g xhat and of g.
+
+    On CUDA it returns these sums, in the weight's shape and dtype, only where there is a weight.
+    """
+    weight = torch.ones_like(s) if weight is None else weight
     gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_batch_norm_backward(
         g, x, weight, None, None, mean, s, True, 0.0, (wants_gx, True, True)
     )
@@ -312,4 +316,5 @@ def _channel_dot(u: Tensor, g: Tensor) -> Tensor:
     It is batch norm's sum of u xhat where xhat is g itself: mean 0 and deviation 1.
     """
     zeros = u.new_zeros(u.size(1))
-    return _native_backward(u, g, None, zeros, torch.ones_like(zeros), wants_gx=False)[1]
+    ones = torch.ones_like(zeros)
+    return _native_backward(u, g, ones, zeros, ones, wants_gx=False)[1]

@@ -50,7 +50,8 @@ def parsed(line):
         ("--method fast-advprop --eps 0", "--eps 0: fast-advprop needs a radius above 0"),
         ("--method advprop --attack-steps 0", "--attack-steps 0: must be at least 1"),
         ("--method advprop --adv-weight 0", "--adv-weight 0: must be a positive number"),
-        ("--mix mixup", "--mix mixup: not for free training"),
+        ("--mix mixup", "--mix mixup: not for free; leave it out"),
+        ("--method trades --attack-warmup 2", "--attack-warmup 2: not for trades"),
         ("--method natural --mix mixup --mix-alpha -1", "--mix-alpha -1: must be a positive"),
         ("--no-shufle", "--no-shufle: no such flag; did you mean --no-shuffle?"),
     ],
@@ -202,3 +203,23 @@ def test_help_explains_every_flag(capsys):
     for name in ("--config", "--dry-run"):
         assert name in text
     assert "Radius of the L-infinity ball" in text
+
+
+def test_steps_follow_a_typed_eps(monkeypatch):
+    """A recipe's steps were made for its own radius: pgd10 at eps 8 steps by 1.6, at 16 by 3.2."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def settled(line):
+        command, typed = parse(line.split(), "free", "cifar")
+        return resolve(command.run, typed)
+
+    config, remarks = settled("--method pgd --eps 16/255 --data cifar10:x")
+    assert (str(config.threat.step), str(config.eval_step)) == ("3.2/255", "4/255")
+    assert remarks == ["for --eps 16/255: --step-size 3.2/255, --eval-step 4/255"]
+    config, _ = settled("--method pgd --eps 16/255 --step-size 1/255 --eval-step 1/255 --data x")
+    assert (str(config.threat.step), str(config.eval_step)) == ("1/255", "1/255")
+    config, _ = settled("--method pgd --norm l2 --eps 128/255 --data cifar10:x")
+    assert (str(config.threat.step), str(config.eval_step)) == ("32/255", "16/255")
+    config, remarks = settled("--method pgd --data cifar10:x")
+    assert (str(config.threat.step), remarks) == ("1.6/255", [])
+    assert settled("--method gradalign --data svhn:x")[0].recipe == "svhn-preact18-gradalign-eps8"
