@@ -43,6 +43,7 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from freeadv_fast.alignment import misalignment, preset_lambda
 from freeadv_fast.attacks import Attack, is_correct, perturb
+from freeadv_fast.guard import Count, History
 from freeadv_fast.report import BLUE, GREEN, GREY, INK, ORANGE, STYLE, VERMILION
 from freeadv_fast.threat import Perturbation, ThreatModel
 
@@ -170,8 +171,16 @@ class Training:
         return int((after / before).argmax())
 
 
-def train(data: Data, threat: ThreatModel, weight: float, seed: int, settings: Any) -> Training:
-    """FGSM training from the image itself, plus `weight` times GradAlign's term."""
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """FGSM from noise of radius `noise` eps, not projected, plus `weight` of GradAlign's term."""
+
+    noise: float = 0.0
+    weight: float = 0.0
+
+
+def train(data: Data, threat: ThreatModel, method: Method, seed: int, settings: Any) -> Training:
+    """Trains once; without noise the attack starts at the image itself."""
     torch.manual_seed(seed)
     network, eps = SingleLayer(settings.filters, len(data.classes)), float(threat.eps)
     optimizer = torch.optim.Adam(network.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
@@ -183,13 +192,16 @@ def train(data: Data, threat: ThreatModel, weight: float, seed: int, settings: A
                 update += 1
                 rate = np.interp(update / total, (0, PEAK_AT, 1), (0, PEAK_LR, 0))
                 optimizer.param_groups[0]["lr"] = float(rate)
-                gradient = input_gradient(network, images, labels)
-                adversarial = (images + eps * gradient.sign()).clamp(0, 1)
+                start = images
+                if method.noise:
+                    start = (images + uniform_like(images, method.noise * eps)).clamp(0, 1)
+                gradient = input_gradient(network, start, labels)
+                adversarial = (start + eps * gradient.sign()).clamp(0, 1)
                 loss = F.cross_entropy(network(adversarial), labels)
-                if weight:
+                if method.weight:
                     noisy = images + uniform_like(images, eps)
                     other = input_gradient(network, noisy, labels, create_graph=True)
-                    loss = loss + weight * misalignment(gradient, other).mean()
+                    loss = loss + method.weight * misalignment(gradient, other).mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -415,7 +427,16 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def describe(run: Training, seed: int, weight: float) -> dict[str, Any]:
+def epoch_of_alarm(epochs: Sequence[dict[str, Any]], num_images: int) -> int | None:
+    """The epoch after which the trainer's guard would have named a collapse; None for never."""
+    history = History()
+    for epoch in epochs:
+        if history.add(Count(round(epoch["pgd"] * num_images), num_images)):
+            return int(epoch["epoch"])
+    return None
+
+
+def describe(run: Training, seed: int, method: Method, num_images: int) -> dict[str, Any]:
     """A training as JSON.
 
     `constant_share` of a filter: sum over channels of |sum of weights|, over the sum of |weights|.
@@ -425,7 +446,9 @@ def describe(run: Training, seed: int, weight: float) -> dict[str, Any]:
     constant = filters.sum((2, 3)).abs().sum(1) / filters.abs().sum((1, 2, 3))
     return {
         "seed": seed,
-        "lambda": weight,
+        "lambda": method.weight,
+        "noise": method.noise,
+        "epoch_of_alarm": epoch_of_alarm(run.epochs, num_images),
         "best_pgd_epoch": run.best,
         f"final_{FINAL_ATTACK}": run.final_pgd,
         "fastest_growing_filter": run.culprit + 1,
@@ -435,7 +458,7 @@ def describe(run: Training, seed: int, weight: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Trains both ways from every seed, writes the JSON, draws the first seed."""
+    """Trains all ways from every seed, writes the JSON, draws FGSM and GradAlign."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="JPEG copy or ImageFolder")
     parser.add_argument("--eps", type=Perturbation.parse, default=Perturbation.parse("16/255"))
@@ -451,16 +474,20 @@ def main() -> None:
         torch.set_num_threads(flags.threads)
     data = load_data(flags.data, flags.train_images, flags.eval_images)
     threat = ThreatModel(flags.eps, Perturbation(flags.eps.levels * Fraction(1, 4)))
-    weights = {"fgsm": 0.0, "gradalign": preset_lambda("cifar10", float(flags.eps.levels))}
-    trainings: dict[str, list[Training]] = {method: [] for method in weights}
+    methods = {
+        "fgsm": Method(),
+        "gradalign": Method(weight=preset_lambda("cifar10", float(flags.eps.levels))),
+        "n-fgsm": Method(noise=2.0),
+    }
+    trainings: dict[str, list[Training]] = {name: [] for name in methods}
     seeds = [int(seed) for seed in flags.seeds.split(",")]
     for seed in seeds:
-        for method, weight in weights.items():
-            run = train(data, threat, weight, seed, flags)
-            trainings[method].append(run)
+        for name, method in methods.items():
+            run = train(data, threat, method, seed, flags)
+            trainings[name].append(run)
             end = run.epochs[-1]
             print(
-                f"seed {seed} {method:10s} clean {end['clean']:.1%} FGSM {end['fgsm']:.1%} "
+                f"seed {seed} {name:10s} clean {end['clean']:.1%} FGSM {end['fgsm']:.1%} "
                 f"{FINAL_ATTACK} {run.final_pgd:.1%} alignment {end['alignment']:.2f}; best "
                 f"{EPOCH_ATTACK} {run.epochs[run.best]['pgd']:.1%} in epoch {run.best}",
                 flush=True,
@@ -479,13 +506,14 @@ def main() -> None:
             "batch_size": BATCH,
             "optimizer": f"Adam, weight decay {WEIGHT_DECAY}",
             "lr": f"0 to {PEAK_LR} at {PEAK_AT:.0%} of the updates, back to 0",
-            "lambda": weights["gradalign"],
+            "lambda": methods["gradalign"].weight,
         },
         "results": {
-            method: [
-                describe(run, seed, weights[method]) for run, seed in zip(runs, seeds, strict=True)
+            name: [
+                describe(run, seed, methods[name], len(data.test[1]))
+                for run, seed in zip(runs, seeds, strict=True)
             ]
-            for method, runs in trainings.items()
+            for name, runs in trainings.items()
         },
     }
     harness.write_json(flags.out, record)
