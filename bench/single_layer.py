@@ -173,10 +173,18 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """FGSM from noise of radius `noise` eps, not projected, plus `weight` of GradAlign's term."""
+    """FGSM from noise, not projected, and GradAlign's term.
+
+    Attributes:
+        noise: Radius of the noise in units of eps; 0 starts at the image itself.
+        weight: lambda of the term. every: Updates from one term to the next, weighted as much.
+        share: Of each minibatch, the images that the term is taken on.
+    """
 
     noise: float = 0.0
     weight: float = 0.0
+    every: int = 1
+    share: float = 1.0
 
 
 def train(data: Data, threat: ThreatModel, method: Method, seed: int, settings: Any) -> Training:
@@ -198,10 +206,12 @@ def train(data: Data, threat: ThreatModel, method: Method, seed: int, settings: 
                 gradient = input_gradient(network, start, labels)
                 adversarial = (start + eps * gradient.sign()).clamp(0, 1)
                 loss = F.cross_entropy(network(adversarial), labels)
-                if method.weight:
-                    noisy = images + uniform_like(images, eps)
-                    other = input_gradient(network, noisy, labels, create_graph=True)
-                    loss = loss + method.weight * misalignment(gradient, other).mean()
+                if method.weight and update % method.every == 0:
+                    part = slice(round(method.share * len(images)))
+                    noisy = images[part] + uniform_like(images[part], eps)
+                    other = input_gradient(network, noisy, labels[part], create_graph=True)
+                    term = misalignment(gradient[part], other).mean()
+                    loss = loss + method.weight * method.every * term
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -448,6 +458,8 @@ def describe(run: Training, seed: int, method: Method, num_images: int) -> dict[
         "seed": seed,
         "lambda": method.weight,
         "noise": method.noise,
+        "every": method.every,
+        "share": method.share,
         "epoch_of_alarm": epoch_of_alarm(run.epochs, num_images),
         "best_pgd_epoch": run.best,
         f"final_{FINAL_ATTACK}": run.final_pgd,
@@ -474,10 +486,13 @@ def main() -> None:
         torch.set_num_threads(flags.threads)
     data = load_data(flags.data, flags.train_images, flags.eval_images)
     threat = ThreatModel(flags.eps, Perturbation(flags.eps.levels * Fraction(1, 4)))
+    weight = preset_lambda("cifar10", float(flags.eps.levels))
     methods = {
         "fgsm": Method(),
-        "gradalign": Method(weight=preset_lambda("cifar10", float(flags.eps.levels))),
+        "gradalign": Method(weight=weight),
         "n-fgsm": Method(noise=2.0),
+        "gradalign-every-2": Method(weight=weight, every=2),
+        "gradalign-half-batch": Method(weight=weight, share=0.5),
     }
     trainings: dict[str, list[Training]] = {name: [] for name in methods}
     seeds = [int(seed) for seed in flags.seeds.split(",")]
