@@ -14,6 +14,7 @@ from freeadv_fast.errors import UserError
 from freeadv_fast.phases import Phases
 from freeadv_fast.schedule import Schedule
 from freeadv_fast.threat import Perturbation
+from freeadv_fast.whole_file import renamed_when_whole
 
 # Where a run is and whether it is being continued do not describe the run itself.
 NOT_SAVED = ("output_dir", "resume")
@@ -62,7 +63,8 @@ def config_from_dict(plain: dict[str, Any], origin: str = "--config") -> TrainCo
 def save_config(config: TrainConfig, path: Path) -> None:
     """Writes a config so that ``--config PATH`` replays the run."""
     plain = {k: v for k, v in config_to_dict(config).items() if k not in NOT_SAVED}
-    path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    with renamed_when_whole(path) as partial:
+        partial.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from freeadv_fast.models.normalize import (
     with_normalizer,
 )
 from freeadv_fast.models.zoo import TIMM_PREFIX, build_model, library_options, network_source
+from freeadv_fast.whole_file import renamed_when_whole
 
 PLAIN, NORMALIZED, CONFIG = (
     "model.safetensors",
@@ -187,7 +187,6 @@ def _stored(tensor: Tensor) -> Tensor:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a file beside its name and renames it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    """Writes a file whole or not at all."""
+    with renamed_when_whole(path) as partial:
+        partial.write_bytes(content)
