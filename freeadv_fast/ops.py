@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from freeadv_fast import shuffle
+from freeadv_fast.kernels import ascend_normalize as _ascend_normalize
+from freeadv_fast.kernels import batch_norm as _batch_norm
 from freeadv_fast.kernels import perturb_normalize as _perturb_normalize
 from freeadv_fast.kernels import sign_ascent as _sign_ascent
 
@@ -53,6 +55,7 @@ def perturb_normalize(
     *,
     unit: float = 1.0,
     dtype: torch.dtype = torch.float32,
+    space_to_depth: bool = False,
 ) -> Tensor:
     """The normalised network input at images + delta, in one pass over memory.
 
@@ -67,23 +70,32 @@ def perturb_normalize(
         pixel_std: (C,) float32, likewise, above 0.
         unit: Grey levels (1/255) that one unit of `delta` stands for.
         dtype: bfloat16, float16 or float32; float64 computes in float64 (tests).
+        space_to_depth: Whether to write the packed layout of `kernels/space_to_depth.py`.
 
     Returns:
-        (N, C, H, W) in `dtype`, in channels_last memory, without a gradient.
+        (N, C, H, W) in `dtype`, in channels_last memory, without a gradient; packed
+        (N, 16, ceil(H / 2) + 3, ceil(W / 2) + 3).
 
     Raises:
-        RuntimeError: shapes, dtypes, layouts or devices disagree, or delta requires grad.
+        RuntimeError: shapes, dtypes, layouts or devices disagree, or delta requires grad, or
+            images that are not of 3 channels shall be packed.
 
     Source: Shafahi et al. 2019, Algorithm 1, the argument x + delta.
     """
     x: Tensor
     if backend(images.device) == "triton":
         x = _perturb_normalize.perturb_normalize(
-            images, delta, pixel_mean, pixel_std, unit=unit, dtype=dtype
+            images,
+            delta,
+            pixel_mean,
+            pixel_std,
+            unit=unit,
+            dtype=dtype,
+            space_to_depth=space_to_depth,
         )
     else:
         x = _perturb_normalize.perturb_normalize_ref(
-            images, delta, pixel_mean, pixel_std, unit, dtype
+            images, delta, pixel_mean, pixel_std, unit, dtype, space_to_depth
         )
     return x
 
@@ -107,8 +119,9 @@ def sign_ascent_(
 
     Args:
         delta: (N, H, W, C) int8, float16 or float32, contiguous, in `unit` grey levels; updated.
-        grad: (N, C, H, W) gradient at the network input, bfloat16, float16, float32 or float64;
-            any layout, copied unless channels_last.
+        grad: (N, C, H, W) gradient at the network input, or packed (N, 16, ceil(H / 2) + 3,
+            ceil(W / 2) + 3) for C = 3; bfloat16, float16, float32 or float64; copied unless
+            channels_last. A packed one's border and padding channels count for nothing.
         images: (N, H, W, C) uint8, contiguous.
         nonfinite: One int64 on the device; the number of non-finite gradients is added to it.
         step: Length of the step in grey levels (1/255).
@@ -125,6 +138,115 @@ def sign_ascent_(
         _sign_ascent.sign_ascent_(delta, grad, images, nonfinite, step=step, eps=eps, unit=unit)
     else:
         _sign_ascent.sign_ascent_ref_(delta, grad, images, nonfinite, step, eps, unit)
+
+
+def ascend_normalize_(
+    delta: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    images: Tensor,
+    pixel_mean: Tensor,
+    pixel_std: Tensor,
+    nonfinite: Tensor,
+    *,
+    step: float,
+    eps: float,
+    unit: float = 1.0,
+) -> None:
+    """`sign_ascent_`, then the next replay's network input over the last one's, in one pass.
+
+    Bit for bit the two ops one after the other: ``sign_ascent_(delta, grad, images, ...)``, then
+    ``x <- perturb_normalize(images, delta, ...)`` in x's dtype and layout and at its address, for
+    CUDA graphs. The backward pass through x must be over; x's version counter moves.
+
+    Args:
+        delta: (N, H, W, C) int8, float16 or float32, contiguous, in `unit` grey levels; updated.
+        x: (N, C, H, W), or packed (N, 16, ceil(H / 2) + 3, ceil(W / 2) + 3), as `perturb_normalize`
+            returned it (its zeros are left as they are); overwritten. May require grad.
+        grad: Gradient at x, of its shape and dtype; copied unless channels_last.
+        images: (N, H, W, C) uint8, contiguous.
+        pixel_mean: (C,) float32, of pixels in [0, 1].
+        pixel_std: (C,) float32, likewise, above 0.
+        nonfinite: One int64 on the device; the number of non-finite gradients is added to it.
+        step: Length of the step in grey levels (1/255).
+        eps: Radius of the ball in grey levels.
+        unit: Grey levels that one unit of `delta` stands for; see `sign_ascent_`.
+
+    Raises:
+        RuntimeError: shapes, dtypes, layouts or devices disagree, or int8 would not be exact.
+
+    Source: Shafahi et al. 2019, Algorithm 1, lines 8 to 11.
+    """
+    inputs = (delta, x, grad, images, pixel_mean, pixel_std, nonfinite)
+    if backend(delta.device) == "triton":
+        _ascend_normalize.ascend_normalize_(*inputs, step=step, eps=eps, unit=unit)
+    else:
+        _ascend_normalize.ascend_normalize_ref_(*inputs, step, eps, unit)
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    num_groups: int = 1,
+    relu: bool = True,
+    residual: Tensor | None = None,
+    negative_slope: float = 0.0,
+) -> Tensor:
+    """Batch norm in groups, then a residual, then ReLU: ``relu(norm(x) + residual)``.
+
+    The kernels take half precision and float32 with a multiple of 8 channels and float32
+    parameters on a GPU, and are differentiable once: a second derivative raises. All else runs
+    PyTorch's own operations, differentiable as often as they are.
+
+    Args:
+        x: (N, C, H, W) activations; for the kernels copied unless channels_last.
+        weight: (C,) scale; None for ones.
+        bias: (C,) shift; None for zeros.
+        running_mean: (C,), updated in place in training; None for none.
+        running_var: (C,), likewise; of unbiased variances.
+        training: Normalise by the minibatch's statistics, and not by the running ones.
+        momentum: Weight of the minibatch in the running statistics.
+        eps: Added to the variance.
+        num_groups: Groups of consecutive images (`torch.tensor_split`) with statistics of their
+            own, in training; the running ones take one update with the groups' mean.
+        relu: Whether negative values are multiplied by the slope.
+        residual: (N, C, H, W) of x's dtype, added before the ReLU.
+        negative_slope: 0 for ReLU, more for leaky ReLU; unused without `relu`.
+
+    Returns:
+        (N, C, H, W) of x's dtype: channels_last from the kernels, else in x's memory format.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices disagree, a group would hold fewer than two values
+            of a channel, or the slope is negative or not finite; from the kernels, also of a second
+            derivative.
+
+    Source: Ioffe & Szegedy 2015, algorithms 1 and 2; groups: Hoffer et al. 2017, algorithm 1.
+    """
+    norm = (x, weight, bias, running_mean, running_var)
+    if backend(x.device) == "triton" and _batch_norm.supports(*norm):
+        y: Tensor = _batch_norm.batch_norm_act(
+            *norm,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            num_groups=num_groups,
+            relu=relu,
+            residual=residual,
+            negative_slope=negative_slope,
+        )
+    else:
+        y = _batch_norm.batch_norm_act_ref(
+            *norm, training, momentum, eps, num_groups, relu, residual, negative_slope
+        )
+    return y
 
 
 @functools.cache

@@ -7,10 +7,16 @@
 Fused: pixel mask, sign, step, projection, and the count of non-finite gradients, which move
 nothing. sign(0) = 0. `step`, `eps` and `unit` are in grey levels (1/255); delta is stored in units.
 The gradient is the one at the normalised input, logically (N, C, H, W): 1/std > 0 does not change
-its sign, and its channels_last memory has the linear order of the (N, H, W, C) images.
+its sign, and its channels_last memory has the linear order of the (N, H, W, C) images. Or it is in
+the packed layout of space_to_depth.py, known by its 16 channels; what is not finite on the border
+and in padding channels does not count.
 
 Bytes per value, bfloat16 gradient and int8 delta: 2 + 1 + 1 read, 1 written. The eager chain of
-bench/bench_kernels.py, eleven operations with a float32 delta, moves 84.
+bench/bench_kernels.py, eleven operations with a float32 delta, moves 84. A packed image of 224
+pixels takes 401 kB of gradient (no border) and 452 kB of the others.
+
+Accesses of a thread, bfloat16 gradient, int8 delta, sm_90: 16 bytes of gradient, 8 of delta and
+images; packed, 16 bytes of gradient and, of images of even width, 2 of delta and images.
 
 Numerics: int8 delta counts steps (unit = step) and moves on the integers, so nothing is rounded;
 float delta is updated in float32 and rounded once. Gradients are compared, never converted
@@ -24,6 +30,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from freeadv_fast.kernels.space_to_depth import (
+    check_packable,
+    is_packed,
+    locate,
+    packed_shape,
+    unpack,
+)
 
 try:
     import triton
@@ -49,7 +63,7 @@ DELTA_DTYPES = (torch.int8, torch.float16, torch.float32)
 GRAD_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def _check(
+def check(
     delta: Tensor,
     grad: Tensor,
     images: Tensor,
@@ -78,10 +92,13 @@ def _check(
             f"{delta.dtype} with strides {delta.stride()}, requires_grad={delta.requires_grad}"
         )
     num, height, width, channels = images.shape
-    if grad.shape != (num, channels, height, width):
+    if is_packed(grad.shape, images.shape):
+        check_packable(images.shape)
+    elif grad.shape != (num, channels, height, width):
         raise RuntimeError(
             f"grad: expected {(num, channels, height, width)} (N, C, H, W) for images "
-            f"{tuple(images.shape)}, got {tuple(grad.shape)}"
+            f"{tuple(images.shape)}, or packed {packed_shape(num, height, width)} for three "
+            f"channels, got {tuple(grad.shape)}"
         )
     if grad.dtype not in GRAD_DTYPES:
         raise RuntimeError(f"grad: {grad.dtype} is no float dtype")
@@ -103,7 +120,7 @@ def _check(
             )
 
 
-def _in_units(delta: Tensor, step: float, eps: float, unit: float) -> tuple[float, float]:
+def in_units(delta: Tensor, step: float, eps: float, unit: float) -> tuple[float, float]:
     """Step and radius in the units in which `delta` is stored; whole numbers for int8."""
     if delta.dtype is torch.int8:
         return 1.0, float(round(eps / unit))
@@ -120,9 +137,12 @@ def sign_ascent_ref_(
     unit: float,
 ) -> None:
     """The specification in plain PyTorch, and the path of a CPU."""
-    _check(delta, grad, images, nonfinite, step, eps, unit)
-    step, eps = _in_units(delta, step, eps, unit)
-    grad = grad.detach().permute(0, 2, 3, 1).contiguous()
+    check(delta, grad, images, nonfinite, step, eps, unit)
+    step, eps = in_units(delta, step, eps, unit)
+    grad = grad.detach()
+    if is_packed(grad.shape, images.shape):
+        grad = unpack(grad, *images.shape[1:3])
+    grad = grad.permute(0, 2, 3, 1).contiguous()
     chunk = max(delta.numel(), 1)
     if delta.device.type == "cpu":
         chunk = CPU_CHUNK * torch.get_num_threads()
@@ -137,6 +157,44 @@ def sign_ascent_ref_(
         # sign(NaN) is 0 and sign(+-inf) is +-1: the product is 0 wherever is_finite is.
         direction = torch.sign(g).mul_(is_finite).to(torch.float32).mul_(inside)
         d.copy_(direction.mul_(step).add_(stored).clamp_(-eps, eps))
+
+
+@jit
+def ascended(delta, grad, image, step_bits, eps, unit):
+    """The updated perturbation and the absolute gradient, both in float32.
+
+    Args:
+        delta: Stored perturbation in float32. grad, image: As loaded.
+        step_bits: u32, the step in units of delta as a float32's bits.
+    """
+    s = unit * delta + image.to(tl.float32)
+    grad32 = grad.to(tl.float32)  # keeps the sign bit; float64 may underflow or overflow
+    # Floats from +0 up are ordered like their bits, negative ones lie above: one unsigned
+    # comparison tests both ends of a range. Instructions are as scarce here as bytes.
+    bits = grad32.to(tl.uint32, bitcast=True)
+    if grad.dtype == tl.float64:
+        is_usable = (tl.abs(grad) > 0.0) & (tl.abs(grad) < float("inf"))
+    else:
+        is_usable = (bits & 0x7FFFFFFF) - 1 < 0x7F7FFFFF  # 0 < |grad| < inf
+    is_inside = s.to(tl.uint32, bitcast=True) <= 0x437F0000  # 0 <= s <= 255; s is never -0
+    signed_step = (step_bits | (bits & 0x80000000)).to(tl.float32, bitcast=True)
+    move = tl.where(is_usable & is_inside, signed_step, 0.0)
+    return tl.minimum(tl.maximum(delta + move, -eps), eps), tl.abs(grad32)
+
+
+@jit
+def larger(largest, magnitude):
+    """The larger of two, NaN if one is NaN."""
+    return tl.maximum(largest, magnitude, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
+def is_bad(grad):
+    """1 where a gradient is not finite, else 0."""
+    value = grad
+    if grad.dtype != tl.float64:
+        value = grad.to(tl.float32)
+    return tl.where(tl.abs(value) < float("inf"), 0, 1)
 
 
 @jit
@@ -160,21 +218,10 @@ def _ascend(
     mask = at < left if MASKED else None
     grad = tl.load(grad_ptr + at, mask=mask, other=0.0 if MASKED else None)
     delta = tl.load(delta_ptr + at, mask=mask).to(tl.float32)
-    s = unit * delta + tl.load(image_ptr + at, mask=mask).to(tl.float32)
-    grad32 = grad.to(tl.float32)  # keeps the sign bit; float64 may underflow or overflow
-    # Floats from +0 up are ordered like their bits, negative ones lie above: one unsigned
-    # comparison tests both ends of a range. Instructions are as scarce here as bytes.
-    bits = grad32.to(tl.uint32, bitcast=True)
-    if grad.dtype == tl.float64:
-        is_usable = (tl.abs(grad) > 0.0) & (tl.abs(grad) < float("inf"))
-    else:
-        is_usable = (bits & 0x7FFFFFFF) - 1 < 0x7F7FFFFF  # 0 < |grad| < inf
-    is_inside = s.to(tl.uint32, bitcast=True) <= 0x437F0000  # 0 <= s <= 255; s is never -0
-    signed_step = (step_bits | (bits & 0x80000000)).to(tl.float32, bitcast=True)
-    move = tl.where(is_usable & is_inside, signed_step, 0.0)
-    delta = tl.minimum(tl.maximum(delta + move, -eps), eps)
+    image = tl.load(image_ptr + at, mask=mask)
+    delta, magnitude = ascended(delta, grad, image, step_bits, eps, unit)
     tl.store(delta_ptr + at, delta.to(delta_ptr.dtype.element_ty), mask=mask)
-    return tl.maximum(largest, tl.abs(grad32), propagate_nan=tl.PropagateNan.ALL)
+    return larger(largest, magnitude)
 
 
 @jit
@@ -214,11 +261,68 @@ def _sign_ascent_kernel(
         count = tl.zeros([BLOCK], tl.int32)
         for tile in tl.range(0, TILES, loop_unroll_factor=1):
             at = offsets + tile * BLOCK
-            value = tl.load(grad + at, mask=at < left, other=0.0)
-            if value.dtype != tl.float64:
-                value = value.to(tl.float32)
-            count += tl.where(tl.abs(value) < float("inf"), 0, 1)
+            count += is_bad(tl.load(grad + at, mask=at < left, other=0.0))
         tl.atomic_add(nonfinite_ptr, tl.sum(count, 0).to(tl.int64))
+
+
+@jit
+def count_packed(
+    nonfinite_ptr,
+    grad_ptr,
+    pixel,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Adds the non-finite gradients of TILES tiles of packed pixels; see `locate`."""
+    count = tl.zeros([pixel.shape[0], 16], tl.int32)
+    for _ in tl.range(0, TILES, loop_unroll_factor=1):
+        _, _, holds_value = locate(pixel, HEIGHT, WIDTH)
+        at = pixel[:, None] * 16 + tl.arange(0, 16)[None, :]
+        count += is_bad(tl.load(grad_ptr + at, mask=holds_value, other=0.0))
+        pixel += pixel.shape[0]
+    tl.atomic_add(nonfinite_ptr, tl.sum(tl.sum(count, 1), 0).to(tl.int64))
+
+
+@jit
+def _sign_ascent_packed_kernel(
+    delta_ptr,  # [N, H, W, 3] i8 | fp16 | fp32, updated in place
+    nonfinite_ptr,  # [1] i64, incremented
+    grad_ptr,  # [N, ceil(H/2) + 3, ceil(W/2) + 3, 16] bf16 | fp16 | fp32 | fp64
+    image_ptr,  # [N, H, W, 3] u8
+    step,  # in units of delta
+    eps,  # in units of delta
+    unit,  # grey levels in one unit of delta
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Linear in the gradient: a program takes TILES * PIXELS neighbours of one image."""
+    PACKED: tl.constexpr = ((HEIGHT + 1) // 2 + 3) * ((WIDTH + 1) // 2 + 3)
+    PROGRAMS: tl.constexpr = (PACKED + TILES * PIXELS - 1) // (TILES * PIXELS)
+    num = (tl.program_id(0) // PROGRAMS).to(tl.int64)
+    grad = grad_ptr + num * (PACKED * 16)
+    delta = delta_ptr + num * (HEIGHT * WIDTH * 3)
+    image = image_ptr + num * (HEIGHT * WIDTH * 3)
+    first = tl.program_id(0) % PROGRAMS * (TILES * PIXELS) + tl.arange(0, PIXELS)
+    channel = tl.arange(0, 16)[None, :]
+    step_bits = tl.full([PIXELS, 16], step, tl.float32).to(tl.uint32, bitcast=True)
+    largest = tl.zeros([PIXELS, 16], tl.float32)
+    # One tile after the other: 48 registers on sm_90, where four at once take 64.
+    for tile in tl.range(0, TILES, loop_unroll_factor=1):
+        pixel = first + tile * PIXELS
+        source, holds_pixel, holds_value = locate(pixel, HEIGHT, WIDTH)
+        # The border is not read. Padding channels are, so that a load stays whole.
+        slope = tl.load(grad + pixel[:, None] * 16 + channel, mask=holds_pixel, other=0.0)
+        old = tl.load(delta + source, mask=holds_value).to(tl.float32)
+        new, magnitude = ascended(
+            old, slope, tl.load(image + source, mask=holds_value), step_bits, eps, unit
+        )
+        tl.store(delta + source, new.to(delta_ptr.dtype.element_ty), mask=holds_value)
+        largest = larger(largest, tl.where(holds_value, magnitude, 0.0))
+    if tl.min((largest < float("inf")).to(tl.int32)) == 0:
+        count_packed(nonfinite_ptr, grad, first, HEIGHT, WIDTH, TILES)
 
 
 def _launch_(
@@ -230,27 +334,32 @@ def _launch_(
     eps: float,
     unit: float,
 ) -> None:
-    """Runs the kernel on inputs that the public function has checked."""
-    grad = grad.permute(0, 2, 3, 1).contiguous()
-    step, eps = _in_units(delta, step, eps, unit)
+    """Runs a kernel on inputs that the public function has checked."""
     total = delta.numel()
-    if total:
-        block = NUM_THREADS * 16 // max(grad.element_size(), delta.element_size())
-        with torch.cuda.device_of(delta):
+    if total == 0:
+        return
+    packed = is_packed(grad.shape, images.shape)
+    grad = grad.permute(0, 2, 3, 1).contiguous()
+    block = NUM_THREADS * 16 // max(grad.element_size(), delta.element_size())
+    inputs = (delta, nonfinite, grad, images)
+    scalars = (*in_units(delta, step, eps, unit), unit)
+    constants = {
+        "TILES": TILES,
+        "num_warps": NUM_THREADS // 32,
+        # unit * delta is rounded before the addition, as in the reference.
+        "enable_fp_fusion": False,
+    }
+    with torch.cuda.device_of(delta):
+        if packed:
+            num, rows, columns, depth = grad.shape
+            height, width = images.shape[1:3]
+            programs = num * triton.cdiv(rows * columns, TILES * block // depth)
+            _sign_ascent_packed_kernel[(programs,)](
+                *inputs, *scalars, HEIGHT=height, WIDTH=width, PIXELS=block // depth, **constants
+            )
+        else:
             _sign_ascent_kernel[(triton.cdiv(total, TILES * block),)](
-                delta,
-                nonfinite,
-                grad,
-                images,
-                total,
-                step,
-                eps,
-                unit,
-                BLOCK=block,
-                TILES=TILES,
-                num_warps=NUM_THREADS // 32,
-                # unit * delta is rounded before the addition, as in the reference.
-                enable_fp_fusion=False,
+                *inputs, total, *scalars, BLOCK=block, **constants
             )
 
 
@@ -294,8 +403,9 @@ def sign_ascent_(
 
     Args:
         delta: (N, H, W, C) int8, float16 or float32, contiguous, in `unit` grey levels; updated.
-        grad: (N, C, H, W) gradient at the normalised input, bfloat16 to float64; channels_last,
-            else it is copied. Non-finite values move nothing.
+        grad: (N, C, H, W) gradient at the normalised input, bfloat16 to float64; or packed
+            (N, 16, ceil(H / 2) + 3, ceil(W / 2) + 3). channels_last, else it is copied. Non-finite
+            values move nothing.
         images: (N, H, W, C) uint8, contiguous.
         nonfinite: One int64 on the device; the number of non-finite gradients is added to it.
         step: Length of the step in grey levels.
@@ -308,5 +418,5 @@ def sign_ascent_(
 
     Source: Shafahi et al. 2019, Algorithm 1, lines 9 to 11.
     """
-    _check(delta, grad, images, nonfinite, step, eps, unit)
+    check(delta, grad, images, nonfinite, step, eps, unit)
     _op_(delta, grad, images, nonfinite, step, eps, unit)

@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from freeadv_fast.kernels import ascend_normalize as fused
 from freeadv_fast.kernels import perturb_normalize as perturb
 from freeadv_fast.kernels import sign_ascent as ascent
 
@@ -19,7 +20,7 @@ BYTES = {"i8": 1, "u8": 1, "bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 NUM_THREADS = 128
 
 
-def build(kernel, pointers, scalars, constants, architecture):
+def build(kernel, pointers, scalars, constants, architecture, most_registers=64):
     """PTX of a kernel whose pointers are 16-byte aligned and whose total is odd."""
     types = {name: f"*{element}" for name, element in pointers.items()} | scalars
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -32,7 +33,7 @@ def build(kernel, pointers, scalars, constants, architecture):
     )
     options = {"num_warps": NUM_THREADS // 32, "enable_fp_fusion": False}
     binary = compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm
-    assert_no_spill(binary["cubin"])
+    assert_no_spill(binary["cubin"], most_registers)
     return binary["ptx"]
 
 
@@ -42,8 +43,8 @@ def accesses(ptx, kind):
     return sorted((int(count or 1) * int(bits) // 8 for count, bits in found), reverse=True)
 
 
-def assert_no_spill(cubin):
-    """No register lives in local memory, and enough fit for half of an SM's warps."""
+def assert_no_spill(cubin, most_registers):
+    """No register lives in local memory; 64 and fewer fit for half of an SM's warps."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
         return
@@ -56,7 +57,7 @@ def assert_no_spill(cubin):
     )
     print(f"{registers} registers")
     assert stack == local == 0
-    assert registers <= 64
+    assert registers <= most_registers
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
@@ -120,4 +121,121 @@ def test_sign_ascent(grad, delta, architecture):
     )
     assert accesses(ptx, "st").count(values * BYTES[delta]) >= ascent.TILES
     assert accesses(ptx, "ld").count(values * BYTES[grad]) >= ascent.TILES
+    assert ptx.count("atom.global") == 1
+
+
+# Sizes of a packed image and the width of what a thread loads of images and delta, in values.
+PACKED_SIZES = [(224, 2), (225, 1)]
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(("size", "run"), PACKED_SIZES)
+@pytest.mark.parametrize(("out", "delta"), [("bf16", "i8"), ("bf16", None), ("fp32", "fp16")])
+def test_perturb_normalize_packed(out, delta, size, run, architecture):
+    values = 16 // BYTES[out]
+    ptx = build(
+        perturb._perturb_normalize_packed_kernel,
+        {
+            "x_ptr": out,
+            "image_ptr": "u8",
+            "delta_ptr": delta or "u8",
+            "mean_ptr": "fp32",
+            "std_ptr": "fp32",
+        },
+        {"unit": "fp32"},
+        {
+            "HEIGHT": size,
+            "WIDTH": size,
+            "HAS_DELTA": delta is not None,
+            "FMA": True,
+            "PIXELS": NUM_THREADS * values // 16,
+            "TILES": perturb.TILES,
+            "SPANS": perturb.SPANS,
+        },
+        architecture,
+        64 if run == 2 else 96,
+    )
+    # All stores are 16 bytes a thread, remainders and border included.
+    assert accesses(ptx, "st") == [16] * perturb.TILES
+    runs = perturb.TILES * values // run
+    loads = accesses(ptx, "ld")
+    for element in ["u8"] if delta is None else ["u8", delta]:
+        assert loads.count(run * BYTES[element]) >= runs
+    assert ptx.count("div.rn.f32") <= values
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(("size", "run"), PACKED_SIZES)
+@pytest.mark.parametrize(("grad", "delta"), [("bf16", "i8"), ("fp32", "i8"), ("bf16", "fp32")])
+def test_sign_ascent_packed(grad, delta, size, run, architecture):
+    values = 16 // max(BYTES[grad], BYTES[delta])
+    ptx = build(
+        ascent._sign_ascent_packed_kernel,
+        {"delta_ptr": delta, "nonfinite_ptr": "i64", "grad_ptr": grad, "image_ptr": "u8"},
+        {"step": "fp32", "eps": "fp32", "unit": "fp32"},
+        {
+            "HEIGHT": size,
+            "WIDTH": size,
+            "PIXELS": NUM_THREADS * values // 16,
+            "TILES": ascent.TILES,
+        },
+        architecture,
+        64 if run == 2 else 96,
+    )
+    assert accesses(ptx, "st") == [run * BYTES[delta]] * (values // run)
+    loads = accesses(ptx, "ld")
+    assert values * BYTES[grad] in loads
+    assert loads.count(run) >= values // run
+    assert ptx.count("atom.global") == 1
+
+
+FUSED_POINTERS = {"nonfinite_ptr": "i64", "image_ptr": "u8", "mean_ptr": "fp32", "std_ptr": "fp32"}
+FUSED_SCALARS = {"step": "fp32", "eps": "fp32", "unit": "fp32"}
+FUSED_TYPES = [("bf16", "i8"), ("fp16", "fp32"), ("fp32", "i8")]
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(("x", "delta"), FUSED_TYPES)
+def test_ascend_normalize(x, delta, architecture):
+    values = fused.BYTES // max(BYTES[x], BYTES[delta])
+    ptx = build(
+        fused._ascend_normalize_kernel,
+        {"delta_ptr": delta, "x_ptr": x, "grad_ptr": x, **FUSED_POINTERS},
+        {"total": "i32", **FUSED_SCALARS},
+        {"C": 3, "FMA": True, "BLOCK": NUM_THREADS * values, "TILES": fused.TILES},
+        architecture,
+    )
+    stores, loads = accesses(ptx, "st"), accesses(ptx, "ld")
+    assert values * BYTES[delta] in stores
+    assert values * BYTES[x] in stores
+    assert values * BYTES[x] in loads
+    assert values in loads
+    assert ptx.count("atom.global") == 1
+    assert ptx.count("div.rn.f32") <= values
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(("size", "run"), PACKED_SIZES)
+@pytest.mark.parametrize(("x", "delta"), FUSED_TYPES)
+def test_ascend_normalize_packed(x, delta, size, run, architecture):
+    values = fused.BYTES // max(BYTES[x], BYTES[delta])
+    ptx = build(
+        fused._ascend_normalize_packed_kernel,
+        {"delta_ptr": delta, "x_ptr": x, "grad_ptr": x, **FUSED_POINTERS},
+        FUSED_SCALARS,
+        {
+            "HEIGHT": size,
+            "WIDTH": size,
+            "FMA": True,
+            "PIXELS": NUM_THREADS * values // 16,
+            "TILES": fused.TILES,
+        },
+        architecture,
+        72,
+    )
+    stores = [values * BYTES[x], *[run * BYTES[delta]] * (values // run)]
+    assert accesses(ptx, "st") == sorted(stores, reverse=True)
+    loads = accesses(ptx, "ld")
+    assert values * BYTES[x] in loads
+    assert loads.count(run) >= values // run
     assert ptx.count("atom.global") == 1

@@ -11,13 +11,18 @@ import os
 import pytest
 import torch
 
+from freeadv_fast.kernels import ascend_normalize as fused
 from freeadv_fast.kernels import perturb_normalize as perturb
 from freeadv_fast.kernels import sign_ascent as ascent
+from freeadv_fast.kernels.space_to_depth import is_packed, pack
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 # Odd totals, one channel, whole spans without and with a remainder.
 SHAPES = [(3, 41, 37, 3), (1, 5, 7, 1), (2, 9, 4, 4), (2, 64, 64, 3), (0, 8, 8, 3)]
+# (shape, packed): several programs and a remainder, odd heights and widths, one pixel.
+PACKED_SHAPES = [(1, 21, 19, 3), (3, 12, 9, 3), (2, 7, 10, 3), (3, 1, 1, 3), (0, 8, 8, 3)]
+LAYOUTS = [*((s, False) for s in SHAPES), *((s, True) for s in PACKED_SHAPES)]
 STORAGES = [(torch.int8, 4.0), (torch.int8, 2.5), (torch.float32, 1.0), (torch.float16, 1.0)]
 
 
@@ -33,49 +38,58 @@ def example(shape, storage):
     return images, delta, mean, std
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("storage", "unit"), [*STORAGES, (None, 1.0)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_perturb_normalize(shape, storage, unit, dtype):
-    images, delta, mean, std = example(shape, storage or torch.int8)
-    delta = None if storage is None else delta
-    expected = perturb.perturb_normalize_ref(images, delta, mean, std, unit, dtype)
-    moved = [None if t is None else t.to(DEVICE) for t in (images, delta, mean, std)]
-    result = perturb._launch(*moved, unit, dtype).cpu()
-    assert result.is_contiguous(memory_format=torch.channels_last)
-    if IS_INTERPRETED and dtype is torch.bfloat16:
+def assert_same(result, expected):
+    """Bit for bit, but for the interpreter's bfloat16."""
+    if IS_INTERPRETED and expected.dtype is torch.bfloat16:
         torch.testing.assert_close(result, expected, rtol=2**-7, atol=0)
     else:
         assert torch.equal(result, expected)
 
 
+def fill_memory(num_bytes):
+    """Leaves NaN in memory that the allocator may hand out next."""
+    torch.full((num_bytes // 4 + 1,), torch.nan, device=DEVICE)
+
+
+@pytest.mark.parametrize(("shape", "packed"), LAYOUTS)
+@pytest.mark.parametrize(("storage", "unit"), [*STORAGES, (None, 1.0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_perturb_normalize(shape, packed, storage, unit, dtype):
+    images, delta, mean, std = example(shape, storage or torch.int8)
+    delta = None if storage is None else delta
+    expected = perturb.perturb_normalize_ref(images, delta, mean, std, unit, dtype, packed)
+    moved = [None if t is None else t.to(DEVICE) for t in (images, delta, mean, std)]
+    fill_memory(expected.nbytes)
+    result = perturb._launch(*moved, unit, dtype, packed).cpu()
+    assert result.permute(0, 2, 3, 1).is_contiguous()
+    assert_same(result, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_perturb_normalize_takes_float16_images(dtype):
+@pytest.mark.parametrize("packed", [False, True])
+def test_perturb_normalize_takes_float16_images(dtype, packed):
     images, delta, mean, std = example((3, 41, 37, 3), torch.float16)
     images = (images + delta).clamp_(0, 255)
-    expected = perturb.perturb_normalize_ref(images, None, mean, std, 1.0, dtype)
-    moved = [t.to(DEVICE) for t in (images, mean, std)]
-    assert torch.equal(perturb._launch(moved[0], None, *moved[1:], 1.0, dtype).cpu(), expected)
+    expected = perturb.perturb_normalize_ref(images, None, mean, std, 1.0, dtype, packed)
+    images, mean, std = (t.to(DEVICE) for t in (images, mean, std))
+    result = perturb._launch(images, None, mean, std, 1.0, dtype, packed)
+    assert torch.equal(result.cpu(), expected)
 
 
 @pytest.mark.parametrize("spans", [1, 3])
-def test_spans_and_tiles_do_not_show(spans, monkeypatch):
+@pytest.mark.parametrize("packed", [False, True])
+def test_spans_and_tiles_do_not_show(spans, packed, monkeypatch):
     images, delta, mean, std = example((2, 64, 64, 3), torch.int8)
-    expected = perturb.perturb_normalize_ref(images, delta, mean, std, 4.0, torch.float32)
+    expected = perturb.perturb_normalize_ref(images, delta, mean, std, 4.0, torch.float32, packed)
     monkeypatch.setattr(perturb, "MANY_VALUES", 0)
     monkeypatch.setattr(perturb, "SPANS", spans)
     monkeypatch.setattr(perturb, "TILES", 2)
     moved = [t.to(DEVICE) for t in (images, delta, mean, std)]
-    assert torch.equal(perturb._launch(*moved, 4.0, torch.float32).cpu(), expected)
+    assert torch.equal(perturb._launch(*moved, 4.0, torch.float32, packed).cpu(), expected)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("storage", "unit"), STORAGES, ids=str)
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
-)
-def test_sign_ascent(shape, storage, unit, dtype):
-    images, delta, _, _ = example(shape, storage)
+def example_gradient(shape, dtype, packed):
+    """Zeros, tiny, huge and non-finite values; packed, the border and padding are not finite."""
     generator = torch.Generator().manual_seed(2)
     grad = torch.randn(shape, generator=generator).to(dtype)
     grad[torch.rand(shape, generator=generator) < 0.2] = 0
@@ -85,9 +99,23 @@ def test_sign_ascent(shape, storage, unit, dtype):
             dtype=torch.float64,
         )
     grad = grad.permute(0, 3, 1, 2)
+    if packed:
+        is_value = pack(torch.ones_like(grad)) == 1
+        return torch.where(is_value, pack(grad), torch.full((), torch.inf, dtype=dtype))
+    return grad
+
+
+@pytest.mark.parametrize(("shape", "packed"), LAYOUTS)
+@pytest.mark.parametrize(("storage", "unit"), STORAGES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
+)
+def test_sign_ascent(shape, packed, storage, unit, dtype):
+    images, delta, _, _ = example(shape, storage)
+    grad = example_gradient(shape, dtype, packed)
+    num_expected = int((~example_gradient(shape, dtype, False).isfinite()).sum())
     if shape[0] == 2:
         grad = grad.contiguous()
-    num_expected = int((~grad.isfinite()).sum())
     step = unit if storage is torch.int8 else 1.5
     args = (step, 2 * unit, unit)
     counts = torch.full((), 7), torch.full((), 7)
@@ -99,14 +127,48 @@ def test_sign_ascent(shape, storage, unit, dtype):
     assert counts[0] == count.cpu() == 7 + num_expected
 
 
+@pytest.mark.parametrize(("shape", "packed"), LAYOUTS)
+@pytest.mark.parametrize(("storage", "unit"), STORAGES[1::2], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_ascend_normalize(shape, packed, storage, unit, dtype):
+    images, delta, mean, std = example(shape, storage)
+    grad = example_gradient(shape, dtype, packed)
+    args = (unit if storage is torch.int8 else 1.5, 2 * unit, unit)
+    counts = torch.zeros(()).long(), torch.zeros(()).long()
+    x = perturb.perturb_normalize_ref(images, delta, mean, std, unit, dtype, packed)
+    expected, expected_x = delta.clone(), x.clone()
+    fused.ascend_normalize_ref_(expected, expected_x, grad, images, mean, std, counts[0], *args)
+    result, x, count = delta.to(DEVICE), x.to(DEVICE).requires_grad_(), counts[1].to(DEVICE)
+    before = x.detach().clone()
+    moved = [t.to(DEVICE) for t in (grad, images, mean, std)]
+    fused._launch_(result, x, *moved, count, *args)
+    assert torch.equal(result.cpu(), expected)
+    assert_same(x.detach().cpu(), expected_x)
+    assert counts[0] == count.cpu()
+    assert delta.numel() < 100 or not torch.equal(x, before)
+
+
+def all_ops(images, delta, mean, std, nonfinite):
+    """A pass through every op, plain and packed; moves delta."""
+    sizes = {"step": 4.0, "eps": 12.0, "unit": 4.0}
+    for packed in (False, True):
+        x = perturb.perturb_normalize(
+            images, delta, mean, std, unit=4.0, dtype=torch.bfloat16, space_to_depth=packed
+        ).requires_grad_()
+        assert is_packed(x.shape, images.shape) == packed
+        grad = x.detach().clone()
+        ascent.sign_ascent_(delta, grad, images, nonfinite, **sizes)
+        fused.ascend_normalize_(delta, x, grad, images, mean, std, nonfinite, **sizes)
+        ascent.sign_ascent_(delta, -x.detach(), images, nonfinite, **sizes)
+
+
 @pytest.mark.skipif(IS_INTERPRETED, reason="needs a CUDA device")
 def test_public_functions_never_wait_for_the_device():
     images, delta, mean, std = (t.to(DEVICE) for t in example((2, 64, 64, 3), torch.int8))
     nonfinite = torch.zeros((), dtype=torch.int64, device=DEVICE)
 
     def one_pass():
-        x = perturb.perturb_normalize(images, delta, mean, std, unit=4.0, dtype=torch.bfloat16)
-        ascent.sign_ascent_(delta, x, images, nonfinite, step=4.0, eps=8.0, unit=4.0)
+        all_ops(images, delta, mean, std, nonfinite)
 
     one_pass()  # compiles, which may wait
     torch.cuda.set_sync_debug_mode("error")
@@ -122,8 +184,7 @@ def test_public_functions_are_captured_in_a_graph():
     nonfinite = torch.zeros((), dtype=torch.int64, device=DEVICE)
 
     def one_pass():
-        x = perturb.perturb_normalize(images, delta, mean, std, unit=4.0, dtype=torch.bfloat16)
-        ascent.sign_ascent_(delta, x, images, nonfinite, step=4.0, eps=8.0, unit=4.0)
+        all_ops(images, delta, mean, std, nonfinite)
 
     start = delta.clone()
     one_pass()

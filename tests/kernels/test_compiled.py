@@ -17,6 +17,9 @@ import torch
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
+BY_VALUE = pytest.mark.parametrize(
+    "file", ["compiled_kernels.py", "compiled_batch_norm.py", "compiled_training.py"]
+)
 
 
 def run(file: str, tmp_path: Path, interpret: bool) -> None:
@@ -35,16 +38,19 @@ def run(file: str, tmp_path: Path, interpret: bool) -> None:
 
 
 @pytest.mark.slow
-def test_interpreted_kernels_equal_the_references(tmp_path):
-    run("compiled_kernels.py", tmp_path, interpret=True)
+@BY_VALUE
+def test_interpreted_kernels_equal_the_references(file, tmp_path):
+    run(file, tmp_path, interpret=True)
 
 
 @pytest.mark.slow
-def test_kernels_compile_ahead_of_time(tmp_path):
-    run("ahead_of_time.py", tmp_path, interpret=False)
+@pytest.mark.parametrize("file", ["ahead_of_time.py", "ahead_of_time_batch_norm.py"])
+def test_kernels_compile_ahead_of_time(file, tmp_path):
+    run(file, tmp_path, interpret=False)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_kernels_on_the_device(tmp_path):
-    run("compiled_kernels.py", tmp_path, interpret=False)
+@BY_VALUE
+def test_kernels_on_the_device(file, tmp_path):
+    run(file, tmp_path, interpret=False)

@@ -7,6 +7,7 @@ import torch
 
 from freeadv_fast import ops
 from freeadv_fast.kernels import perturb_normalize as kernel
+from freeadv_fast.kernels.space_to_depth import pack
 
 MEAN = (0.485, 0.456, 0.406, 0.5)
 STD = (0.229, 0.224, 0.225, 0.25)
@@ -43,6 +44,18 @@ def test_equals_the_formula(shape, storage, unit, dtype):
     assert x.dtype is dtype
     assert torch.equal(x, expected.permute(0, 3, 1, 2))
     assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 3), (3, 11, 7, 3), (0, 8, 8, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("implementation", [ops.perturb_normalize, kernel.perturb_normalize])
+def test_packed_is_the_plain_result_packed(shape, dtype, implementation):
+    images, delta, mean, std = example(shape, torch.int8)
+    sizes = {"unit": 4.0, "dtype": dtype}
+    x = implementation(images, delta, mean, std, **sizes, space_to_depth=True)
+    assert torch.equal(x, pack(ops.perturb_normalize(images, delta, mean, std, **sizes)))
+    assert x.dtype is dtype
+    assert x.permute(0, 2, 3, 1).is_contiguous()
 
 
 def test_float32_is_near_double():
@@ -115,10 +128,19 @@ def test_refuses(change, message):
         ops.perturb_normalize(**{**arguments, "dtype": torch.float32, **change})
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_packs_three_channels_only(channels):
+    images, delta, mean, std = example((2, 8, 8, channels), torch.int8)
+    with pytest.raises(RuntimeError, match=f"expected 3 channels, got {channels}"):
+        ops.perturb_normalize(images, delta, mean, std, space_to_depth=True)
+
+
 @pytest.mark.parametrize("storage", [torch.int8, torch.float32, None])
-def test_opcheck(storage):
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck(storage, packed):
     images, delta, mean, std = example((2, 5, 7, 3), storage or torch.int8)
-    arguments = (images, None if storage is None else delta, mean, std, 4.0, torch.bfloat16)
+    delta = None if storage is None else delta
+    arguments = (images, delta, mean, std, 4.0, torch.bfloat16, packed)
     torch.library.opcheck(torch.ops.freeadv_fast.perturb_normalize.default, arguments)
 
 

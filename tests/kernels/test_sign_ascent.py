@@ -9,6 +9,7 @@ import torch
 
 from freeadv_fast import ops
 from freeadv_fast.kernels import sign_ascent as kernel
+from freeadv_fast.kernels.space_to_depth import pack
 from freeadv_fast.threat import Perturbation, ThreatModel
 
 WALKS = [(2, 2), (4, 4), (8, 8), (4, 1), (8, 2), (5, 2.5), (8, Fraction(8, 3)), (127, 1)]
@@ -161,6 +162,25 @@ def test_any_gradient_layout():
     assert torch.equal(last, first)
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 6, 3), (3, 7, 5, 3), (0, 8, 8, 3)])
+@pytest.mark.parametrize("implementation", [ops.sign_ascent_, kernel.sign_ascent_])
+@pytest.mark.parametrize("is_contiguous", [False, True])
+def test_packed_gradient(shape, implementation, is_contiguous):
+    generator = torch.Generator().manual_seed(21)
+    images, grad = random_images(shape, generator), random_grad(shape, generator)
+    packed = torch.where(pack(torch.ones_like(grad)) == 1, pack(grad), torch.nan)
+    if len(grad):
+        grad[0, 0, 1, 1] = packed[0, 9, 2, 2] = torch.inf  # row 1, column 1, colour 0
+    if is_contiguous:
+        packed = packed.contiguous()
+    plain, moved = (torch.zeros(shape, dtype=torch.int8) for _ in range(2))
+    count, expected = counter(), counter()
+    ops.sign_ascent_(plain, grad, images, expected, step=4, eps=4, unit=4)
+    implementation(moved, packed, images, count, step=4, eps=4, unit=4)
+    assert torch.equal(moved, plain)
+    assert count == expected == min(len(grad), 1)
+
+
 def test_pieces_do_not_show(monkeypatch):
     generator = torch.Generator().manual_seed(15)
     images, grad = random_images((3, 7, 5, 3), generator), random_grad((3, 7, 5, 3), generator)
@@ -179,6 +199,7 @@ def test_pieces_do_not_show(monkeypatch):
     [
         ({"delta": torch.zeros(3, 8, 8, 3)}, r"delta \(3, 8, 8, 3\) and images \(2, 8, 8, 3\)"),
         ({"grad": torch.zeros(2, 8, 8, 3)}, r"expected \(2, 3, 8, 8\).*got \(2, 8, 8, 3\)"),
+        ({"grad": torch.zeros(2, 16, 8, 7)}, r"packed \(2, 16, 7, 7\).*got \(2, 16, 8, 7\)"),
         ({"grad": torch.zeros(2, 3, 8, 8, dtype=torch.int32)}, "no float dtype"),
         ({"nonfinite": torch.zeros(2, dtype=torch.int64)}, "one int64"),
         ({"nonfinite": torch.zeros(())}, "one int64"),
@@ -202,10 +223,11 @@ def test_refuses(change, message):
 
 
 @pytest.mark.parametrize("storage", [torch.int8, torch.float32], ids=str)
-def test_opcheck(storage):
+@pytest.mark.parametrize("layout", [torch.clone, pack], ids=["plain", "packed"])
+def test_opcheck(storage, layout):
     generator = torch.Generator().manual_seed(17)
     shape, unit = (2, 5, 7, 3), 4.0 if storage is torch.int8 else 1.0
-    images, grad = random_images(shape, generator), random_grad(shape, generator)
+    images, grad = random_images(shape, generator), layout(random_grad(shape, generator))
     arguments = (torch.zeros(shape, dtype=storage), grad, images, counter(), 4.0, 8.0, unit)
     torch.library.opcheck(torch.ops.freeadv_fast.sign_ascent_.default, arguments)
 

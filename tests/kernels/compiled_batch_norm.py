@@ -1,0 +1,377 @@
+"""Fused batch norm's kernels against double precision; run as compiled_kernels.py is.
+
+The interpreter truncates where hardware rounds float32 to bfloat16, so the statement "at most twice
+the eager operation's error" is made of float32 and float16 there; bfloat16 may be an ulp low.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from freeadv_fast.kernels import batch_norm as kernel
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
+NAMES = ("x", "weight", "bias", "running_mean", "running_var", "residual")
+# Several chunks, the last one ragged; one image; 160 channels (tiles of 32); 24 (tiles of 8).
+SHAPES = [(3, 32, 9, 11), (1, 64, 13, 7), (2, 160, 3, 3), (5, 24, 5, 5)]
+
+
+def example(shape, dtype, *, residual=True, mean=1.0, deviation=2.0):
+    """Activations in channels_last, parameters, running statistics and an output gradient."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator)
+
+    def last(t):
+        return t.to(DEVICE, dtype, memory_format=torch.channels_last)
+
+    channels = shape[1]
+    # Channels differ: a column read in another's place would show.
+    x = normal(*shape) * deviation + mean * (1 + torch.arange(channels)[:, None, None] / channels)
+    vectors = {
+        "weight": normal(channels),
+        "bias": normal(channels),
+        "running_mean": normal(channels),
+        "running_var": normal(channels).abs() + 0.5,
+    }
+    tensors = {"x": last(x), **{name: v.to(DEVICE) for name, v in vectors.items()}}
+    tensors["residual"] = last(normal(*shape)) if residual else None
+    return tensors, last(normal(*shape))
+
+
+def fused(tensors, **options):
+    """The kernels, through autograd."""
+    options = {"training": True, "momentum": 0.1, "eps": 1e-5, **options}
+    residual = tensors["residual"]
+    return kernel.batch_norm_act(*[tensors[n] for n in NAMES[:5]], residual=residual, **options)
+
+
+def eager(tensors, *, training=True, num_groups=1, relu=True, negative_slope=0.0):
+    """PyTorch's own operations."""
+    norm = [tensors[name] for name in NAMES[:5]]
+    return kernel.batch_norm_act_ref(
+        *norm, training, 0.1, 1e-5, num_groups, relu, tensors["residual"], negative_slope
+    )
+
+
+def outcome(function, tensors, dy, *, dtype=None, **options):
+    """Output, all gradients and the running statistics after one pass, in double precision."""
+    inputs = {}
+    for name, value in tensors.items():
+        value = value if value is None else value.detach().to(dtype or value.dtype, copy=True)
+        if value is not None and not name.startswith("running"):
+            value.requires_grad_()
+        inputs[name] = value
+    y = function(inputs, **options)
+    y.backward(dy.to(y.dtype))
+    gradients = {f"d{n}": v.grad for n, v in inputs.items() if v is not None and v.requires_grad}
+    running = {n: inputs[n] for n in ("running_mean", "running_var") if inputs[n] is not None}
+    assert y.dtype is (dtype or tensors["x"].dtype)
+    return {n: v.detach().double().cpu() for n, v in ({"y": y} | gradients | running).items()}
+
+
+def assert_near_double(tensors, dy, **options):
+    """Largest errors are at most twice the eager operations' in the same dtype."""
+    exact = outcome(eager, tensors, dy, dtype=torch.float64, **options)
+    ours = outcome(fused, tensors, dy, **options)
+    theirs = outcome(eager, tensors, dy, **options)
+    assert exact.keys() == ours.keys()
+    is_truncated = IS_INTERPRETED and tensors["x"].dtype is torch.bfloat16
+    for name, value in exact.items():
+        error, allowed = ((t[name] - value).abs().max() for t in (ours, theirs))
+        is_activation = value.dim() == 4
+        # Arithmetic is in float32, whose own last digits are two ulp.
+        ulp = 2**-7 if is_truncated and is_activation else 2**-22
+        assert error <= 2 * allowed + ulp * value.abs().max(), (name, error, allowed)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "residual"),
+    [(torch.float32, False), (torch.float32, True), (torch.float16, True)],
+    ids=str,
+)
+def test_equals_double_precision(shape, dtype, residual):
+    assert_near_double(*example(shape, dtype, residual=residual))
+
+
+@pytest.mark.parametrize(("relu", "residual"), [(True, False), (True, True), (False, True)])
+def test_bfloat16(relu, residual):
+    assert_near_double(*example((2, 32, 5, 7), torch.bfloat16, residual=residual), relu=relu)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_without_relu(residual):
+    assert_near_double(*example((2, 24, 5, 7), torch.float32, residual=residual), relu=False)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", kernel.DTYPES, ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+def test_leaky_relu(dtype, residual, training):
+    example_ = example((3, 24, 5, 5), dtype, residual=residual)
+    assert_near_double(*example_, training=training, negative_slope=0.1)
+
+
+def test_a_slope_needs_a_relu():
+    assert_near_double(*example((2, 8, 5, 5), torch.float32), relu=False, negative_slope=0.1)
+
+
+@pytest.mark.parametrize(("images", "num_groups"), [(6, 2), (7, 3), (5, 4)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_groups(images, num_groups, residual):
+    example_ = example((images, 16, 5, 5), torch.float32, residual=residual)
+    assert_near_double(*example_, num_groups=num_groups)
+
+
+@pytest.mark.parametrize(("relu", "residual"), [(True, False), (True, True), (False, False)])
+def test_eval_mode(relu, residual):
+    tensors, dy = example((3, 24, 5, 5), torch.float32, residual=residual)
+    # Running statistics have no groups.
+    assert_near_double(tensors, dy, relu=relu, training=False, num_groups=2)
+
+
+@pytest.mark.parametrize("missing", [("weight",), ("bias",), ("weight", "bias"), NAMES[3:5]])
+@pytest.mark.parametrize("training", [True, False])
+def test_without_parameters_or_running_statistics(missing, training):
+    if missing == NAMES[3:5] and not training:
+        return
+    tensors, dy = example((2, 8, 5, 5), torch.float32)
+    assert_near_double({**tensors, **dict.fromkeys(missing)}, dy, training=training)
+
+
+def test_keeps_digits_far_from_zero():
+    tensors, dy = example((4, 8, 21, 21), torch.float32, residual=False, mean=1000.0)
+    exact = outcome(eager, tensors, dy, dtype=torch.float64)
+    ours = outcome(fused, tensors, dy)
+    tolerance = {"running_var": 2e-5, "running_mean": 1e-6, "y": 1e-4, "dx": 1e-4}
+    for name, allowed in tolerance.items():
+        error = (ours[name] - exact[name]).abs().max()
+        assert error <= allowed * exact[name].abs().max(), (name, error)
+
+
+def test_number_of_chunks_does_not_show(monkeypatch):
+    tensors, dy = example((3, 16, 19, 17), torch.float32)
+    # Tiles of 64 rows: 16 chunks of one tile, merged in loads of 4.
+    monkeypatch.setattr(kernel, "_num_multiprocessors", lambda device: 32)
+    monkeypatch.setattr(kernel, "MERGE_ROWS", (2, 4))
+    assert kernel.Mode(True, 0.1, 1e-5, 1, True, 0.0).rows(tensors["x"]).chunks(192) == (16, 64)
+    assert_near_double(tensors, dy)
+    assert_near_double(tensors, dy, num_groups=2)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("slope", [0.0, 0.25])
+def test_mask_is_exact(training, slope):
+    tensors, dy = example((2, 32, 7, 9), torch.float32)
+    tensors["residual"].requires_grad_()
+    y = fused(tensors, training=training, negative_slope=slope)
+    y.backward(dy)
+    assert torch.equal(tensors["residual"].grad, torch.where(y > 0, dy, slope * dy))
+    # Without a residual it is recomputed. dbias sums dz, and ones and quarters sum exactly.
+    tensors["residual"] = None
+    tensors["bias"].requires_grad_()
+    y = fused(tensors, training=training, negative_slope=slope)
+    y.backward(torch.ones_like(y))
+    assert torch.equal(tensors["bias"].grad, torch.where(y > 0, 1.0, slope).sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_closed_relu_blocks_infinity(residual):
+    tensors, dy = example((2, 8, 3, 3), torch.float32, residual=residual)
+    dy[fused(tensors) <= 0] = torch.inf
+    assert all(t.isfinite().all() for t in outcome(fused, tensors, dy).values())
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_nan_passes_the_relu(residual):
+    tensors, dy = example((2, 8, 3, 3), torch.float32, residual=residual)
+    tensors["x"][0, 1, 2, 2] = torch.nan
+    tensors["x"].requires_grad_()
+    y = fused(tensors)
+    y.backward(dy)
+    for t in (y, tensors["x"].grad):
+        assert t[:, 1].isnan().all()
+        assert t[:, [0, *range(2, 8)]].isfinite().all()
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "residual"])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_gradient_alone(wanted, training):
+    tensors, dy = example((2, 8, 5, 5), torch.float32)
+    expected = outcome(fused, tensors, dy, training=training)[f"d{wanted}"]
+    tensors[wanted].requires_grad_()
+    fused(tensors, training=training).backward(dy)
+    assert torch.equal(tensors[wanted].grad.double().cpu(), expected)
+
+
+def test_input_gradient_in_eval_mode_reduces_nothing(monkeypatch):
+    tensors, dy = example((2, 8, 5, 5), torch.float32)
+    monkeypatch.setattr(kernel, "_backward_reduce_kernel", None)  # a launch would be an error
+    tensors["x"].requires_grad_()
+    fused(tensors, training=False).backward(dy)
+    assert tensors["x"].grad.any()
+
+
+def test_any_layout_and_no_input_changes():
+    tensors, dy = example((2, 16, 5, 5), torch.float32)
+    last = outcome(fused, tensors, dy)
+    first = {n: v.contiguous() for n, v in tensors.items()}
+    before = {n: v.clone() for n, v in first.items()}
+    strided = dy.new_zeros(*dy.shape[:3], 10)[..., ::2].copy_(dy)
+    for name, value in outcome(fused, first, strided).items():
+        assert torch.equal(value, last[name])
+    assert all(torch.equal(first[n], before[n]) for n in before)
+    y = fused(first)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_keeps_neither_output_nor_residual():
+    tensors, _ = example((2, 32, 5, 7), torch.float16)
+    for name in ("x", "weight", "bias", "residual"):
+        tensors[name].requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = fused(tensors)
+        tensors["residual"] = None
+        fused(tensors)
+    sizes = sorted((t.numel(), t.dtype) for t in saved)
+    per_pass = [(32, torch.float32), (4 * 32, torch.float32), (y.numel(), torch.float16)]
+    assert sizes == sorted([*per_pass, *per_pass, (y.numel() // 8, torch.uint8)])
+    assert all(t.data_ptr() != y.data_ptr() for t in saved)
+
+
+def test_a_second_derivative_says_what_to_do():
+    tensors, dy = example((2, 8, 3, 3), torch.float32)
+    expected = outcome(fused, tensors, dy)["dx"]
+    tensors["x"].requires_grad_()
+    y = fused(tensors)
+    (dx,) = torch.autograd.grad(y, tensors["x"], dy, create_graph=True)
+    assert torch.equal(dx.detach().double().cpu(), expected)
+    with pytest.raises(RuntimeError, match=r"differentiated twice.*train with unfused batch norm"):
+        dx.square().sum().backward()
+
+
+def test_eval_graph_survives_a_training_pass():
+    tensors, dy = example((2, 8, 5, 5), torch.float32)
+    expected = outcome(fused, tensors, dy, training=False)["dx"]
+    tensors["x"].requires_grad_()
+    y = fused(tensors, training=False)
+    with torch.no_grad():
+        fused(tensors)  # moves the running statistics
+    y.backward(dy)
+    assert torch.equal(tensors["x"].grad.double().cpu(), expected)
+
+
+on_gpu = pytest.mark.skipif(IS_INTERPRETED, reason="needs a CUDA device")
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("num_groups", [1, 3])
+@pytest.mark.parametrize("shape", [(32, 64, 112, 112), (31, 256, 56, 56), (16, 2048, 7, 7)])
+def test_sizes_of_a_network(shape, dtype, residual, num_groups):
+    assert_near_double(*example(shape, dtype, residual=residual), num_groups=num_groups)
+
+
+@on_gpu
+def test_more_elements_than_an_int32_counts():
+    if torch.cuda.get_device_properties(DEVICE).total_memory < 24 << 30:
+        pytest.skip("needs 24 GB")
+    num = 175  # 2.25e9 elements
+    layout = {"dtype": torch.bfloat16, "device": DEVICE, "memory_format": torch.channels_last}
+    x, dy = (torch.empty(num, 1024, 112, 112, **layout).zero_() for _ in range(2))
+    x[-1], dy[0] = 3.0, 1.0
+    x.requires_grad_()
+    options = {"training": True, "momentum": 0.1, "eps": 1e-5, "relu": False}
+    y = kernel.batch_norm_act(x, None, None, None, None, **options)
+    y.backward(dy)
+    # One image in num is 3, one of the others has a gradient of 1.
+    a = (9 / num * (1 - 1 / num) + 1e-5) ** -0.5
+    wanted = (
+        (y[0], -3 / num * a),
+        (y[-1], (3 - 3 / num) * a),
+        (x.grad[0], (1 - 1 / (num - 1)) * a),
+    )
+    for values, value in wanted:
+        expected = torch.full_like(values, value)
+        torch.testing.assert_close(values, expected, rtol=2**-7, atol=0)
+    assert (x.grad[-1].abs() < 1e-3 * a).all()
+
+
+def _network_pass(tensors, dy):
+    """Forward and backward in eval and in training mode; dx of the latter, with a residual."""
+    for training in (False, True):
+        for residual in (None, tensors["residual"]):
+            y = fused({**tensors, "residual": residual}, training=training)
+            inputs = [tensors["x"], tensors["weight"], tensors["bias"]]
+            dx, _, _ = torch.autograd.grad(y, inputs, dy)
+    return dx
+
+
+def _trainable(shape, dtype):
+    """An example whose inputs want gradients."""
+    tensors, dy = example(shape, dtype)
+    for name in ("x", "weight", "bias", "residual"):
+        tensors[name].requires_grad_()
+    return tensors, dy
+
+
+@on_gpu
+def test_never_waits_for_the_device():
+    tensors, dy = _trainable((4, 64, 14, 14), torch.bfloat16)
+    _network_pass(tensors, dy)  # compiles, which may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _network_pass(tensors, dy)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu
+def test_is_captured_in_a_graph():
+    tensors, dy = _trainable((4, 64, 14, 14), torch.bfloat16)
+    start = tensors["running_mean"].clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = _network_pass(tensors, dy)
+        moved = tensors["running_mean"].clone()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        dx = _network_pass(tensors, dy)
+    tensors["running_mean"].copy_(start)
+    graph.replay()
+    assert torch.equal(tensors["running_mean"], moved)
+    assert torch.equal(dx, expected)
+
+
+@on_gpu
+def test_two_runs_are_equal():
+    tensors, dy = example((31, 256, 56, 56), torch.bfloat16)
+    one, two = (outcome(fused, tensors, dy) for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@on_gpu
+@pytest.mark.parametrize("residual", [False, True])
+def test_peak_memory_is_below_eager(residual):
+    tensors, dy = _trainable((32, 256, 56, 56), torch.bfloat16)
+    tensors = tensors if residual else {**tensors, "residual": None}
+
+    def peak(function):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        y = function(tensors) * 1.0  # keeps no reference to the output
+        y.backward(dy)
+        return torch.cuda.max_memory_allocated()
+
+    peak(fused)  # leaves gradients allocated, for both alike
+    assert peak(fused) < peak(eager)

@@ -1,0 +1,228 @@
+"""Fused batch norm's door and reference: bit by bit what the layers compute one after the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from freeadv_fast import ops
+from freeadv_fast.kernels import batch_norm as kernel
+from freeadv_fast.models.batch_norm import GhostBatchNorm2d
+
+
+def example(shape, dtype=torch.float32, *, last=True):
+    """Activations, residual and an output gradient of one dtype."""
+    generator = torch.Generator().manual_seed(1)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return [
+        torch.randn(shape, generator=generator).to(dtype, memory_format=layout) for _ in range(3)
+    ]
+
+
+def layer(channels, group):
+    """A layer with affine parameters and running statistics that are not the initial ones."""
+    torch.manual_seed(2)
+    norm = GhostBatchNorm2d(channels, group=group) if group else nn.BatchNorm2d(channels)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    return norm
+
+
+def through_door(norm, x, num_groups, relu, residual, slope=0.0):
+    """`ops.batch_norm_act` with a layer's tensors."""
+    return ops.batch_norm_act(
+        x,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        training=norm.training,
+        momentum=norm.momentum,
+        eps=norm.eps,
+        num_groups=num_groups,
+        relu=relu,
+        residual=residual,
+        negative_slope=slope,
+    )
+
+
+@pytest.mark.parametrize(("images", "group", "num_groups"), [(4, None, 1), (6, 3, 2), (7, 3, 3)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("relu", "with_residual"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("slope", [0.0, 0.1])
+def test_equals_the_layers(images, group, num_groups, training, dtype, relu, with_residual, slope):
+    results = []
+    for is_fused in (True, False):
+        x, residual, dy = example((images, 6, 5, 4), dtype)
+        norm = layer(6, group).train(training)
+        if dtype is torch.float64:
+            norm.double()
+        inputs = [x.requires_grad_(), residual.requires_grad_()][: 1 + with_residual]
+        if is_fused:
+            y = through_door(norm, x, num_groups, relu, residual if with_residual else None, slope)
+        else:
+            y = norm(x)
+            y = y + residual if with_residual else y
+            y = F.leaky_relu(y, slope) if relu else y
+        y.backward(dy)
+        gradients = [t.grad for t in (*inputs, norm.weight, norm.bias)]
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        results.append([y.detach(), *gradients, norm.running_mean, norm.running_var])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def test_groups_without_running_statistics():
+    x, _, _ = example((7, 6, 5, 4))
+    norm = layer(6, 3)
+    options = {"training": True, "momentum": 0.1, "eps": norm.eps, "num_groups": 3}
+    y = ops.batch_norm_act(x, norm.weight, norm.bias, None, None, **options)
+    assert torch.equal(y, F.relu(norm(x)))
+
+
+def test_keeps_nchw_as_pytorch_does():
+    x, _, _ = example((4, 6, 5, 4), last=False)
+    norm = layer(6, None)
+    y = through_door(norm, x, 1, True, None)
+    assert y.is_contiguous()
+    assert torch.equal(y, F.relu(layer(6, None)(x)))
+
+
+def test_reference_has_second_derivatives():
+    x, residual, _ = example((4, 3, 3, 2), torch.float64)
+    norm = layer(3, None).double()
+    norm.running_mean = norm.running_var = None
+
+    def loss_of_gradient(x, residual, weight, bias):
+        options = {"training": True, "momentum": 0.1, "eps": 1e-5, "num_groups": 2}
+        y = ops.batch_norm_act(x, weight, bias, None, None, residual=residual, **options)
+        (gradient,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        return gradient.square().sum()
+
+    inputs = [t.detach().requires_grad_() for t in (x, residual, norm.weight, norm.bias)]
+    # Steps so small that no value crosses the ReLU's kink.
+    assert torch.autograd.gradcheck(loss_of_gradient, inputs, eps=1e-7, atol=1e-3, rtol=1e-4)
+
+
+def test_graph_of_one_group_survives_an_update_in_groups():
+    x, _, dy = example((4, 6, 5, 4))
+    norm = layer(6, None)
+    y = through_door(norm, x.requires_grad_(), 1, True, None)
+    through_door(norm, x, 2, True, None)
+    y.backward(dy)
+    assert x.grad.any()
+
+
+class HostReads(TorchDispatchMode):
+    """Counts reads of a tensor's value by the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_reads_nothing():
+    x, residual, dy = example((7, 6, 5, 4))
+    with HostReads() as reads:
+        through_door(layer(6, None), x.requires_grad_(), 3, True, residual).backward(dy)
+        x[0, 0, 0, 0].detach().item()
+    assert reads.num == 1  # the one above
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(4, 6)}, r"expected float \(N, C, H, W\), got torch.float32 \(4, 6\)"),
+        ({"x": torch.zeros(4, 6, 5, 5, dtype=torch.int32)}, "torch.int32"),
+        ({"residual": torch.zeros(3, 6, 5, 5)}, r"\(3, 6, 5, 5\) and x torch.float32 \(4, 6, 5, 5"),
+        ({"residual": torch.zeros(4, 6, 5, 5).double()}, "residual torch.float64"),
+        ({"weight": torch.zeros(5)}, r"weight: expected \(6,\).*got \(5,\)"),
+        ({"bias": torch.zeros(1, 6)}, r"bias: expected \(6,\)"),
+        ({"running_var": None}, "both or neither"),
+        ({"running_var": torch.zeros(7)}, r"running_var: expected \(6,\)"),
+        ({"bias": torch.zeros(6, device="meta")}, "bias is on meta, x is on cpu"),
+        ({"running_mean": None, "running_var": None, "training": False}, "eval mode without"),
+        ({"num_groups": 5}, r"num_groups 5 of x \(4, 6, 5, 5\)"),
+        ({"num_groups": 0}, "num_groups 0"),
+        ({"x": torch.zeros(4, 6, 1, 1), "num_groups": 3}, "two values a channel"),
+        ({"x": torch.zeros(1, 6, 1, 1)}, "two values a channel"),
+        ({"negative_slope": -0.1}, "negative_slope: expected a finite number >= 0, got -0.1"),
+        ({"negative_slope": float("inf")}, "negative_slope.*got inf"),
+        ({"negative_slope": float("nan")}, "negative_slope.*got nan"),
+    ],
+)
+@pytest.mark.parametrize("function", [ops.batch_norm_act, kernel.batch_norm_act])
+def test_refuses(function, change, message):
+    vectors = ("weight", "bias", "running_mean", "running_var")
+    arguments = {
+        "x": torch.zeros(4, 6, 5, 5),
+        **{name: torch.ones(6) for name in vectors},
+        **{"training": True, "momentum": 0.1, "eps": 1e-5, "num_groups": 1},
+    }
+    with pytest.raises(RuntimeError, match=message):
+        function(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "parameters", "is_supported"),
+    [
+        (torch.bfloat16, 8, torch.float32, True),
+        (torch.float16, 2048, torch.float32, True),
+        (torch.float32, 24, torch.float32, True),
+        (torch.float64, 8, torch.float64, False),
+        (torch.bfloat16, 12, torch.float32, False),
+        (torch.bfloat16, 8, torch.bfloat16, False),
+    ],
+)
+def test_what_the_kernels_take(dtype, channels, parameters, is_supported):
+    x = torch.zeros(2, channels, 3, 3, dtype=dtype)
+    vector = torch.zeros(channels, dtype=parameters)
+    assert kernel.supports(x, vector, None, None, vector) is is_supported
+    assert not kernel.supports(x[:0], vector, None, None, vector)
+    strided = torch.zeros(2 * channels)[::2]
+    assert not kernel.supports(x, strided, None, None, vector)
+
+
+def test_a_gpu_runs_the_kernels_where_they_apply(monkeypatch):
+    """Which function the door calls; the kernels themselves are tested elsewhere."""
+    called = []
+    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    for name in ("batch_norm_act", "batch_norm_act_ref"):
+        monkeypatch.setattr(
+            kernel, name, lambda *_, name=name, **given: called.append((name, given))
+        )
+    options = {"training": True, "momentum": 0.1, "eps": 1e-5, "num_groups": 2, "relu": False}
+    options |= {"residual": torch.zeros(1), "negative_slope": 0.1}
+    for channels in (8, 12):
+        ops.batch_norm_act(torch.zeros(2, channels, 3, 3), None, None, None, None, **options)
+    assert called == [("batch_norm_act", options), ("batch_norm_act_ref", {})]
+
+
+@pytest.mark.parametrize("num_programs", [1, 7, 792])
+@pytest.mark.parametrize(
+    ("images", "image_rows", "num_groups", "channels"),
+    [(256, 112 * 112, 1, 64), (256, 49, 4, 2048), (7, 9, 3, 160), (1, 1, 1, 8), (2**16, 1, 5, 24)],
+)
+def test_every_row_is_in_one_chunk(images, image_rows, num_groups, channels, num_programs):
+    rows = kernel.Rows(images, image_rows, num_groups, channels, 2)
+    groups = torch.empty(images, 0).tensor_split(num_groups)
+    assert rows.largest_group == len(groups[0]) * image_rows
+    num_chunks, chunk_rows = rows.chunks(num_programs)
+    assert (num_chunks - 1) * chunk_rows < rows.largest_group <= num_chunks * chunk_rows
+    assert chunk_rows % rows.tile_rows == 0
+    # All run at once, unless there are more columns and groups than that.
+    blocks = rows.column_blocks * num_groups
+    assert num_chunks * blocks <= max(num_programs, blocks)
+    per_column, rest = divmod(rows.elementwise_grid[0], rows.column_blocks)
+    assert rest == 0
+    assert per_column * kernel.TILES * rows.tile_rows >= rows.largest_group
+    assert channels % rows.columns == 0
