@@ -1,0 +1,427 @@
+"""Batch norm, residual addition and ReLU in one call, in networks that others wrote.
+
+On a GPU a ResNet in training spends most of its bytes on batch norm, addition and ReLU, each a pass
+over the activations of its own. `ops.batch_norm_act` does the three in one. `fuse_batch_norms` puts
+it into a network: batch norms become `FusedBatchNorm2d`, and where a class's `forward` calls
+addition or ReLU itself the module becomes a twin, a subclass with the same computation in fused
+calls. Twins share the tensors, the children and the hooks of what they stand for, so keys, the
+order of parameters and the trees of `DualNetwork` are those of the plain network.
+
+A layer or block is left alone unless its class, its activations and its optional parts are known:
+the table at the end says which are.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from freeadv_fast import ops
+from freeadv_fast.models.batch_norm import AUXILIARY, GhostBatchNorm2d, GhostBatchNormAct2d
+from freeadv_fast.models.wide_resnet import LEAKINESS
+
+
+class FusedBatchNorm2d(GhostBatchNorm2d):
+    """`GhostBatchNorm2d` that can add a residual and apply (leaky) ReLU in the same pass.
+
+    Attributes:
+        group: Images that share training statistics, at most; None for the whole minibatch.
+        relu: Whether the output goes through ReLU, after the addition.
+        negative_slope: That of the ReLU, at least 0; 0 unless it is a leaky one.
+    """
+
+    group: int | None  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        group: int | None = None,
+        relu: bool = True,
+        negative_slope: float = 0.0,
+        **options: object,
+    ) -> None:
+        """Takes what `nn.BatchNorm2d` takes, the group size and which ReLU follows, if any.
+
+        Args:
+            num_features: Channels.
+            group: Images that share statistics, at least 1; None for the whole minibatch.
+            relu: Whether the output goes through ReLU.
+            negative_slope: The slope of a leaky ReLU, at least 0; unused without `relu`.
+            **options: eps, momentum, affine, track_running_stats, device, dtype.
+        """
+        super().__init__(num_features, group=group, **options)  # type: ignore[arg-type]
+        self.relu = relu
+        self.negative_slope = negative_slope
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalises, adds and activates; memory format and dtype are kept.
+
+        Args:
+            input: (N, C, H, W) activations.
+            residual: Added before ReLU, in the shape of `input`; None for nothing.
+
+        Raises:
+            ValueError: `input` is not 4-D.
+            RuntimeError: shapes disagree, or a channel holds a single value in training.
+        """
+        weight, bias, mean, variance = self.weight, self.bias, self.running_mean, self.running_var
+        # Without momentum torch takes a cumulative average, whose count it reads on the host.
+        if self.momentum is None or weight is None or mean is None or variance is None:
+            return self._unfused(input, residual)
+        if not self.track_running_stats or self.num_batches_tracked is None:
+            return self._unfused(input, residual)
+        if residual is not None and residual.dtype != input.dtype:
+            return self._unfused(input, residual)
+        self._check_input_dim(input)
+        num_groups = 1
+        if self.training:
+            self.num_batches_tracked.add_(1)
+            if self.group is not None:
+                # No group of one image, as in `GhostBatchNorm2d`.
+                num_groups = max(1, min(math.ceil(len(input) / self.group), len(input) // 2))
+        return ops.batch_norm_act(
+            input,
+            weight,
+            bias,
+            mean,
+            variance,
+            training=self.training,
+            momentum=self.momentum,
+            eps=self.eps,
+            num_groups=num_groups,
+            relu=self.relu,
+            residual=residual,
+            negative_slope=self.negative_slope,
+        )
+
+    def _unfused(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        """The same in up to three passes, for what `ops.batch_norm_act` does not take."""
+        plain = nn.BatchNorm2d if self.group is None else GhostBatchNorm2d
+        output: Tensor = plain.forward(self, input)  # type: ignore[arg-type]
+        if residual is not None:
+            output += residual
+        if self.relu and self.negative_slope:
+            output = F.leaky_relu(output, self.negative_slope, inplace=True)
+        elif self.relu:
+            output = F.relu(output, inplace=True)
+        return output
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        slope = f", negative_slope={self.negative_slope}" if self.negative_slope else ""
+        return f"{super().extra_repr()}, relu={self.relu}{slope}"
+
+
+def fuse_batch_norms(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """Puts fused batch norms into a network, in place below its top level.
+
+    To be called after `apply_bn_groups` and `add_auxiliary_bn`, whose layers it takes over with
+    their groups, and before anything that builds module trees (`DualNetwork`) or hooks layers. A
+    second call changes nothing.
+
+    It knows torchvision's and timm's ResNets (timm's: with ReLU, without squeeze-and-excitation,
+    drop block and drop path), this package's networks, timm's `BatchNormAct2d` with
+    ReLU or no activation, and a batch norm followed by ReLU in any `nn.Sequential`, which has to
+    run as a whole: its ReLU becomes `nn.Identity`. Where a layer has a hook on it, or its ReLU has,
+    the layer is left, for the hook would see another tensor; a block's own hooks go on working.
+
+    Args:
+        model: The network; parameters and buffers stay the same objects under the same keys.
+
+    Returns:
+        The network to use: `model`, or where the top level itself computes a ReLU its twin. And the
+        names of the batch norms that are left as they are.
+    """
+    fused = _fuse(model, {})
+    left = [
+        name
+        for name, layer in fused.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        and not isinstance(layer, FusedBatchNorm2d)
+        and not name.endswith(f".{AUXILIARY}")  # the main one stands for both
+    ]
+    return fused, left
+
+
+def class_path(module: nn.Module) -> str:
+    """The full name of a module's class: known without importing the library that defines it."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def twin_of(module: nn.Module, twin_class: type[nn.Module]) -> Any:
+    """An object of another class with the same attributes: tensors, children and hooks are shared.
+
+    Args:
+        module: Stays as it is.
+        twin_class: A class that adds no attributes to those of `module`, or whose own are set by
+            the caller.
+    """
+    twin = twin_class.__new__(twin_class)
+    twin.__dict__.update(module.__dict__)
+    return twin
+
+
+class _Pattern(NamedTuple):
+    """A class in whose instances batch norms are followed by ReLU.
+
+    Attributes:
+        norms: The batch norms; ReLU follows each, in a block's last one after the addition.
+        activations: Children that must be `nn.ReLU`.
+        absent: Optional parts that must not be there.
+        forward: The twin's forward pass; None where each activation is called once, right after
+            its norm, so that `nn.Identity` can take its place.
+        negative_slope: That of the ReLU.
+    """
+
+    norms: tuple[str, ...]
+    activations: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    forward: Callable[[Any, Tensor], Tensor] | None = None
+    negative_slope: float = 0.0
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether this instance is as its class usually is."""
+        children = module._modules
+        return (
+            all(_is_norm(children.get(name)) for name in self.norms)
+            and all(_is_stock(children.get(name), nn.ReLU) for name in self.activations)
+            and all(_is_absent(getattr(module, name)) for name in self.absent)
+            and "forward" not in module.__dict__
+        )
+
+
+def _fuse(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """The module or its twin; `done` holds those of modules that stand at several places."""
+    if module not in done:
+        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        done[module] = _fuse_own_activation(module) if is_norm else _fuse_children(module, done)
+    return done[module]
+
+
+def _fuse_children(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    """What is below a module first, then the module by its pattern."""
+    for name, child in module._modules.items():
+        if child is not None:
+            module._modules[name] = _fuse(child, done)
+    if type(module).forward is nn.Sequential.forward and "forward" not in module.__dict__:
+        _fuse_pairs(module)
+    pattern = _PATTERNS.get(class_path(module))
+    return module if pattern is None or not pattern.fits(module) else _apply(pattern, module)
+
+
+def _apply(pattern: _Pattern, module: nn.Module) -> nn.Module:
+    """Fuses a module that fits: the module itself, or its twin, where `module` keeps its norms."""
+    fused = module
+    if pattern.forward is not None:
+        fused = twin_of(module, _twin_class(type(module), pattern.forward))  # type: ignore[arg-type]
+        fused._modules = dict(module._modules)
+    children = fused._modules
+    for name in pattern.norms:
+        children[name] = _fused_norm(
+            children[name], relu=True, negative_slope=pattern.negative_slope
+        )
+    if pattern.forward is None:
+        for name in pattern.activations:
+            children[name] = nn.Identity().train(module.training)
+    downsample = children.get("downsample")
+    if isinstance(downsample, nn.Sequential):
+        for name, layer in downsample._modules.items():
+            if _is_norm(layer):
+                downsample._modules[name] = _fused_norm(layer, relu=False)
+    return fused
+
+
+@functools.cache
+def _twin_class(
+    original: type[nn.Module], forward: Callable[[Any, Tensor], Tensor]
+) -> type[nn.Module]:
+    """A subclass with another forward pass; made here, since timm is imported only when needed."""
+    return type(f"Fused{original.__name__}", (original,), {"forward": forward})
+
+
+def _fuse_own_activation(layer: nn.Module) -> nn.Module:
+    """The twin of a batch norm that calls ReLU, or nothing, on its output; others as they are."""
+    if type(layer) is not GhostBatchNormAct2d and class_path(layer) != _TIMM_NORM:
+        return layer
+    drop, act = layer._modules["drop"], layer._modules["act"]
+    if not _is_norm(layer, type(layer)) or not _is_stock(drop, nn.Identity):
+        return layer
+    if not _is_stock(act, nn.ReLU, nn.Identity):
+        return layer
+    return _fused_norm(layer, relu=type(act) is nn.ReLU)
+
+
+def _fuse_pairs(sequence: nn.Module) -> None:
+    """Fuses each batch norm of an `nn.Sequential` with the ReLU right after it, in place."""
+    children = sequence._modules
+    for name, following in itertools.pairwise(list(children)):
+        if _is_norm(children[name]) and _is_stock(children[following], nn.ReLU):
+            children[name] = _fused_norm(children[name], relu=True)
+            children[following] = nn.Identity().train(sequence.training)
+
+
+def _fused_norm(
+    layer: nn.Module | None, *, relu: bool, negative_slope: float = 0.0
+) -> FusedBatchNorm2d:
+    """The fused twin of a batch norm and of its auxiliary one."""
+    assert layer is not None
+    twin: FusedBatchNorm2d = twin_of(layer, FusedBatchNorm2d)
+    twin.group = getattr(layer, "group", None)
+    twin.relu = relu
+    twin.negative_slope = negative_slope
+    twin._modules = dict(layer._modules)
+    auxiliary = twin._modules.get(AUXILIARY)
+    if auxiliary is not None:
+        twin._modules[AUXILIARY] = _fused_norm(auxiliary, relu=relu, negative_slope=negative_slope)
+    return twin
+
+
+def _is_norm(layer: nn.Module | None, *classes: type[nn.Module]) -> bool:
+    """Whether a child is a batch norm that a fused one can stand for, and its auxiliary one too."""
+    if not _is_stock(layer, *(classes or (nn.BatchNorm2d, GhostBatchNorm2d))):
+        return False
+    auxiliary = layer._modules.get(AUXILIARY)  # type: ignore[union-attr]
+    return auxiliary is None or _is_stock(auxiliary, GhostBatchNorm2d, GhostBatchNormAct2d)
+
+
+def _is_stock(module: nn.Module | None, *classes: type[nn.Module]) -> bool:
+    """Whether a module is of one of these classes, not of a subclass, and nothing hooks it."""
+    return type(module) in classes and not any(
+        module.__dict__.get(name)  # type: ignore[union-attr]
+        for name in (
+            "forward",
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+    )
+
+
+def _is_absent(part: object) -> bool:
+    """Whether an optional part of a block does nothing."""
+    return part is None or type(part) is nn.Identity
+
+
+# The forward passes of the twins: the original's computation, in its order.
+
+
+def _torchvision_basic_block(self: Any, x: Tensor) -> Tensor:
+    """3x3 and 3x3 convolution."""
+    out = self.bn1(self.conv1(x))
+    out = self.conv2(out)
+    shortcut = x if self.downsample is None else self.downsample(x)
+    return self.bn2(out, shortcut)  # type: ignore[no-any-return]
+
+
+def _torchvision_bottleneck(self: Any, x: Tensor) -> Tensor:
+    """1x1, 3x3 and 1x1 convolution."""
+    out = self.bn1(self.conv1(x))
+    out = self.bn2(self.conv2(out))
+    out = self.conv3(out)
+    shortcut = x if self.downsample is None else self.downsample(x)
+    return self.bn3(out, shortcut)  # type: ignore[no-any-return]
+
+
+def _timm_basic_block(self: Any, x: Tensor) -> Tensor:
+    """torchvision's, with room for anti-aliasing."""
+    out = self.aa(self.bn1(self.conv1(x)))
+    out = self.conv2(out)
+    shortcut = x if self.downsample is None else self.downsample(x)
+    return self.bn2(out, shortcut)  # type: ignore[no-any-return]
+
+
+def _timm_bottleneck(self: Any, x: Tensor) -> Tensor:
+    """torchvision's, with room for anti-aliasing."""
+    out = self.bn1(self.conv1(x))
+    out = self.aa(self.bn2(self.conv2(out)))
+    out = self.conv3(out)
+    shortcut = x if self.downsample is None else self.downsample(x)
+    return self.bn3(out, shortcut)  # type: ignore[no-any-return]
+
+
+def _preact_block(self: Any, x: Tensor) -> Tensor:
+    """Batch norm and ReLU before each convolution."""
+    activated = self.bn1(x)
+    shortcut = x
+    if self.shortcut is not None:
+        shortcut = self.shortcut(x if self.raw_shortcut else activated)
+    residual: Tensor = self.conv2(self.bn2(self.conv1(activated)))
+    return residual + shortcut
+
+
+def _preact_resnet18(self: Any, x: Tensor) -> Tensor:
+    """The variant with a last batch norm; the other has no ReLU of its own."""
+    x = self.bn(self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x))))))
+    return self.linear(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+def _wide_block(self: Any, x: Tensor) -> Tensor:
+    """Batch norm and ReLU before each convolution."""
+    activated = self.bn1(x)
+    shortcut = x if self.convShortcut is None else self.convShortcut(activated)
+    residual: Tensor = self.conv2(self.bn2(self.conv1(activated)))
+    return residual + shortcut
+
+
+def _wide_resnet(self: Any, x: Tensor) -> Tensor:
+    """Stages, batch norm with ReLU, global average."""
+    x = self.bn1(self.block3(self.block2(self.block1(self.conv1(x)))))
+    return self.fc(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+def _madry_block(self: Any, x: Tensor) -> Tensor:
+    """Batch norm and leaky ReLU before each convolution; a shortcut without parameters."""
+    activated = self.bn1(x)
+    shortcut = activated if self.shares_activation else x
+    if self.stride > 1:
+        shortcut = F.avg_pool2d(shortcut, self.stride)
+    if self.channel_padding > 0:
+        padding = self.channel_padding
+        shortcut = F.pad(shortcut, (0, 0, 0, 0, padding, padding))
+    residual: Tensor = self.conv2(self.bn2(self.conv1(activated)))
+    return residual + shortcut
+
+
+def _madry_wide_resnet(self: Any, x: Tensor) -> Tensor:
+    """Stages, batch norm with leaky ReLU, global average."""
+    x = self.bn(self.block3(self.block2(self.block1(self.conv1(x)))))
+    return self.fc(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+_TIMM_NORM = "timm.layers.norm_act.BatchNormAct2d"
+
+# Two norms, or three; timm gives each an activation of its own.
+_TWO, _THREE = ("bn1", "bn2"), ("bn1", "bn2", "bn3")
+_TIMM_TWO, _TIMM_THREE = ("act1", "act2"), ("act1", "act2", "act3")
+_TIMM_OPTIONS = ("drop_block", "se", "drop_path")
+
+_PATTERNS: dict[str, _Pattern] = {
+    "torchvision.models.resnet.ResNet": _Pattern(("bn1",), ("relu",)),
+    "torchvision.models.resnet.BasicBlock": _Pattern(
+        _TWO, ("relu",), forward=_torchvision_basic_block
+    ),
+    "torchvision.models.resnet.Bottleneck": _Pattern(
+        _THREE, ("relu",), forward=_torchvision_bottleneck
+    ),
+    "timm.models.resnet.ResNet": _Pattern(("bn1",), ("act1",)),
+    "timm.models.resnet.BasicBlock": _Pattern(_TWO, _TIMM_TWO, _TIMM_OPTIONS, _timm_basic_block),
+    "timm.models.resnet.Bottleneck": _Pattern(_THREE, _TIMM_THREE, _TIMM_OPTIONS, _timm_bottleneck),
+    "freeadv_fast.models.preact_resnet.PreActBlock": _Pattern(_TWO, forward=_preact_block),
+    "freeadv_fast.models.preact_resnet.PreActResNet18": _Pattern(("bn",), forward=_preact_resnet18),
+    "freeadv_fast.models.wide_resnet.WideBlock": _Pattern(_TWO, forward=_wide_block),
+    "freeadv_fast.models.wide_resnet.WideResNet": _Pattern(("bn1",), forward=_wide_resnet),
+    "freeadv_fast.models.wide_resnet.MadryBlock": _Pattern(
+        _TWO, forward=_madry_block, negative_slope=LEAKINESS
+    ),
+    "freeadv_fast.models.wide_resnet.MadryWideResNet": _Pattern(
+        ("bn",), forward=_madry_wide_resnet, negative_slope=LEAKINESS
+    ),
+}
