@@ -16,7 +16,7 @@ from freeadv_fast.alignment import preset_lambda
 from freeadv_fast.attacks import Attack
 from freeadv_fast.errors import UserError, blaming
 from freeadv_fast.mixing import Mix
-from freeadv_fast.optim import Decay
+from freeadv_fast.optim import Decay, OptimizerName
 from freeadv_fast.phases import Phases
 from freeadv_fast.schedule import Schedule
 from freeadv_fast.threat import AnyThreatModel, L2ThreatModel, Perturbation, ThreatModel
@@ -46,10 +46,15 @@ DUAL: tuple[Method, ...] = ("fast-advprop", "advprop")
 # Methods whose weights GradAlign can go on with: they make the same L-infinity attacks.
 ALIGNABLE: tuple[Method, ...] = ("free", "fgsm", "fgsm-rs", "n-fgsm", "elle", "pgd", "yopo")
 WARMING: tuple[Method, ...] = ("fgsm", "fgsm-rs", "n-fgsm", "gradalign", "elle", "pgd")
+# Methods that differentiate a gradient.
+SECOND_ORDER: tuple[Method, ...] = ("gradalign", "elle")
+# Methods whose updates can be recorded: the host decides nothing between two of them.
+RECORDABLE: tuple[Method, ...] = ("natural", "free")
 AttackStart = Literal["uniform", "zero"]
 Norm = Literal["linf", "l2"]
 OnCollapse = Literal["stop", "restore", "gradalign"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Switch = Literal["auto", "on", "off"]
 
 # Without a GPU a full evaluation takes hours; 400 images and 20 steps take minutes.
 CPU_EVAL_ATTACKS = ("pgd-20",)
@@ -181,6 +186,12 @@ class TrainConfig:
     precision: Precision = "auto"
     """Arithmetic of the network: auto is bf16 on GPUs that have it, fp16 on older ones and fp32 on
     a CPU. Weights, loss and statistics are fp32 in any case."""
+    fuse: Switch = "auto"
+    """Batch norm, residual addition and ReLU as one kernel, and a 7x7 stem as a 4x4 convolution in
+    space-to-depth layout: auto is on where the kernels run, on a GPU with Triton. Off for methods
+    with second derivatives."""
+    graphs: Switch = "auto"
+    """One CUDA graph launch per update: auto is on for free and natural training on one GPU."""
     init_from: str | None = None
     """Weights to start from: a checkpoint of ours or a plain state dict. Nothing else is read."""
 
@@ -216,6 +227,10 @@ class TrainConfig:
     decay: Decay = "all"
     """Parameters under weight decay: all, only convolution and linear kernels, or no-bn for all but
     batch norm's."""
+    optimizer: OptimizerName = "sgd"
+    """The code that computes SGD's update: sgd is torch's, fused on a GPU; sgd-foreach torch's
+    foreach operations; apex-sgd the kernel of NVIDIA's apex, where that is installed. The last two
+    are for comparison, and no CUDA graph holds them."""
     max_passes: int | None = None
     """Stop after this many images forwarded and backwarded for the weights, over all ranks, at the
     next minibatch boundary. The schedule stays that of --epochs; evaluation follows."""
@@ -357,6 +372,16 @@ class TrainConfig:
                 f"--on-collapse gradalign: {self.method} with --norm {self.norm} cannot go on as "
                 "GradAlign; use --on-collapse restore or stop"
             )
+        if self.fuse == "on" and self.is_second_order:
+            raise UserError(
+                "--fuse on: GradAlign and ELLE differentiate twice, fused batch norm only once; "
+                "use --fuse auto"
+            )
+        if self.graphs == "on" and not self.is_recordable:
+            raise UserError(
+                f"--graphs on: only {' and '.join(RECORDABLE)} without --mix can be recorded; use "
+                "--graphs auto"
+            )
         for name in self.eval_attacks:  # a misspelt one should not be found after training
             Attack.parse(name)
         if self.mix != "none" and self.method not in ("natural", *DUAL):
@@ -453,6 +478,30 @@ class TrainConfig:
                 f"--aux-bn-group {self.aux_bn_group}: larger than the {num_adv} adversarial images "
                 f"of --batch-size {size}; use --aux-bn-group {num_adv} or a larger batch"
             )
+
+    @property
+    def is_second_order(self) -> bool:
+        """Whether training differentiates a gradient, or may come to do so after a collapse."""
+        return self.method in SECOND_ORDER or self.on_collapse == "gradalign"
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether an update can become a CUDA graph; mixtures are drawn on the host."""
+        return self.method in RECORDABLE and self.mix == "none"
+
+    @property
+    def can_pack_input(self) -> bool:
+        """Whether the network's input may be in space-to-depth layout.
+
+        Not where something else than the stem reads it as an image: per-image standardisation, L2
+        steps, mixtures, YOPO's first layer.
+        """
+        return (
+            self.normalization != "per-image"
+            and self.norm == "linf"
+            and self.mix == "none"
+            and self.method != "yopo"
+        )
 
     @property
     def has_branches(self) -> bool:

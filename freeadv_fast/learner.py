@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from freeadv_fast import ops
+from freeadv_fast.graphs import GraphRunner, Step
 from freeadv_fast.meters import Meters, Role
 from freeadv_fast.mixing import Labels, cross_entropy_sum, num_hits
-from freeadv_fast.models.batch_norm import Branch
+from freeadv_fast.models.batch_norm import Branch, DualNetwork
 from freeadv_fast.threat import AnyThreatModel, L2ThreatModel, clip_to_pixels_
 
 
@@ -33,11 +34,14 @@ class Pixels:
         mean: (3,) float32 on the device, subtracted from pixels in [0, 1].
         std: (3,) float32 on the device, the divisor.
         dtype: The network input's dtype.
+        space_to_depth: Whether the input is in the layout of `models.stem.SpaceToDepthConv2d`,
+            (n, 16, H/2 + 3, W/2 + 3), instead of (n, 3, H, W). Its gradient is, too.
     """
 
     mean: Tensor
     std: Tensor
     dtype: torch.dtype
+    space_to_depth: bool = False
 
 
 class Learner:
@@ -76,6 +80,8 @@ class Learner:
         self.num_ranks = num_ranks
         self.attack_scale_at = attack_scale_at
         self.updates = 0
+        self.runner: GraphRunner | None = None
+        self._rate: Tensor | None = None
         self.meters = Meters(device)
         self.scaler = torch.amp.grad_scaler.GradScaler(
             device.type, enabled=self.precision is torch.float16
@@ -92,10 +98,17 @@ class Learner:
             unit: Grey levels that one unit of `delta` stands for.
 
         Returns:
-            (n, 3, H, W) in the network's input dtype, channels_last, a leaf.
+            (n, 3, H, W) in the network's input dtype, channels_last, a leaf; in the stem's layout
+            where `pixels` says so.
         """
         return ops.perturb_normalize(
-            images, delta, self.pixels.mean, self.pixels.std, unit=unit, dtype=self.pixels.dtype
+            images,
+            delta,
+            self.pixels.mean,
+            self.pixels.std,
+            unit=unit,
+            dtype=self.pixels.dtype,
+            space_to_depth=self.pixels.space_to_depth,
         )
 
     @property
@@ -109,6 +122,12 @@ class Learner:
         if isinstance(self.net, DistributedDataParallel):
             return cast(nn.Module, self.net.module)
         return self.net
+
+    @property
+    def network(self) -> nn.Module:
+        """The network inside data parallelism and branches: what is saved and evaluated."""
+        module = self.module
+        return module.model if isinstance(module, DualNetwork) else module
 
     def autocast(self) -> torch.autocast:
         """The context in which layers run: autocast in half precision, else nothing."""
@@ -235,6 +254,34 @@ class Learner:
             ops.sign_ascent_(delta, gradient, images, nonfinite, step=step, eps=eps)
         clip_to_pixels_(delta, images)
 
+    def ascend_to_next_input_(
+        self, delta: Tensor, x: Tensor, images: Tensor, *, step: float, eps: float, unit: float
+    ) -> None:
+        """Free training's step on delta along `x`'s gradient; `x` becomes the input at the new one.
+
+        One kernel reads the gradient, moves delta and writes the next network input.
+
+        Args:
+            delta: (n, H, W, 3) perturbation in `unit` grey levels; updated.
+            x: Network input at images + delta, a leaf with a gradient; updated, its gradient gone.
+            images: (n, H, W, 3) uint8.
+            step: Length of the step in grey levels. eps: Radius. unit: Of delta.
+        """
+        assert x.grad is not None  # backward has set it
+        ops.ascend_normalize_(
+            delta,
+            x,
+            x.grad,
+            images,
+            self.pixels.mean,
+            self.pixels.std,
+            self.meters.nonfinite_gradients,
+            step=step,
+            eps=eps,
+            unit=unit,
+        )
+        x.grad = None
+
     def zero_grad(self) -> None:
         """Drops the last update's gradients.
 
@@ -271,13 +318,46 @@ class Learner:
         """Multiplies the gradients of some parameters, after the last backward pass."""
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
 
+    def update(self, step: Step, *inputs: Any) -> None:
+        """One update: the host's half here, the device's in `step`, as one launch where possible.
+
+        Args:
+            step: Does a whole update, up to `apply_gradients`, and leaves the host nothing to do.
+            *inputs: Its tensors and numbers, all that differs between two updates.
+        """
+        self._set_rate()
+        if self.runner is None:
+            step(*inputs)
+        else:
+            self.runner(step, *inputs)
+        self.updates += 1
+
     def step(self) -> None:
-        """One optimizer update at this update's learning rate; fp16 overflows skip it."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr_at(self.updates)
+        """One optimizer update at this update's learning rate."""
+        self._set_rate()
+        self.apply_gradients()
+        self.updates += 1
+
+    def apply_gradients(self) -> None:
+        """The optimizer's part on the device; fp16 overflows skip it."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.updates += 1
+
+    def record_with(self, runner: GraphRunner) -> None:
+        """Lets `runner` record updates; the learning rate then lives on the device."""
+        self.runner = runner
+        self._rate = torch.zeros((), device=self.pixels.mean.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate
+
+    def _set_rate(self) -> None:
+        """This update's learning rate, where the optimizer reads it; waits for nothing."""
+        rate = self.lr_at(self.updates)
+        if self._rate is not None:
+            self._rate.fill_(rate)
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
 
     @torch.no_grad()
     def clean_hits(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -301,10 +381,13 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a saved state."""
-        fused = [group["fused"] for group in self.optimizer.param_groups]
+        own = [(group["fused"], group["lr"]) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, is_fused in zip(self.optimizer.param_groups, fused, strict=True):
-            group["fused"] = is_fused  # this device's, not that of the machine that saved
+        for group, (is_fused, rate) in zip(self.optimizer.param_groups, own, strict=True):
+            # This device's, not those of the machine that saved.
+            group["fused"], group["lr"] = is_fused, rate
+        if self.runner is not None:  # the optimizer's tensors are others now
+            self.runner.forget()
         self.scaler.load_state_dict(state["scaler"])
         self.updates = int(state["updates"])
 

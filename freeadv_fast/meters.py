@@ -56,7 +56,7 @@ class Meters:
             num_images: Images of the pass.
         """
         sums, is_finite = self.sums[ROLES.index(role)], torch.isfinite(loss_sum)
-        sums[0] += torch.where(is_finite, loss_sum, 0.0)
+        sums[0] += loss_sum.masked_fill(~is_finite, 0.0)
         sums[1] += hits
         sums[2] += num_images
         sums[3] += ~is_finite

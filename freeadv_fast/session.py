@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from freeadv_fast import checkpoint
+from freeadv_fast import checkpoint, ops
 from freeadv_fast.attacks import Attack
 from freeadv_fast.budget import Budget
 from freeadv_fast.config import TrainConfig
@@ -21,13 +21,16 @@ from freeadv_fast.data import Loaders, build_phase_loaders
 from freeadv_fast.distributed import World
 from freeadv_fast.environment import environment
 from freeadv_fast.errors import UserError, blaming
+from freeadv_fast.graphs import WARM_UP, WARM_UP_OF_RANKS, CudaRecorder, GraphRunner
 from freeadv_fast.guard import Guard, History
 from freeadv_fast.learner import Learner, Pixels
 from freeadv_fast.methods import TrainingMethod, build_method
 from freeadv_fast.methods.fast_advprop import Exchange
 from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
+from freeadv_fast.models.fused import fuse_batch_norms
+from freeadv_fast.models.stem import use_space_to_depth
 from freeadv_fast.models.zoo import build_model, check_image_size
-from freeadv_fast.optim import build_sgd
+from freeadv_fast.optim import build_sgd, is_capturable
 from freeadv_fast.runlog import RunFolder, RunLog, read_json, write_json
 from freeadv_fast.threat import AnyThreatModel
 
@@ -39,6 +42,7 @@ FREE_TO_CHANGE = {
     "eval_attacks",
     "eval_images",
     "eval_step",
+    "graphs",
     "log_every",
     "max_bad_fraction",
     "max_passes",
@@ -195,6 +199,7 @@ def prepare(config: TrainConfig, world: World, own_model: nn.Module | None = Non
         lambda: build_network(config, classes, is_fresh=state is None)
     )
     learner = build_learner(model, config, world, budget)
+    model = learner.network
     phase = budget.phase_of(state["progress"]["epoch"]) if state else 0
     history = History.of(state["guard"]) if state else History()
     learner.lr_at = history.slowed(learner.lr_at, config.m)
@@ -351,17 +356,27 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
     if config.has_branches:
         add_auxiliary_bn(model, config.aux_bn_group)
     model.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    has_packed_input = False
+    if is_fused(config, world):
+        model, left = fuse_batch_norms(model)
+        if left:
+            say(world, f"fused batch norm: left as they are: {', '.join(left)}")
+        has_packed_input = config.can_pack_input and use_space_to_depth(model)
     net = DualNetwork(model) if config.has_branches else model
     if world.size > 1:
         # Each rank keeps its own running statistics (checkpoint.averaged_buffers); broadcasting
         # them at every forward would also break two forwards before one backward.
         net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
-    optimizer = build_sgd(
-        model,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        decay=config.decay,
+    # Together, for apex may be missing on one node of several.
+    optimizer = world.together(
+        lambda: build_sgd(
+            model,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            decay=config.decay,
+            name=config.optimizer,
+        )
     )
     precision = PRECISIONS[resolve_precision(config.precision, world.device)]
     pixels = Pixels(
@@ -370,6 +385,7 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
         # Pixels that the network itself standardises are not yet centred: bf16 would round them
         # by half a grey level.
         torch.float32 if config.normalization == "per-image" else precision,
+        has_packed_input,
     )
 
     def lr_at(update: int) -> float:
@@ -385,7 +401,41 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
             return 1.0
         return min(1.0, budget.data_epochs_before(update) * config.cost / config.attack_warmup)
 
-    return Learner(net, optimizer, lr_at, pixels, precision, world.size, attack_scale_at)
+    learner = Learner(net, optimizer, lr_at, pixels, precision, world.size, attack_scale_at)
+    obstacle = obstacle_to_graphs(config, world, optimizer)
+    if config.graphs == "on" and obstacle:
+        raise UserError(f"--graphs on: {obstacle}; use --graphs auto")
+    if not obstacle:
+        warm_up = WARM_UP if world.size == 1 else WARM_UP_OF_RANKS
+        runner = GraphRunner(lambda line: say(world, line), CudaRecorder(), warm_up)
+        learner.record_with(runner)
+    elif world.device.type == "cuda" and config.graphs == "auto":
+        say(world, f"graphs: off, {obstacle}")
+    return learner
+
+
+def is_fused(config: TrainConfig, world: World) -> bool:
+    """Whether batch norms are fused and the stem packed."""
+    if config.fuse == "auto":
+        return ops.backend(world.device) == "triton" and not config.is_second_order
+    return config.fuse == "on"
+
+
+def obstacle_to_graphs(
+    config: TrainConfig, world: World, optimizer: torch.optim.Optimizer
+) -> str | None:
+    """Why updates are not recorded as CUDA graphs; None where they are."""
+    if config.graphs == "off":
+        return "switched off"
+    if world.device.type != "cuda":
+        return "there is no GPU"
+    if not config.is_recordable:
+        return f"updates of {config.method} are not all alike"
+    if not is_capturable(optimizer):
+        return f"--optimizer {config.optimizer} reads the learning rate on the host"
+    if world.size > 1 and config.graphs == "auto":
+        return "several ranks (--graphs on records them too; no such machine has tried it)"
+    return None
 
 
 def build_guard(

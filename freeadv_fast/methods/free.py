@@ -16,7 +16,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from freeadv_fast import ops
 from freeadv_fast.learner import Learner
 from freeadv_fast.methods.passes import Passes
 from freeadv_fast.threat import ThreatModel
@@ -59,22 +58,27 @@ class Free:
             images: (n, H, W, 3) uint8, n at most N. labels: (n,) int64.
             global_size: Images of the minibatch over all ranks.
         """
-        learner, delta = self.learner, self.delta[: len(images)]
+        delta = self.delta[: len(images)]
+        x = self.learner.network_input(images, delta, self.unit).requires_grad_()
         for _ in range(self.m):
-            x = learner.network_input(images, delta, self.unit).requires_grad_()
-            loss = learner.loss(x, labels, global_size, role="adversarial")
-            learner.backward(loss)  # one pass: g_theta and g_adv
-            ops.sign_ascent_(
-                delta,
-                x.grad,  # type: ignore[arg-type]  # backward has set it
-                images,
-                learner.meters.nonfinite_gradients,
-                step=self.step_size,
-                eps=self.eps,
-                unit=self.unit,
-            )
-            learner.step()
+            self.learner.update(self.replay, x, images, labels, global_size)
         return Passes(self.m * global_size)
+
+    def replay(self, x: Tensor, images: Tensor, labels: Tensor, global_size: int) -> None:
+        """Lines 6 to 12: updates the weights, delta, and `x`, which becomes the next replay's.
+
+        Args:
+            x: (n, 3, H, W) network input at images + delta, a leaf.
+            images: (n, H, W, 3) uint8. labels: (n,) int64.
+            global_size: Images of the minibatch over all ranks.
+        """
+        learner, delta = self.learner, self.delta[: len(images)]
+        loss = learner.loss(x, labels, global_size, role="adversarial")
+        learner.backward(loss)  # one pass: g_theta and g_adv
+        learner.ascend_to_next_input_(
+            delta, x, images, step=self.step_size, eps=self.eps, unit=self.unit
+        )
+        learner.apply_gradients()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The perturbation, (N, H, W, 3)."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from freeadv_fast.learner import Learner
 from freeadv_fast.methods.passes import Passes
-from freeadv_fast.mixing import Mix, mix
+from freeadv_fast.mixing import Labels, Mix, mix
 
 
 class Natural:
@@ -49,9 +49,14 @@ class Natural:
         clean = learner.network_input(images)
         for _ in range(self.m):
             x, targets = mix(clean, labels, self.kind_of_mix, self.mix_alpha)
-            learner.backward(learner.loss(x, targets, global_size, role="clean"))
-            learner.step()
+            learner.update(self.descend, x, targets, global_size)
         return Passes(self.m * global_size)
+
+    def descend(self, x: Tensor, labels: Labels, global_size: int) -> None:
+        """One update at (n, 3, H, W) network input `x`."""
+        learner = self.learner
+        learner.backward(learner.loss(x, labels, global_size, role="clean"))
+        learner.apply_gradients()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing outlives a minibatch."""

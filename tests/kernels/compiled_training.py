@@ -1,0 +1,127 @@
+"""Free training through the fused batch norm's kernels beside eager training: the curves track.
+
+Run as compiled_kernels.py is. Interpreted, a tiny ResNet on scikit-learn's 8x8 digits; on a GPU,
+ResNet-18 on digits and on CIFAR-10 images at 32 px, with every kernel of the fast step, and
+recorded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from freeadv_fast import ops
+from freeadv_fast.budget import Budget
+from freeadv_fast.config import TrainConfig
+from freeadv_fast.distributed import World
+from freeadv_fast.kernels import batch_norm
+from freeadv_fast.methods import build_method
+from freeadv_fast.session import build_learner
+from freeadv_fast.threat import Perturbation
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+CIFAR = Path(os.environ.get("FREEADV_TEST_DATA", SHARED)) / "cifar10" / "cifar10_jpeg_train.npz"
+
+
+def digits(side):
+    """Real digits: (n, side, side, 3) uint8, and their labels."""
+    load_digits = pytest.importorskip("sklearn.datasets").load_digits
+    found = load_digits()
+    grey = torch.from_numpy(found.images * (255 / 16)).float()[:, None]
+    grey = F.interpolate(grey, (side, side), mode="bilinear").round().to(torch.uint8)
+    images = grey.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
+    return images, torch.from_numpy(found.target).long()
+
+
+def cifar(count):
+    """The first CIFAR-10 training images: (count, 32, 32, 3) uint8, and their labels."""
+    if not CIFAR.is_file():
+        pytest.skip("real images are not here; set FREEADV_TEST_DATA")
+    with np.load(CIFAR) as file:
+        header, blob = file["header"].tobytes(), file["blob"].tobytes()
+        ends, labels = file["offsets"], file["labels"][:count]
+    pictures = [
+        np.asarray(Image.open(io.BytesIO(header + blob[a:b])))
+        for a, b in zip(ends[:count], ends[1 : count + 1], strict=True)
+    ]
+    return torch.from_numpy(np.stack(pictures)), torch.from_numpy(labels.astype(np.int64))
+
+
+def losses(config, network, images, labels, num_minibatches):
+    """The mean training loss of each minibatch, over its replays."""
+    world = World(0, 1, DEVICE)
+    learner = build_learner(network, config, world, Budget.of(config, [num_minibatches]))
+    method = build_method(config, learner, DEVICE, 10)
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(num_minibatches):
+        rows = torch.randint(len(images), (config.batch_size,), generator=generator)
+        minibatch = images[rows].to(DEVICE), labels[rows].to(DEVICE)
+        method.train_minibatch(*minibatch, config.batch_size)
+        found.append(learner.meters.read(world).loss)
+    return torch.tensor(found)
+
+
+def both_curves(config, make_network, images, labels, num_minibatches):
+    """Losses without and with everything fused."""
+    curves = []
+    for switch in ("off", "auto"):
+        torch.manual_seed(0)
+        run = dataclasses.replace(config, fuse=switch, graphs=switch)
+        curves.append(losses(run, make_network(), images, labels, num_minibatches))
+    return curves
+
+
+@pytest.mark.skipif(not IS_INTERPRETED, reason="the GPU's networks are below")
+def test_curves_track_in_the_interpreter(monkeypatch):
+    """Basic blocks with and without a downsample branch, ghost groups, four replays."""
+    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    calls = []
+    launch = batch_norm.batch_norm_act
+    monkeypatch.setattr(
+        batch_norm, "batch_norm_act", lambda *a, **k: (calls.append(1), launch(*a, **k))[1]
+    )
+    images, labels = digits(16)
+    config = TrainConfig(
+        arch="mine", m=2, image_size=16, batch_size=8, bn_group=None, lr=0.05, epochs=100,
+        eps=Perturbation.parse("16/255"), normalization="none", precision="fp32",
+    )  # fmt: skip
+
+    def make_network():
+        network = ResNet(BasicBlock, [1, 1, 0, 0], num_classes=10)
+        network.layer3, network.layer4 = torch.nn.Identity(), torch.nn.Identity()
+        network.fc = torch.nn.Linear(128, 10)
+        return network
+
+    eager, fused = both_curves(config, make_network, images, labels, 4)
+    assert calls  # the kernels ran
+    torch.testing.assert_close(fused, eager, rtol=2e-3, atol=2e-3)
+    assert eager[-1] < eager[0]
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("data", ["digits", "cifar"])
+def test_curves_track_on_the_device(data, precision):
+    """200 minibatches replayed four times; the means of 20 losses may differ by a tenth."""
+    images, labels = digits(32) if data == "digits" else cifar(5000)
+    config = TrainConfig(
+        arch="resnet18", m=4, image_size=32, batch_size=64, bn_group=None, lr=0.05, epochs=400,
+        eps=Perturbation.parse("8/255"), normalization="cifar10", precision=precision,
+    )  # fmt: skip
+    curves = both_curves(
+        config, lambda: ResNet(BasicBlock, [2, 2, 2, 2], num_classes=10), images, labels, 200
+    )
+    eager, fused = (curve.view(10, 20).mean(1) for curve in curves)
+    torch.testing.assert_close(fused, eager, rtol=0.1, atol=0.05)
+    assert eager[-1] < 0.8 * eager[0]

@@ -1,0 +1,285 @@
+"""Updates as recordings: what is copied, what is recorded anew, and that training is the same."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from freeadv_fast.graphs import WARM_UP, CudaRecorder, GraphRunner
+from freeadv_fast.learner import Learner, Pixels
+from freeadv_fast.methods.free import Free
+from freeadv_fast.methods.natural import Natural
+from freeadv_fast.optim import build_sgd, is_capturable
+from freeadv_fast.threat import Perturbation, ThreatModel
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+class Recorder:
+    """Stands for CUDA's on a CPU: recording does nothing on the device, a launch does it all.
+
+    What a graph would freeze, it forbids: a launch may not ask the host for the learning rate.
+    """
+
+    def __init__(self, error=None):
+        self.num_recordings = 0
+        self.error = error
+        self.learner = None
+
+    @contextlib.contextmanager
+    def warming_up(self):
+        yield
+
+    def record(self, step):
+        if self.error is not None:
+            raise self.error
+        self.num_recordings += 1
+
+        def launch():
+            if self.learner is None:
+                return step()
+            lr_at, updates = self.learner.lr_at, self.learner.updates
+            self.learner.lr_at = self.learner.updates = None
+            step()
+            assert self.learner.updates is None
+            self.learner.lr_at, self.learner.updates = lr_at, updates
+
+        return launch
+
+
+def add(total, value, factor):
+    """A step: adds to the first tensor and doubles the second, in place."""
+    total += factor * value
+    value *= 2
+
+
+@pytest.fixture
+def lines():
+    return []
+
+
+def runner_of(lines, recorder=None):
+    return GraphRunner(lines.append, recorder or Recorder(), warm_up=2)
+
+
+def test_a_changed_tensor_is_copied_and_an_unchanged_one_is_not(lines):
+    """What a step wrote into its own copy of an input stays there until another one is given."""
+    run, total = runner_of(lines), torch.zeros(2)
+
+    def step(value):
+        add(total, value, 1.0)
+
+    for _ in range(2):
+        run(step, torch.ones(2))  # warm-up
+    value = torch.ones(2)
+    run(step, value)
+    run(step, value)
+    assert total.tolist() == [2 + 1 + 2] * 2
+    assert value.tolist() == [1, 1]  # the recording has its own
+    value += 4
+    run(step, value)
+    assert total.tolist() == [5 + 5] * 2
+    run(step, torch.ones(2))
+    assert total.tolist() == [11] * 2
+
+
+def test_a_new_tensor_in_the_place_of_a_dead_one_is_copied(lines):
+    """Python and the allocator reuse addresses at once; the recording must not be fooled."""
+    run, seen = runner_of(lines), []
+
+    def step(value):
+        seen.append(value.clone())
+
+    for number in range(12):
+        run(step, torch.full((3,), float(number)))
+    assert [int(value[0]) for value in seen] == list(range(12))
+
+
+def test_each_shape_and_number_has_a_recording(lines):
+    recorder = Recorder()
+    run, total = runner_of(lines, recorder), torch.zeros(())
+
+    def step(value, factor):
+        total.add_(value.sum(), alpha=factor)
+
+    for _ in range(4):
+        run(step, torch.ones(2), 1.0)
+        run(step, torch.ones(3), 1.0)
+        run(step, torch.ones(2), 10.0)
+    assert recorder.num_recordings == 3
+    assert total == 4 * (2 + 3 + 20)
+    run.forget()
+    for _ in range(3):
+        run(step, torch.ones(2), 1.0)
+    assert recorder.num_recordings == 4
+
+
+def test_other_inputs_run_eagerly(lines):
+    recorder = Recorder()
+    run, seen = runner_of(lines, recorder), []
+    for number in range(4):
+        run(seen.append, [number])
+    assert seen == [[0], [1], [2], [3]]
+    assert recorder.num_recordings == 0
+    assert not lines
+
+
+def test_what_cannot_be_recorded_runs_eagerly_and_says_why(lines):
+    recorder = Recorder(RuntimeError("operation not permitted when stream is capturing\nat: ..."))
+    run, total = runner_of(lines, recorder), torch.zeros(2)
+    for _ in range(5):
+        run(add, total, torch.ones(2), 1.0)
+    assert total.tolist() == [5, 5]
+    assert lines == [
+        "graphs: off, this step cannot be recorded (operation not permitted when stream is "
+        "capturing)"
+    ]
+
+
+def build_learner(network, device="cpu", dtype=torch.float32):
+    """A learner with a falling learning rate and torch's fused SGD."""
+    network.to(device)
+    optimizer = build_sgd(network, lr=0.05, momentum=0.9, weight_decay=5e-4, decay="all")
+    for group in optimizer.param_groups:
+        group["fused"], group["foreach"] = True, False
+    pixels = Pixels(torch.tensor(MEAN, device=device), torch.tensor(STD, device=device), dtype)
+    return Learner(network, optimizer, lambda update: 0.05 / (1 + update), pixels)
+
+
+def build_method(name, learner, device="cpu"):
+    if name == "natural":
+        return Natural(learner, m=2)
+    threat = ThreatModel(Perturbation.parse("8/255"), Perturbation.parse("8/255"))
+    shape = (6, 8, 8, 3)
+    return Free(learner, threat, m=3, minibatch_shape=shape, device=torch.device(device))
+
+
+def minibatches(sizes, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    for size in sizes:
+        images = torch.randint(-60, 316, (size, 8, 8, 3), generator=generator)
+        labels = torch.randint(0, 5, (size,), generator=generator)
+        yield images.clamp(0, 255).to(torch.uint8).to(device), labels.to(device)
+
+
+def train(name, network, runner, device="cpu", dtype=torch.float32, recorder=None):
+    """Four epochs of two full minibatches and a smaller one."""
+    learner = build_learner(network, device, dtype)
+    if runner is not None:
+        learner.record_with(runner)
+    if recorder is not None:
+        recorder.learner = learner
+    method = build_method(name, learner, device)
+    for images, labels in minibatches([6, 6, 4] * 4, device):
+        method.train_minibatch(images, labels, len(images))
+    return learner, method
+
+
+@pytest.mark.parametrize("name", ["free", "natural"])
+def test_recorded_training_is_the_same_training(small_network, name, lines):
+    """Weights, statistics, momentum, delta, meters and counts, with rates that fall."""
+    recorder = Recorder()
+    runner = GraphRunner(lines.append, recorder)
+    plain, plain_method = train(name, small_network(), None)
+    recorded, method = train(name, small_network(), runner, recorder=recorder)
+    assert recorder.num_recordings == 2
+    assert not lines
+    assert recorded.updates == plain.updates > 12 + 2 * WARM_UP
+    for (key, a), b in zip(
+        recorded.net.state_dict().items(), plain.net.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=key)  # the rate is a float32
+    torch.testing.assert_close(recorded.meters.sums, plain.meters.sums, rtol=1e-4, atol=1e-4)
+    for key, value in plain_method.state_dict().items():
+        assert (method.state_dict()[key] != value).float().mean() < 0.01
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operations that hand a value of the device to Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        reads = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal)
+        self.count += function.overloadpacket in reads
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("name", ["free", "natural"])
+def test_a_step_reads_nothing_on_the_host(small_network, name, lines):
+    """What a CPU can tell of what `set_sync_debug_mode` tells on a GPU."""
+    learner, method = train(name, small_network(), GraphRunner(lines.append, Recorder()))
+    ((images, labels),) = minibatches([6])
+    with HostReads() as reads:
+        method.train_minibatch(images, labels, 6)
+    assert reads.count == 0
+    with HostReads() as reads:
+        learner.meters.sums.sum().item()
+    assert reads.count == 1
+
+
+def test_a_loaded_state_is_recorded_anew_and_keeps_the_device_rate(small_network, lines):
+    """Optimizers replace their tensors when they load; an old recording would move dead ones."""
+    recorder = Recorder()
+    learner, method = train("free", small_network(), GraphRunner(lines.append, recorder))
+    before, state = recorder.num_recordings, copy.deepcopy(learner.state_dict())
+    learner.load_state_dict(state)
+    (rate,) = {id(group["lr"]) for group in learner.optimizer.param_groups}
+    for images, labels in minibatches([6, 6]):
+        method.train_minibatch(images, labels, 6)
+    assert recorder.num_recordings == before + 1
+    assert {id(group["lr"]) for group in learner.optimizer.param_groups} == {rate}
+    assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(0.05 / learner.updates)
+
+
+def gpu(test):
+    """Marks a test that records real CUDA graphs."""
+    needs_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.mark.gpu(needs_device(test))
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["free", "natural"])
+def test_a_cuda_graph_trains_as_eager_steps_do(small_network, name, dtype, lines):
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    plain, plain_method = train(name, small_network(), None, "cuda", dtype)
+    runner = GraphRunner(lines.append, CudaRecorder())
+    recorded, method = train(name, small_network(), runner, "cuda", dtype)
+    assert not lines
+    assert is_capturable(recorded.optimizer)
+    for (key, a), b in zip(
+        recorded.net.state_dict().items(), plain.net.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=key)
+    torch.testing.assert_close(recorded.meters.sums, plain.meters.sums, rtol=1e-2, atol=1e-2)
+    for key, value in plain_method.state_dict().items():
+        assert (method.state_dict()[key] != value).float().mean() < 0.05
+
+
+@gpu
+@pytest.mark.parametrize("is_recorded", [False, True])
+@pytest.mark.parametrize("name", ["free", "natural"])
+def test_a_step_never_waits_for_the_device(small_network, name, is_recorded, lines):
+    """Fused optimizer, meters, rate, perturbation: nothing reads the device; fp16's scaler too."""
+    learner = build_learner(small_network(), "cuda", torch.float16)
+    if is_recorded:
+        learner.record_with(GraphRunner(lines.append, CudaRecorder()))
+    method = build_method(name, learner, "cuda")
+    batches = list(minibatches([6] * 6, "cuda"))
+    for images, labels in batches:
+        method.train_minibatch(images, labels, 6)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for images, labels in batches:
+            method.train_minibatch(images, labels, 6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not lines
