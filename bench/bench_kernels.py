@@ -3,12 +3,15 @@
     python bench/bench_kernels.py --seconds 60 --out bench/results/MACHINE/kernels.json
 
 A kernel's bytes are those that its formula must read and write once; what an implementation moves
-beyond them (the eager chain's temporaries) counts against it.
+beyond them (the eager chain's temporaries) counts against it. In rows named `packed` the network's
+input and its gradient have the layout of kernels/space_to_depth.py. Its padding channels count, for
+they share 32-byte sectors with values; its border does where it is written.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,7 +54,7 @@ def main() -> None:
     print(f"copy {record['copy']['gb_per_second']:.1f} GB/s")
     for row in record["results"]:
         print(
-            f"{row['op']:18s} {row['provider']:7s} delta {row['delta']:5s} {row['dtype']:5s}"
+            f"{row['op']:24s} {row['provider']:7s} delta {row['delta']:5s} {row['dtype']:5s}"
             f"{row['seconds']['median'] * 1e6:11.1f} us {row['gb_per_second']:8.1f} GB/s "
             f"{100 * row['share_of_copy']:6.1f} % of copy"
         )
@@ -90,43 +93,60 @@ def run(shape: tuple[int, ...], device: torch.device, seconds: float) -> dict[st
 def candidates(
     shape: tuple[int, ...], storage: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> list[tuple[dict[str, Any], Callable[[], object]]]:
-    """Both ops, ours and as an eager chain, with the bytes that they must move."""
+    """The ops, plain and packed, and two eager chains, with the bytes that they must move."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, shape, generator=generator).to(torch.uint8).to(device)
     unit = STEP if storage is torch.int8 else 1.0
     delta = torch.zeros(shape, dtype=storage, device=device)
     mean, std = (torch.tensor(v, device=device) for v in (MEAN, STD))
-    grad = torch.randn(shape, generator=generator).to(dtype).to(device).permute(0, 3, 1, 2)
     nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+    sizes = {"step": STEP, "eps": STEP, "unit": unit}
     values = images.numel()
-    normalize_bytes = values * (1 + storage.itemsize + dtype.itemsize)
-    ascent_bytes = values * (1 + 2 * storage.itemsize + dtype.itemsize)
+    stored = values * storage.itemsize
 
-    def normalize() -> object:
-        return ops.perturb_normalize(images, delta, mean, std, unit=unit, dtype=dtype)
-
-    def ascend() -> object:
-        return ops.sign_ascent_(delta, grad, images, nonfinite, step=STEP, eps=STEP, unit=unit)
-
-    def row(op: str, provider: str, stored: torch.dtype, num_bytes: int) -> dict[str, Any]:
-        names = {"delta": NAMES[stored], "dtype": NAMES[dtype]}
+    def row(op: str, provider: str, num_bytes: int) -> dict[str, Any]:
+        names = {"delta": NAMES[storage], "dtype": NAMES[dtype]}
         return {"op": op, "provider": provider, **names, "bytes": num_bytes}
 
-    found = [
-        (row("perturb_normalize", "ours", storage, normalize_bytes), normalize),
-        (row("sign_ascent_", "ours", storage, ascent_bytes), ascend),
-    ]
+    def ours(packed: bool) -> list[tuple[dict[str, Any], Callable[[], object]]]:
+        def normalize() -> Tensor:
+            return ops.perturb_normalize(
+                images, delta, mean, std, unit=unit, dtype=dtype, space_to_depth=packed
+            )
+
+        x = normalize()
+        grad = torch.randn(x.permute(0, 2, 3, 1).shape, generator=generator)
+        grad = grad.to(dtype).to(device).permute(0, 3, 1, 2)
+        # Blocks of 2x2 pixels take 16 channels where 12 hold values.
+        inside = math.prod((shape[0], 16, *(-(-side // 2) for side in shape[1:3])))
+        touched = (inside if packed else values) * dtype.itemsize
+        name = " packed" if packed else ""
+        return [
+            (row(f"perturb_normalize{name}", "ours", values + stored + x.nbytes), normalize),
+            (
+                row(f"sign_ascent_{name}", "ours", values + 2 * stored + touched),
+                lambda: ops.sign_ascent_(delta, grad, images, nonfinite, **sizes),
+            ),
+            (
+                row(f"ascend_normalize_{name}", "ours", values + 2 * stored + 2 * touched),
+                lambda: ops.ascend_normalize_(
+                    delta, x, grad, images, mean, std, nonfinite, **sizes
+                ),
+            ),
+        ]
+
+    found = ours(False) + ours(True)
     if storage is torch.float32:  # an eager chain has no other delta
-        eager = eager_chain(images, mean, std, grad)
+        eager = eager_chain(images, mean, std, dtype)
         found += [
-            (row("perturb_normalize", "eager", storage, normalize_bytes), eager[0]),
-            (row("sign_ascent_", "eager", storage, ascent_bytes), eager[1]),
+            (row("perturb_normalize", "eager", found[0][0]["bytes"]), eager[0]),
+            (row("sign_ascent_", "eager", found[1][0]["bytes"]), eager[1]),
         ]
     return found
 
 
 def eager_chain(
-    images: Tensor, mean: Tensor, std: Tensor, grad: Tensor
+    images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """The same two steps as one writes them in PyTorch: float images in [0, 1], fp32 delta.
 
@@ -134,11 +154,12 @@ def eager_chain(
     """
     pixels = images.permute(0, 3, 1, 2).float() / 255
     delta = torch.zeros_like(pixels)
+    grad = torch.randn_like(pixels).to(dtype)
     step = STEP / 255
     mean, std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
 
     def normalize() -> Tensor:
-        return ((pixels + delta).clamp(0, 1) - mean).div(std).to(grad.dtype)
+        return ((pixels + delta).clamp(0, 1) - mean).div(std).to(dtype)
 
     def ascend() -> Tensor:
         s = pixels + delta

@@ -36,6 +36,7 @@ from freeadv_fast.distributed import World
 from freeadv_fast.methods import build_method
 from freeadv_fast.methods.fast_advprop import Exchange
 from freeadv_fast.models.preact_resnet import PreActBlock
+from freeadv_fast.models.zoo import build_model
 from freeadv_fast.report import BLUE, GREY, VERMILION
 from freeadv_fast.schedule import Schedule
 from freeadv_fast.session import build_learner
@@ -79,7 +80,10 @@ def train(
     world = World(0, 1, torch.device("cpu"))
     torch.manual_seed(flags.seed)
     num_classes = int(labels.max()) + 1
-    network = SmallNetwork(flags.width, num_classes)
+    if flags.arch == "small":
+        network: nn.Module = SmallNetwork(flags.width, num_classes)
+    else:
+        network = build_model(flags.arch, num_classes, image_size=images.shape[1])
     budget = Budget.of(config, [flags.updates])
     learner = build_learner(network, config, world, budget)
 
@@ -138,7 +142,8 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8, help="auxiliary batch-norm group")
     parser.add_argument("--clean", type=int, default=8, help="clean images of a minibatch")
     parser.add_argument("--adversarial", type=int, default=32, help="adversarial ones")
-    parser.add_argument("--width", type=int, default=12)
+    parser.add_argument("--arch", default="small", help="a network's name, or small")
+    parser.add_argument("--width", type=int, default=12, help="channels of small")
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--schedule", default="linear:0.4")
     parser.add_argument("--seed", type=int, default=0)

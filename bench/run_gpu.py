@@ -1,11 +1,19 @@
-"""The whole ladder on one GPU in two parts of under nine minutes, each written to one JSON.
+"""The whole ladder on one GPU: four parts of under nine minutes, a command and a JSON each.
 
-    python bench/run_gpu.py --out bench/results/h200/ladder.json --data /imagenette
-    python bench/run_gpu.py --part 2 --out bench/results/h200/ladder-methods.json --data /imagenette
-    python bench/run_gpu.py --tiny --out /tmp/ladder.json        # a CPU, to prove the script
+    python bench/run_gpu.py --part 1 --out bench/results/h200/ladder-1.json
+    python bench/run_gpu.py --part 2 --out bench/results/h200/ladder-2.json --data /imagenette
+    python bench/run_gpu.py --part 3 --out bench/results/h200/ladder-3.json
+    python bench/run_gpu.py --part 4 --out bench/results/h200/ladder-4.json --data /imagenette
+    python bench/run_gpu.py --part 1 --tiny --out /tmp/ladder.json   # a CPU, to prove the script
+
+Part 1 measures first: the headline step, the input gradient, batch norm, stem and elementwise
+kernels alone, a profile of the eager step, torch.compile. Part 2 is what the other methods cost.
+Part 3 is before and after fused kernels and CUDA graphs on three networks. Part 4 is to decide by:
+precision, batch size, compiled competitors, optimizers, and the loader and a run from JPEG files.
 
 Every section is a process of its own with its own time limit: one that fails, hangs or runs out of
-memory is recorded with its error and the others go on. The file is rewritten after each section.
+memory is recorded with its error and the others go on. The file is rewritten after each section;
+with --resume a second call keeps the sections that succeeded, if the commit is the same.
 """
 
 from __future__ import annotations
@@ -27,11 +35,18 @@ import harness
 import torch
 import torch.nn.functional as F
 
+from freeadv_fast import environment
 from freeadv_fast.models.zoo import build_model
 
 BENCH = Path(__file__).resolve().parent
 # Below this a section is not started: the process, CUDA and the network need about as long.
 SHORTEST_SECTION_S = 20
+
+# How the trainer's lines begin that tell of a recording or a fusion which did not happen.
+SAID = ("graphs: off", "fused batch norm: left")
+
+EAGER = ["--fuse", "off", "--graphs", "off"]
+FUSED = ["--fuse", "on", "--graphs", "off"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,29 +69,41 @@ class Section:
 def main() -> None:
     """Runs the sections, or, as a child, the one that lives in this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="ImageFolder with train/ and val/: loader and a short run")
-    parser.add_argument(
-        "--part", type=int, choices=(1, 2), default=1, help="1: free training; 2: the other methods"
-    )
+    parser.add_argument("--data", help="ImageFolder with train/ and val/: loader and short runs")
+    parser.add_argument("--part", type=int, choices=tuple(PARTS), default=1, help="see above")
     parser.add_argument("--budget", type=float, default=530, help="seconds for everything")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to prove the script")
     parser.add_argument("--only", nargs="+", help="names of the sections to run")
+    parser.add_argument("--resume", action="store_true", help="keep what --out has of this commit")
     parser.add_argument("--input-gradient", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     flags = parser.parse_args()
     if flags.input_gradient:
         print(json.dumps(input_gradient(flags.input_gradient, flags.tiny)))
         return
-    device = harness.default_device()
-    parts = {1: ladder, 2: methods_ladder}
-    sections = [s for s in parts[flags.part](flags) if not flags.only or s.name in flags.only]
+    sections = [s for s in PARTS[flags.part](flags) if not flags.only or s.name in flags.only]
+    if not sections:
+        parser.error(f"--only {' '.join(flags.only)}: no such section in part {flags.part}")
+    record = run_sections(sections, flags)
+    print(f"{sum(s.get('wall_s', 0) for s in record['sections'].values()):.0f} s in all")
+    if all("error" in outcome for outcome in record["sections"].values()):
+        sys.exit(1)
+
+
+def run_sections(sections: list[Section], flags: argparse.Namespace) -> dict[str, Any]:
+    """Runs sections one after the other until the budget is spent; writes after each."""
     deadline = time.monotonic() + flags.budget
     record: dict[str, Any] = {
         "benchmark": "ladder",
-        "environment": harness.environment_record(device),
+        "environment": harness.environment_record(harness.default_device()),
+        "part": flags.part,
         "sections": {},
     }
+    if flags.resume and flags.out and flags.out.is_file():
+        record["sections"] = succeeded(json.loads(flags.out.read_text()), record["environment"])
     for section in sections:
+        if section.name in record["sections"]:
+            continue
         left = deadline - time.monotonic()
         if left < SHORTEST_SECTION_S:
             outcome: dict[str, Any] = {"skipped": "the time was up"}
@@ -88,50 +115,71 @@ def main() -> None:
         record["sections"][section.name] = outcome
         if flags.out:
             harness.write_json(flags.out, record)
-    print(f"{sum(s.get('wall_s', 0) for s in record['sections'].values()):.0f} s in all")
-    if all("error" in outcome for outcome in record["sections"].values()):
-        sys.exit(1)
+    return record
 
 
-def ladder(flags: argparse.Namespace) -> list[Section]:
-    """The sections in order of importance: what time cuts off comes last."""
-    tiny = flags.tiny
-    sections = [
-        step_section("step_resnet50_224", "resnet50", 224, 256, 110, flags),
-        Section(
-            "kernels",
-            ["bench/bench_kernels.py", "--seconds", "1" if tiny else "25"]
-            + (["--shape", "2", "16", "16", "3"] if tiny else []),
-            60,
+def succeeded(earlier: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """The sections of an earlier record that need not run again; none of another commit's."""
+    if any(earlier["environment"][key] != here[key] for key in ("git", "device")):
+        return {}
+    return {
+        name: outcome
+        for name, outcome in earlier["sections"].items()
+        if not {"error", "skipped"} & set(outcome)
+    }
+
+
+def measure_first(flags: argparse.Namespace) -> list[Section]:
+    """Part 1, in order of importance: what time cuts off comes last."""
+    methods = ["--methods", "natural,free,plain,eager"]
+    gradient = ["bench/run_gpu.py", "--input-gradient", "1" if flags.tiny else "25"]
+    norms = ["bench/bench_batch_norm.py", *seconds_of(30, flags)]
+    stems = ["bench/bench_stem.py", *seconds_of(15, flags)]
+    kernels = ["bench/bench_kernels.py", *seconds_of(15, flags)]
+    compiles = {"compile": "eager-bf16,default-bf16"}
+    compiles["compile_others"] = "layout-bf16,reduce-overhead-bf16,eager-fp16"
+    tiny_compile = []
+    if flags.tiny:
+        gradient += ["--tiny"]
+        norms += ["--layers", "6x16", "--batch-size", "2"]
+        stems += ["--batch-size", "2", "--image-size", "16"]
+        kernels += ["--shape", "2", "16", "16", "3"]
+        compiles = {"compile": "eager-fp32"}  # a CPU's compiler takes minutes
+        tiny_compile = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "2"]
+    step = step_section(
+        "step_resnet50_224", "resnet50", 224, 256, 40, flags, methods, limit_s=220, memory=True
+    )
+    return [
+        step,
+        Section("input_gradient", gradient, 80, writes_out=False),
+        Section("batch_norm", norms, 120),
+        Section("stem", stems, 70),
+        Section("kernels", kernels, 60),
+        profile_section("profile_eager", EAGER, flags),
+        *(
+            Section(
+                name,
+                ["bench/bench_compile.py", "--variants", variants]
+                + [*seconds_of(8, flags), *tiny_compile],
+                300,
+            )
+            for name, variants in compiles.items()
         ),
-        Section(
-            "input_gradient",
-            ["bench/run_gpu.py", "--input-gradient", "1" if tiny else "40"]
-            + (["--tiny"] if tiny else []),
-            80,
-            writes_out=False,
-        ),
-        step_section("step_preact_resnet18_32", "preact-resnet18", 32, 128, 50, flags),
-        step_section("step_wrn_32_10_32", "wrn-32-10", 32, 128, 60, flags),
     ]
-    if tiny:
-        sections = [s for s in sections if s.name != "step_wrn_32_10_32"]
-    if flags.data:
-        if has_dali():
-            command = ["bench/bench_loader.py", "--data", flags.data, "--seconds", "30"]
-            sections.append(Section("loader", command, 90))
-        sections.append(run_section_of("free_run", "imagenet_free.py", ["--m", "4"], flags))
-    return sections
 
 
 def methods_ladder(flags: argparse.Namespace) -> list[Section]:
-    """What the other methods cost in natural steps, the exchange, and two short runs to compare."""
+    """Part 2: the other methods in natural steps, the exchange, and two short runs to compare."""
     advprops = ["--methods", "natural,fast-advprop,advprop"]
     family = ["--methods", "natural,fgsm-rs,n-fgsm,gradalign,pgd,free", "--attack-steps", "2"]
     rows = ["bench/bench_shuffle.py"] + (["--rounds", "3"] if flags.tiny else [])
+
+    def steps(name: str, arch: str, size: int, batch: int, more: list[str]) -> Section:
+        return step_section(name, arch, size, batch, 35, flags, more, limit_s=170, memory=True)
+
     sections = [
-        step_section("step_advprop_resnet50_224", "resnet50", 224, 320, 110, flags, advprops),
-        step_section("step_family_preact_32", "preact-resnet18", 32, 128, 90, flags, family),
+        steps("step_advprop_resnet50_224", "resnet50", 224, 320, advprops),
+        steps("step_family_preact_32", "preact-resnet18", 32, 128, family),
         Section("shuffle", rows, 90),
     ]
     if flags.data:
@@ -139,6 +187,64 @@ def methods_ladder(flags: argparse.Namespace) -> list[Section]:
             trained = run_section_of(f"{method}_run", f"imagenet_{method}.py", [], flags)
             sections += [trained, corruptions_section(f"{method}_corruptions", trained)]
     return sections
+
+
+def before_and_after(flags: argparse.Namespace) -> list[Section]:
+    """Part 3: each network eager, with fused kernels, and captured as well; then where time goes.
+
+    Natural and free training are timed in turn; the settings are sections, one after the other.
+    """
+    networks = [
+        ("resnet50_224", "resnet50", 224, 256, "4", 12),
+        ("preact_resnet18_32", "preact-resnet18", 32, 128, "8", 8),
+        ("wrn_32_10_32", "wrn-32-10", 32, 128, "8", 10),
+    ]
+    settings = {"off": EAGER, "fused": FUSED, "captured": captured(flags)}
+    sections = []
+    for name, arch, size, batch, m, seconds in networks[:1] if flags.tiny else networks:
+        for setting, switches in settings.items():
+            more = ["--methods", "natural,free", *switches]
+            more += [] if flags.tiny else ["--m", m]
+            title = f"{name}_{setting}"
+            sections.append(step_section(title, arch, size, batch, seconds, flags, more))
+    preact = ["--arch", "preact-resnet18", "--image-size", "32", "--batch-size", "128", "--m", "8"]
+    return [
+        *sections,
+        profile_section("profile_fused", FUSED, flags),
+        profile_section("profile_captured", captured(flags), flags),
+        profile_section("profile_captured_preact", [*preact, *captured(flags)], flags),
+    ]
+
+
+def try_and_decide(flags: argparse.Namespace) -> list[Section]:
+    """Part 4: one choice a section, on ResNet-50 as the trainer runs it by default."""
+
+    def step(name: str, more: list[str], batch: int = 256) -> Section:
+        more = ["--methods", "natural,free", *more]
+        return step_section(name, "resnet50", 224, batch, 12, flags, more)
+
+    precisions = ("fp32",) if flags.tiny else ("bf16", "fp16")
+    sections = [step(f"precision_{name}", ["--precision", name]) for name in precisions]
+    sections += [step(f"batch_{batch}", [], batch) for batch in (400, 512)]
+    if flags.data:
+        sections.append(run_section_of("free_run", "imagenet_free.py", ["--m", "4"], flags))
+        if has_dali():
+            command = ["bench/bench_loader.py", "--data", flags.data, *seconds_of(30, flags)]
+            sections.append(Section("loader", command, 90))
+    if not flags.tiny:
+        methods = ["--methods", "natural,free,eager,compiled,compiled-free"]
+        sections.append(
+            step_section("compiled", "resnet50", 224, 256, 30, flags, methods, limit_s=360)
+        )
+    # No CUDA graph holds the last two, so that all three are compared without one.
+    optimizers = ["sgd", "sgd-foreach"] + (["apex-sgd"] if environment.has_nvidia_apex() else [])
+    for name in optimizers:
+        more = ["--graphs", "off", "--optimizer", name]
+        sections.append(step(f"optimizer_{name}", more))
+    return sections
+
+
+PARTS = {1: measure_first, 2: methods_ladder, 3: before_and_after, 4: try_and_decide}
 
 
 def has_dali() -> bool:
@@ -149,24 +255,49 @@ def has_dali() -> bool:
         return False
 
 
+def seconds_of(seconds: float, flags: argparse.Namespace) -> list[str]:
+    """--seconds of a script that takes that flag."""
+    return ["--seconds", "1" if flags.tiny else str(seconds)]
+
+
+def captured(flags: argparse.Namespace) -> list[str]:
+    """Flags of a step that is fused and one graph; a CPU has none, so the tiny one asks for it."""
+    return ["--fuse", "on", "--graphs", "auto" if flags.tiny else "on"]
+
+
 def step_section(
     name: str,
     arch: str,
     size: int,
     batch: int,
-    limit_s: float,
+    seconds: float,
     flags: argparse.Namespace,
-    more: list[str] | None = None,
+    more: list[str],
+    *,
+    limit_s: float = 120,
+    memory: bool = False,
 ) -> Section:
-    """bench_step on one network; a third of the limit is for the processes and peak memory."""
+    """bench_step on one network, with so many seconds for all samples.
+
+    Its peak memory takes a process a method, and so minutes.
+    """
     command = ["bench/bench_step.py", "--arch", arch, "--image-size", str(size)]
     if flags.tiny:
         command = ["bench/bench_step.py", "--arch", "resnet18", "--image-size", "32"]
-        command += ["--batch-size", "10" if more else "2", "--m", "2", "--rounds", "3"]
-        command += ["--no-memory"]
+        command += ["--batch-size", "10", "--m", "2", "--rounds", "3", "--no-memory"]
     else:
-        command += ["--batch-size", str(batch), "--seconds", str(limit_s / 3)]
-    return Section(name, command + (more or []), limit_s)
+        command += ["--batch-size", str(batch), "--seconds", str(seconds)]
+        command += [] if memory else ["--no-memory"]
+    return Section(name, command + more, limit_s)
+
+
+def profile_section(name: str, more: list[str], flags: argparse.Namespace) -> Section:
+    """profile_step on ResNet-50, or on the network that `more` names."""
+    command = ["bench/profile_step.py", *more]
+    if flags.tiny:
+        command += ["--arch", "resnet18", "--image-size", "32", "--batch-size", "2", "--m", "2"]
+        command += ["--steps", "1"]
+    return Section(name, command, 90)
 
 
 def run_section_of(name: str, script: str, more: list[str], flags: argparse.Namespace) -> Section:
@@ -194,7 +325,11 @@ def run_folder(section: Section) -> str:
 
 
 def run_section(section: Section, limit_s: float) -> dict[str, Any]:
-    """Runs one section to its end or its limit; never raises for what the section does."""
+    """Runs one section to its end or its limit; never raises for what the section does.
+
+    What a section wrote before it failed is kept beside its error. `said` are the lines in which
+    the trainer tells that something runs otherwise than asked for.
+    """
     command = [sys.executable, *section.command]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
@@ -206,13 +341,17 @@ def run_section(section: Section, limit_s: float) -> dict[str, Any]:
             "command": " ".join(["python", *section.command]),
             "wall_s": time.monotonic() - start,
         }
-        if status != 0:
-            return {**outcome, "error": f"status {status}: {output.strip()[-1500:]}"}
-        print(output.strip()[-2000:], flush=True)
-        if section.writes_out:
-            result = json.loads(out.read_text())
-            del result["environment"]  # the record's own
-            return {**outcome, **result}
+        said = [line for line in output.splitlines() if line.startswith(SAID)]
+        if said:
+            outcome["said"] = list(dict.fromkeys(said))
+        if out.is_file():
+            outcome |= json.loads(out.read_text())
+            del outcome["environment"]  # the record's own
+    if status != 0:
+        return {**outcome, "error": f"status {status}: {output.strip()[-1500:]}"}
+    print(output.strip()[-2000:], flush=True)
+    if section.writes_out:
+        return outcome
     if section.name.endswith("_run"):
         return {**outcome, **read_run(Path(run_folder(section)))}
     if section.name.endswith("_corruptions"):
