@@ -188,8 +188,8 @@ class TrainConfig:
     a CPU. Weights, loss and statistics are fp32 in any case."""
     fuse: Switch = "auto"
     """Batch norm, residual addition and ReLU as one kernel, and a 7x7 stem as a 4x4 convolution in
-    space-to-depth layout: auto is on where the kernels run, on a GPU with Triton. Off for methods
-    with second derivatives."""
+    space-to-depth layout. auto: both on a GPU with Triton, the stem alone for free training on a
+    CPU, neither for methods with second derivatives."""
     graphs: Switch = "auto"
     """One CUDA graph launch per update: auto is on for free and natural training on one GPU."""
     init_from: str | None = None

@@ -356,12 +356,11 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
     if config.has_branches:
         add_auxiliary_bn(model, config.aux_bn_group)
     model.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    has_packed_input = False
-    if is_fused(config, world):
+    if has_fused_norms(config, world):
         model, left = fuse_batch_norms(model)
         if left:
             say(world, f"fused batch norm: left as they are: {', '.join(left)}")
-        has_packed_input = config.can_pack_input and use_space_to_depth(model)
+    has_packed_input = wants_packed_input(config, world) and use_space_to_depth(model)
     net = DualNetwork(model) if config.has_branches else model
     if world.size > 1:
         # Each rank keeps its own running statistics (checkpoint.averaged_buffers); broadcasting
@@ -414,11 +413,25 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
     return learner
 
 
-def is_fused(config: TrainConfig, world: World) -> bool:
-    """Whether batch norms are fused and the stem packed."""
+def has_fused_norms(config: TrainConfig, world: World) -> bool:
+    """Whether batch norms are fused: by default where that is a kernel, on a GPU."""
     if config.fuse == "auto":
         return ops.backend(world.device) == "triton" and not config.is_second_order
     return config.fuse == "on"
+
+
+def wants_packed_input(config: TrainConfig, world: World) -> bool:
+    """Whether the stem takes its input in space-to-depth layout, if it can.
+
+    On a CPU that pays where every pass takes the input's gradient, in free training. The stem
+    alone, 8 images at 224 px on one thread: 92 ms against 131 with that gradient, 60 against 40
+    without.
+    """
+    if config.fuse == "auto" and world.device.type == "cpu":
+        is_chosen = config.method == "free" and not config.is_second_order
+    else:
+        is_chosen = has_fused_norms(config, world)
+    return is_chosen and config.can_pack_input
 
 
 def obstacle_to_graphs(

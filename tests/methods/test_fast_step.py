@@ -96,6 +96,26 @@ def test_what_reads_the_input_as_an_image_gets_one(changes, world):
     assert isinstance(learner.network.bn1, FusedBatchNorm2d)
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_packed"),
+    [
+        ({"method": "free"}, True),
+        ({"method": "free", "on_collapse": "gradalign"}, False),
+        ({"method": "free", "normalization": "per-image"}, False),
+        ({"method": "natural"}, False),
+        ({"method": "pgd"}, False),
+    ],
+    ids=str,
+)
+def test_a_cpu_packs_the_input_of_free_training_only(changes, is_packed, world):
+    """There the stem's input gradient is in every pass; batch norm stays torch's own."""
+    config = config_of(**changes)
+    learner = build_learner(network_of(config.method), config, world, Budget.of(config, [10]))
+    assert learner.pixels.space_to_depth is is_packed
+    assert isinstance(learner.network.conv1, SpaceToDepthConv2d) is is_packed
+    assert not any(isinstance(layer, FusedBatchNorm2d) for layer in learner.network.modules())
+
+
 def test_graphs_need_a_gpu_and_updates_that_are_all_alike(world):
     config = config_of("free", graphs="on")
     network = build_model("resnet18", 4, image_size=32)
