@@ -198,7 +198,8 @@ def batch_norm_act(
     relu: bool = True,
     residual: Tensor | None = None,
     negative_slope: float = 0.0,
-) -> Tensor:
+    fork: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Batch norm in groups, then a residual, then ReLU: ``relu(norm(x) + residual)``.
 
     The kernels take half precision and float32 with a multiple of 8 channels and float32
@@ -219,9 +220,12 @@ def batch_norm_act(
         relu: Whether negative values are multiplied by the slope.
         residual: (N, C, H, W) of x's dtype, added before the ReLU.
         negative_slope: 0 for ReLU, more for leaky ReLU; unused without `relu`.
+        fork: Return the output twice, for two readers whose gradients the kernels then sum.
 
     Returns:
-        (N, C, H, W) of x's dtype: channels_last from the kernels, else in x's memory format.
+        (N, C, H, W) of x's dtype: channels_last from the kernels, else in x's memory format. With
+        `fork` it and the same once more: one object, or from the kernels, behind ReLU and a
+        residual in training, two for the same memory, each with the gradient of its own readers.
 
     Raises:
         RuntimeError: shapes, dtypes or devices disagree, a group would hold fewer than two values
@@ -232,7 +236,7 @@ def batch_norm_act(
     """
     norm = (x, weight, bias, running_mean, running_var)
     if backend(x.device) == "triton" and _batch_norm.supports(*norm):
-        y: Tensor = _batch_norm.batch_norm_act(
+        y: Tensor | tuple[Tensor, Tensor] = _batch_norm.batch_norm_act(
             *norm,
             training=training,
             momentum=momentum,
@@ -241,10 +245,11 @@ def batch_norm_act(
             relu=relu,
             residual=residual,
             negative_slope=negative_slope,
+            fork=fork,
         )
     else:
         y = _batch_norm.batch_norm_act_ref(
-            *norm, training, momentum, eps, num_groups, relu, residual, negative_slope
+            *norm, training, momentum, eps, num_groups, relu, residual, negative_slope, fork
         )
     return y
 

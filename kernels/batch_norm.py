@@ -24,7 +24,13 @@ Bytes per element, 16-bit activations, forward + backward (residual's gradient i
 
     BN + ReLU         6     + 10        eager, ReLU apart           10 + 16
     BN + add + ReLU   8.125 + 12.125    eager, add and ReLU apart   16 + 16
+      read twice      8.125 + 14.125    eager, and a sum            16 + 22
     BN                6     + 10        eager                        6 + 10
+
+The output of a residual block has two readers, the next block and its shortcut, whose gradients
+autograd would sum in a kernel of its own: two reads and a write. With `fork` there is an output for
+each, one and the same tensor in memory, and (4) reads both gradients and sums them. Both live until
+(6) is done, where there was their sum: one tensor more while this backward runs.
 
 Numerics: float32 throughout; results are rounded once, except that dx behind a residual follows
 from the rounded dz, which only leaky ReLU's s * dy notices. A chunk's deviations are taken from the
@@ -196,11 +202,13 @@ def batch_norm_act_ref(
     relu: bool,
     residual: Tensor | None,
     negative_slope: float = 0.0,
-) -> Tensor:
+    fork: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """The specification in plain PyTorch, and the path of a CPU; any memory format is kept.
 
     A chunk, a fused call and a concatenation are the cheapest groups on a CPU. The additions and
-    the ReLU work in place: no backward pass reads what they overwrite.
+    the ReLU work in place: no backward pass reads what they overwrite. Both outputs of a fork are
+    one object, and autograd sums their gradients.
     """
     check(
         x, weight, bias, running_mean, running_var, training, num_groups, residual, negative_slope
@@ -215,7 +223,7 @@ def batch_norm_act_ref(
         y = F.leaky_relu(y, negative_slope, inplace=True)
     elif relu:
         y = F.relu(y, inplace=True)
-    return y
+    return (y, y) if fork else y
 
 
 def _grouped(
@@ -503,6 +511,7 @@ def _backward_reduce_kernel(
     partial_ptr,  # [2, G, P, C] fp32, output: a chunk's sums of dz and of dz * (x - mean)
     dz_ptr,  # [M, C] like dy, output if MASK is BITS
     dy_ptr,  # [M, C] bf16 | fp16 | fp32
+    shortcut_dy_ptr,  # [M, C] like dy, added to it; or None
     x_ptr,  # [M, C] like dy
     bits_ptr,  # [M, C/8] u8; unused unless MASK is BITS
     coefficients_ptr,  # [4, G, C] fp32: a, b, mean, rstd
@@ -541,6 +550,8 @@ def _backward_reduce_kernel(
     row = first + start
     inside = (rows < left)[:, None]
     dy = tl.load(dy_ptr + row * C + at, mask=inside, other=0.0)
+    if shortcut_dy_ptr is not None:
+        shortcut_dy = tl.load(shortcut_dy_ptr + row * C + at, mask=inside, other=0.0)
     x = tl.load(x_ptr + row * C + at, mask=inside, other=0.0)
     if MASK == 2:
         bits = tl.load(bits_ptr + row * channels8 + at_bits, mask=inside)
@@ -550,6 +561,8 @@ def _backward_reduce_kernel(
         dy_next = tl.load(dy_ptr + (row + BM) * C + at, mask=is_next, other=0.0)
         x_next = tl.load(x_ptr + (row + BM) * C + at, mask=is_next, other=0.0)
         dz = dy.to(tl.float32)
+        if shortcut_dy_ptr is not None:
+            dz += shortcut_dy.to(tl.float32)
         x32 = x.to(tl.float32)
         if MASK == 1:
             dz = tl.where(tl.fma(x32, a, b) <= 0.0, _leak(dz, SLOPE), dz)
@@ -558,6 +571,9 @@ def _backward_reduce_kernel(
             dz = tl.where(_unpack(bits, BM, BC), dz, _leak(dz, SLOPE))
             tl.store(dz_ptr + row * C + at, dz.to(dz_ptr.dtype.element_ty), mask=inside)
             bits = bits_next
+        if shortcut_dy_ptr is not None:
+            # Not beside the other two loads: there, sm_80 spills two registers of 128.
+            shortcut_dy = tl.load(shortcut_dy_ptr + (row + BM) * C + at, mask=is_next, other=0.0)
         sums += dz
         products += dz * (x32 - mean)
         inside, dy, x = is_next, dy_next, x_next
@@ -852,6 +868,7 @@ def _forward(
 
 def _backward(
     dy: Tensor,
+    shortcut_dy: Tensor | None,
     x: Tensor,
     coefficients: Tensor,
     bits: Tensor | None,
@@ -862,7 +879,7 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight, dbias and, where ReLU's bits were kept, dz; None where not wanted.
 
-    dy and x are channels_last.
+    dy, shortcut_dy and x are channels_last. A shortcut_dy is added to dy; ReLU's bits are there.
     """
     rows = mode.rows(x)
     shape = (rows.num_images, rows.image_rows, rows.num_groups, rows.channels // LANES)
@@ -871,6 +888,8 @@ def _backward(
     wants_dz = wants_dz and mask == BITS
     has_sums = wants_affine or (mode.training and wants_dx)
     dx = dweight = dbias = dz = k = None
+    if shortcut_dy is not None and not has_sums:  # only the residual's gradient is wanted
+        dy, shortcut_dy = dy + shortcut_dy, None
     with torch.cuda.device_of(dy):
         if has_sums:
             num_chunks, chunk_rows = rows.chunks(REDUCE_PER_SM * _num_multiprocessors(dy.device))
@@ -880,6 +899,7 @@ def _backward(
                 partial,
                 dy if dz is None else dz,
                 dy,
+                shortcut_dy,
                 x,
                 x if bits is None else bits,
                 coefficients,
@@ -932,10 +952,10 @@ def _backward(
 
 
 class _BatchNormAct(torch.autograd.Function):
-    """y, and its gradients."""
+    """y, and its gradients; forked, y twice."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, running_mean, running_var, mode):
+    def forward(ctx, x, weight, bias, residual, running_mean, running_var, mode, fork):
         """Keeps x, the coefficients and perhaps ReLU's bits; never y, nor the residual."""
         wants_bits = mode.relu and residual is not None
         y, coefficients, bits = _forward(
@@ -943,15 +963,25 @@ class _BatchNormAct(torch.autograd.Function):
         )
         ctx.save_for_backward(x, weight, coefficients, bits)
         ctx.mode = mode
-        return y
+        ctx.set_materialize_grads(False)
+        # Detached, it is no view to autograd, which would forbid in-place operations on both, but
+        # has y's version: who saved either for its backward pass learns of such an operation.
+        return (y, y.detach()) if fork else y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, *gradients):
         """Only what some input needs."""
         x, weight, coefficients, bits = ctx.saved_tensors
         wants_dx, wants_weight, wants_bias, wants_residual, *_ = ctx.needs_input_grad
+        # An output that nothing reads has none.
+        given = [
+            g.contiguous(memory_format=torch.channels_last) for g in gradients if g is not None
+        ]
+        if not given:
+            return (None,) * len(ctx.needs_input_grad)
         dx, dweight, dbias, dz = _Gradients.apply(
-            dy.contiguous(memory_format=torch.channels_last),
+            given[0],
+            given[1] if len(given) > 1 else None,
             x,
             weight,
             coefficients,
@@ -961,9 +991,9 @@ class _BatchNormAct(torch.autograd.Function):
             wants_weight or wants_bias,
             wants_residual,
         )
-        dresidual = (dz if ctx.mode.relu else dy) if wants_residual else None
+        dresidual = (dz if ctx.mode.relu else given[0]) if wants_residual else None
         dweight = dweight if wants_weight else None
-        return dx, dweight, dbias if wants_bias else None, dresidual, None, None, None
+        return dx, dweight, dbias if wants_bias else None, dresidual, None, None, None, None
 
 
 class _Gradients(torch.autograd.Function):
@@ -973,9 +1003,9 @@ class _Gradients(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, dy, x, weight, *arguments):
+    def forward(ctx, dy, shortcut_dy, x, weight, *arguments):
         """The weight is named only so that its second derivative is an error too."""
-        return _backward(dy, x, *arguments)
+        return _backward(dy, shortcut_dy, x, *arguments)
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -1005,7 +1035,8 @@ def batch_norm_act(
     relu: bool = True,
     residual: Tensor | None = None,
     negative_slope: float = 0.0,
-) -> Tensor:
+    fork: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Normalises, adds the residual and rectifies, by the kernels; differentiable once.
 
     Running statistics are updated behind autograd's back, as `GhostBatchNorm2d` does: a graph that
@@ -1026,9 +1057,13 @@ def batch_norm_act(
         residual: (N, C, H, W) of x's dtype, added before the ReLU; copied unless channels_last.
         negative_slope: 0 for ReLU, more for leaky ReLU; unused without `relu`. Every value compiles
             kernels of its own.
+        fork: Whether the output is returned twice, for two readers.
 
     Returns:
-        (N, C, H, W) of x's dtype, channels_last.
+        (N, C, H, W) of x's dtype, channels_last. With `fork` it and, behind ReLU and a residual in
+        training, an alias of it: the same memory, whose gradient backward takes apart from the
+        output's and adds in float32. Each has the gradient of its own readers only. Else, and
+        without gradients, the same object twice.
 
     Raises:
         RuntimeError: shapes, dtypes or devices disagree, a group would hold fewer than two values
@@ -1045,6 +1080,11 @@ def batch_norm_act(
         residual = residual.contiguous(memory_format=torch.channels_last)
     mode = Mode(training, momentum, eps, num_groups, relu, negative_slope)
     inputs = (x, weight, bias, residual)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _BatchNormAct.apply(*inputs, running_mean, running_var, mode)
-    return _forward(*inputs, running_mean, running_var, mode, wants_bits=False)[0]
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if not wants_grad:
+        y, *_ = _forward(*inputs, running_mean, running_var, mode, wants_bits=False)
+        return (y, y) if fork else y
+    # What other kernels than the reduction behind ReLU's bits would have to sum, autograd sums.
+    is_split = fork and training and relu and residual is not None
+    y = _BatchNormAct.apply(*inputs, running_mean, running_var, mode, is_split)
+    return (y, y) if fork and not is_split else y

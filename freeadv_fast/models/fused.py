@@ -7,6 +7,11 @@ addition or ReLU itself the module becomes a twin, a subclass with the same comp
 calls. Twins share the tensors, the children and the hooks of what they stand for, so keys, the
 order of parameters and the trees of `DualNetwork` are those of the plain network.
 
+The output of a residual block is read twice, by the next block's first convolution and by its
+shortcut. On a GPU in training twins read it as two tensors in the same memory, so that the kernels
+and not autograd sum the two gradients. `torch.autograd.grad` with respect to such an output gives
+the convolution's alone; a forward hook that calls `retain_grad` or `register_hook` gets the sum.
+
 A layer or block is left alone unless its class, its activations and its optional parts are known:
 the table at the end says which are.
 """
@@ -86,7 +91,8 @@ class FusedBatchNorm2d(GhostBatchNorm2d):
             if self.group is not None:
                 # No group of one image, as in `GhostBatchNorm2d`.
                 num_groups = max(1, min(math.ceil(len(input) / self.group), len(input) // 2))
-        return ops.batch_norm_act(
+        # A residual marks the end of a block: the next block reads its output twice.
+        output = ops.batch_norm_act(
             input,
             weight,
             bias,
@@ -99,7 +105,9 @@ class FusedBatchNorm2d(GhostBatchNorm2d):
             relu=self.relu,
             residual=residual,
             negative_slope=self.negative_slope,
+            fork=residual is not None,
         )
+        return output if isinstance(output, Tensor) else _with_shortcut(*output)
 
     def _unfused(self, input: Tensor, residual: Tensor | None) -> Tensor:
         """The same in up to three passes, for what `ops.batch_norm_act` does not take."""
@@ -310,6 +318,30 @@ def _is_absent(part: object) -> bool:
     return part is None or type(part) is nn.Identity
 
 
+# What carries a tensor's alias from a block to the next: an attribute, since `nn.Sequential` passes
+# one tensor on. Whoever does not look for it reads the tensor as ever, and autograd sums.
+_SHORTCUT = "_freeadv_shortcut"
+
+
+def _with_shortcut(y: Tensor, shortcut: Tensor) -> Tensor:
+    """A block's output, and on it what the shortcut of the next block is to read."""
+    if shortcut is not y:  # a tensor that held itself would wait for the garbage collector
+        setattr(y, _SHORTCUT, shortcut)
+    return y
+
+
+def _shortcut(x: Tensor) -> Tensor:
+    """What a block's shortcut reads: the alias of its input, or the input itself.
+
+    The input itself where an in-place operation or `detach_` has moved it on, and where a hook or
+    `retain_grad` waits for its gradient: apart from the alias's that is not the whole one.
+    """
+    alias: Tensor | None = getattr(x, _SHORTCUT, None)
+    if alias is None or alias.grad_fn is not x.grad_fn or x._backward_hooks or x.retains_grad:
+        return x
+    return alias
+
+
 # The forward passes of the twins: the original's computation, in its order.
 
 
@@ -317,7 +349,9 @@ def _torchvision_basic_block(self: Any, x: Tensor) -> Tensor:
     """3x3 and 3x3 convolution."""
     out = self.bn1(self.conv1(x))
     out = self.conv2(out)
-    shortcut = x if self.downsample is None else self.downsample(x)
+    shortcut = _shortcut(x)
+    if self.downsample is not None:
+        shortcut = self.downsample(shortcut)
     return self.bn2(out, shortcut)  # type: ignore[no-any-return]
 
 
@@ -326,7 +360,9 @@ def _torchvision_bottleneck(self: Any, x: Tensor) -> Tensor:
     out = self.bn1(self.conv1(x))
     out = self.bn2(self.conv2(out))
     out = self.conv3(out)
-    shortcut = x if self.downsample is None else self.downsample(x)
+    shortcut = _shortcut(x)
+    if self.downsample is not None:
+        shortcut = self.downsample(shortcut)
     return self.bn3(out, shortcut)  # type: ignore[no-any-return]
 
 
@@ -334,7 +370,9 @@ def _timm_basic_block(self: Any, x: Tensor) -> Tensor:
     """torchvision's, with room for anti-aliasing."""
     out = self.aa(self.bn1(self.conv1(x)))
     out = self.conv2(out)
-    shortcut = x if self.downsample is None else self.downsample(x)
+    shortcut = _shortcut(x)
+    if self.downsample is not None:
+        shortcut = self.downsample(shortcut)
     return self.bn2(out, shortcut)  # type: ignore[no-any-return]
 
 
@@ -343,7 +381,9 @@ def _timm_bottleneck(self: Any, x: Tensor) -> Tensor:
     out = self.bn1(self.conv1(x))
     out = self.aa(self.bn2(self.conv2(out)))
     out = self.conv3(out)
-    shortcut = x if self.downsample is None else self.downsample(x)
+    shortcut = _shortcut(x)
+    if self.downsample is not None:
+        shortcut = self.downsample(shortcut)
     return self.bn3(out, shortcut)  # type: ignore[no-any-return]
 
 

@@ -28,8 +28,9 @@ TYPES = {
 }
 
 
-def build(name, dtype, architecture, constants, *, warps=4, per_sm=None):
+def build(name, dtype, architecture, constants, *, warps=4, per_sm=None, fork=False):
     """PTX and registers of a kernel whose pointers are 16-byte aligned and whose sizes are odd."""
+    constants = constants if fork else {**constants, "shortcut_dy_ptr": None}
     function = getattr(kernel, name)
     signature, attributes, values = {}, {}, {}
     for position, argument in enumerate(function.arg_names):
@@ -137,6 +138,20 @@ def test_backward_reduce(dtype, channels, mask, architecture):
     ptx, registers = build("_backward_reduce_kernel", dtype, architecture, constants, per_sm=per_sm)
     assert_wide(ptx, "ld", 8, bits=mask == kernel.BITS)
     assert_wide(ptx, "st", 2 * (mask == kernel.BITS))
+    assert_fits(registers, per_sm)
+
+
+@architectures
+@cases
+@pytest.mark.parametrize("slope", [0.0, 0.1])
+def test_backward_reduce_of_two_gradients(dtype, channels, slope, architecture):
+    per_sm = kernel.REDUCE_PER_SM
+    constants = {**tile(channels, dtype), "MASK": kernel.BITS, "SLOPE": slope}
+    ptx, registers = build(
+        "_backward_reduce_kernel", dtype, architecture, constants, per_sm=per_sm, fork=True
+    )
+    assert_wide(ptx, "ld", 12, bits=True)
+    assert_wide(ptx, "st", 2, bits=True)
     assert_fits(registers, per_sm)
 
 

@@ -51,11 +51,11 @@ def fused(tensors, **options):
     return kernel.batch_norm_act(*[tensors[n] for n in NAMES[:5]], residual=residual, **options)
 
 
-def eager(tensors, *, training=True, num_groups=1, relu=True, negative_slope=0.0):
+def eager(tensors, *, training=True, num_groups=1, relu=True, negative_slope=0.0, fork=False):
     """PyTorch's own operations."""
-    norm = [tensors[name] for name in NAMES[:5]]
+    norm, residual = [tensors[name] for name in NAMES[:5]], tensors["residual"]
     return kernel.batch_norm_act_ref(
-        *norm, training, 0.1, 1e-5, num_groups, relu, tensors["residual"], negative_slope
+        *norm, training, 0.1, 1e-5, num_groups, relu, residual, negative_slope, fork
     )
 
 
@@ -68,7 +68,12 @@ def outcome(function, tensors, dy, *, dtype=None, **options):
             value.requires_grad_()
         inputs[name] = value
     y = function(inputs, **options)
-    y.backward(dy.to(y.dtype))
+    if isinstance(dy, tuple):  # of a fork's outputs
+        y, shortcut = y
+        given = [(t, d) for t, d in zip((y, shortcut), dy, strict=True) if d is not None]
+        torch.autograd.backward([t for t, _ in given], [d.to(t.dtype) for t, d in given])
+    else:
+        y.backward(dy.to(y.dtype))
     gradients = {f"d{n}": v.grad for n, v in inputs.items() if v is not None and v.requires_grad}
     running = {n: inputs[n] for n in ("running_mean", "running_var") if inputs[n] is not None}
     assert y.dtype is (dtype or tensors["x"].dtype)
@@ -181,11 +186,12 @@ def test_mask_is_exact(training, slope):
     assert torch.equal(tensors["bias"].grad, torch.where(y > 0, 1.0, slope).sum((0, 2, 3)))
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_a_closed_relu_blocks_infinity(residual):
+@pytest.mark.parametrize(("residual", "fork"), [(False, False), (True, False), (True, True)])
+def test_a_closed_relu_blocks_infinity(residual, fork):
     tensors, dy = example((2, 8, 3, 3), torch.float32, residual=residual)
     dy[fused(tensors) <= 0] = torch.inf
-    assert all(t.isfinite().all() for t in outcome(fused, tensors, dy).values())
+    found = outcome(fused, tensors, (dy, dy) if fork else dy, fork=fork)
+    assert all(t.isfinite().all() for t in found.values())
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -210,6 +216,106 @@ def test_one_gradient_alone(wanted, training):
     assert torch.equal(tensors[wanted].grad.double().cpu(), expected)
 
 
+def two_gradients(tensors, dy):
+    """That of the output, and another of the shortcut."""
+    return dy, (dy.flip(0) + tensors["x"]).to(dy.dtype, memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"),
+    [
+        ((3, 32, 9, 11), torch.float32, {}),
+        ((3, 32, 9, 11), torch.float16, {}),
+        ((5, 24, 5, 5), torch.bfloat16, {"negative_slope": 0.1}),
+        ((7, 160, 3, 3), torch.float16, {"num_groups": 3}),
+        ((2, 16, 5, 5), torch.float32, {"training": False}),
+        ((2, 16, 5, 5), torch.float32, {"relu": False}),
+    ],
+    ids=str,
+)
+def test_two_gradients(shape, dtype, options):
+    tensors, dy = example(shape, dtype)
+    assert_near_double(tensors, two_gradients(tensors, dy), fork=True, **options)
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_one_gradient_of_two(given):
+    tensors, dy = example((3, 16, 5, 5), torch.float32)
+    dys = (dy, None) if given == 0 else (None, dy)
+    forked, single = outcome(fused, tensors, dys, fork=True), outcome(fused, tensors, dy)
+    assert all(torch.equal(forked[name], single[name]) for name in single)
+
+
+class NoGradient(torch.autograd.Function):
+    """A reader that gives none."""
+
+    @staticmethod
+    def forward(ctx, y, shortcut):
+        return y + shortcut
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, None
+
+
+@pytest.mark.parametrize("fork", [False, True])
+def test_no_gradient_at_all(fork):
+    tensors, dy = example((2, 8, 5, 5), torch.float32)
+    tensors["x"].requires_grad_()
+    y = fused(tensors, fork=fork)
+    NoGradient.apply(*(y if fork else (y, y))).backward(dy)
+    assert tensors["x"].grad is None
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "residual"])
+def test_two_gradients_for_one_input(wanted):
+    tensors, dy = example((2, 8, 5, 5), torch.float32)
+    dys = two_gradients(tensors, dy)
+    expected = outcome(fused, tensors, dys, fork=True)[f"d{wanted}"]
+    tensors[wanted].requires_grad_()
+    torch.autograd.backward(fused(tensors, fork=True), dys)
+    assert torch.equal(tensors[wanted].grad.double().cpu(), expected)
+
+
+def test_two_gradients_are_summed_before_rounding():
+    """In float16, 2048 + 1 is 2048."""
+    tensors, dy = example((2, 8, 5, 5), torch.float16)
+    tensors["bias"].requires_grad_()
+    y, shortcut = fused(tensors, fork=True)
+    torch.autograd.backward([y, shortcut], [torch.full_like(y, 2048), torch.ones_like(y)])
+    assert torch.equal(tensors["bias"].grad, 2049.0 * (y > 0).sum((0, 2, 3)))
+
+
+def test_a_fork_copies_nothing():
+    tensors, dy = example((2, 16, 5, 7), torch.float16)
+    y = fused(tensors)
+    for options in ({}, {"training": False}, {"relu": False}):
+        same, shortcut = fused(tensors, fork=True, **options)  # without gradients
+        assert same is shortcut
+    tensors["x"].requires_grad_()
+    forked, shortcut = fused(tensors, fork=True)
+    assert torch.equal(forked, y)
+    assert shortcut is not forked
+    assert shortcut.data_ptr() == forked.data_ptr()
+    assert shortcut.stride() == forked.stride()
+    for options in ({"training": False}, {"relu": False}):
+        same, shortcut = fused(tensors, fork=True, **options)
+        assert same is shortcut
+    same, shortcut = fused({**tensors, "residual": None}, fork=True)
+    assert same is shortcut
+
+
+@pytest.mark.parametrize("saved", [0, 1])
+def test_a_fork_notices_in_place_operations(saved):
+    tensors, _ = example((2, 8, 5, 7), torch.float32)
+    tensors["x"].requires_grad_()
+    outputs = fused(tensors, fork=True)
+    square = outputs[saved].square()
+    outputs[1 - saved].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()
+
+
 def test_input_gradient_in_eval_mode_reduces_nothing(monkeypatch):
     tensors, dy = example((2, 8, 5, 5), torch.float32)
     monkeypatch.setattr(kernel, "_backward_reduce_kernel", None)  # a launch would be an error
@@ -227,6 +333,9 @@ def test_any_layout_and_no_input_changes():
     for name, value in outcome(fused, first, strided).items():
         assert torch.equal(value, last[name])
     assert all(torch.equal(first[n], before[n]) for n in before)
+    forked = outcome(fused, tensors, (dy, dy), fork=True)
+    for name, value in outcome(fused, first, (dy.contiguous(), strided), fork=True).items():
+        assert torch.equal(value, forked[name])
     y = fused(first)
     assert y.is_contiguous(memory_format=torch.channels_last)
 
@@ -246,11 +355,14 @@ def test_keeps_neither_output_nor_residual():
     assert all(t.data_ptr() != y.data_ptr() for t in saved)
 
 
-def test_a_second_derivative_says_what_to_do():
+@pytest.mark.parametrize("fork", [False, True])
+def test_a_second_derivative_says_what_to_do(fork):
     tensors, dy = example((2, 8, 3, 3), torch.float32)
-    expected = outcome(fused, tensors, dy)["dx"]
+    dys = (None, dy) if fork else dy
+    expected = outcome(fused, tensors, dys, fork=fork)["dx"]
     tensors["x"].requires_grad_()
-    y = fused(tensors)
+    y = fused(tensors, fork=fork)
+    y = y[1] if fork else y
     (dx,) = torch.autograd.grad(y, tensors["x"], dy, create_graph=True)
     assert torch.equal(dx.detach().double().cpu(), expected)
     with pytest.raises(RuntimeError, match=r"differentiated twice.*train with unfused batch norm"):
@@ -281,6 +393,14 @@ def test_sizes_of_a_network(shape, dtype, residual, num_groups):
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(31, 256, 56, 56), (16, 2048, 7, 7)])
+def test_two_gradients_at_sizes_of_a_network(shape, dtype):
+    tensors, dy = example(shape, dtype)
+    assert_near_double(tensors, two_gradients(tensors, dy), fork=True)
+
+
+@on_gpu
 def test_more_elements_than_an_int32_counts():
     if torch.cuda.get_device_properties(DEVICE).total_memory < 24 << 30:
         pytest.skip("needs 24 GB")
@@ -306,12 +426,13 @@ def test_more_elements_than_an_int32_counts():
 
 
 def _network_pass(tensors, dy):
-    """Forward and backward in eval and in training mode; dx of the latter, with a residual."""
+    """Forward and backward in eval and in training mode; dx of the latter's fork."""
+    inputs = [tensors["x"], tensors["weight"], tensors["bias"]]
     for training in (False, True):
         for residual in (None, tensors["residual"]):
             y = fused({**tensors, "residual": residual}, training=training)
-            inputs = [tensors["x"], tensors["weight"], tensors["bias"]]
-            dx, _, _ = torch.autograd.grad(y, inputs, dy)
+            torch.autograd.grad(y, inputs, dy)
+    dx, _, _ = torch.autograd.grad(fused(tensors, fork=True), inputs, (dy, 2 * dy))
     return dx
 
 

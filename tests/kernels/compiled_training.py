@@ -7,6 +7,7 @@ recorded.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import os
@@ -17,6 +18,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from freeadv_fast import ops
@@ -25,6 +28,7 @@ from freeadv_fast.config import TrainConfig
 from freeadv_fast.distributed import World
 from freeadv_fast.kernels import batch_norm
 from freeadv_fast.methods import build_method
+from freeadv_fast.models.fused import fuse_batch_norms
 from freeadv_fast.session import build_learner
 from freeadv_fast.threat import Perturbation
 
@@ -107,6 +111,45 @@ def test_curves_track_in_the_interpreter(monkeypatch):
     assert calls  # the kernels ran
     torch.testing.assert_close(fused, eager, rtol=2e-3, atol=2e-3)
     assert eager[-1] < eager[0]
+
+
+class Additions(TorchDispatchMode):
+    """Counts sums of 4-D tensors, as autograd makes where a tensor has two readers."""
+
+    def __init__(self):
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_sum = func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_)
+        self.num += is_sum and args[0].dim() == 4
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_of_blocks_are_summed_by_the_kernels(monkeypatch):
+    """An identity and a downsample shortcut; nothing but the first block's input is read twice."""
+    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    torch.manual_seed(0)
+    downsample = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    blocks = BasicBlock(8, 8), BasicBlock(8, 8), BasicBlock(8, 16, 2, downsample)
+    plain = nn.Sequential(*blocks).to(DEVICE, memory_format=torch.channels_last)
+    x = torch.randn(3, 8, 6, 6, device=DEVICE).to(memory_format=torch.channels_last)
+    dy = torch.randn(3, 16, 3, 3, device=DEVICE)
+    exact, (fused, _) = copy.deepcopy(plain).double(), fuse_batch_norms(copy.deepcopy(plain))
+    results = []
+    for network in (exact, plain, fused):
+        dtype = next(network.parameters()).dtype
+        rows = x.to(dtype, copy=True).requires_grad_()
+        output = network(rows)
+        with Additions() as additions:
+            output.backward(dy.to(dtype))
+        gradients = [rows.grad, *(p.grad for p in network.parameters())]
+        results.append((additions.num, [g.double() for g in gradients]))
+    (_, exact), (num_eager, theirs), (num_fused, ours) = results
+    assert (num_eager, num_fused) == (3, 1)
+    for value, their, our in zip(exact, theirs, ours, strict=True):
+        error, allowed = ((g - value).abs().max() for g in (our, their))
+        assert error <= 4 * allowed + 2**-20 * value.abs().max()
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="needs a CUDA device")

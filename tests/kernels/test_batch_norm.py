@@ -85,6 +85,19 @@ def test_groups_without_running_statistics():
     assert torch.equal(y, F.relu(norm(x)))
 
 
+def test_a_fork_is_one_object_whose_gradients_autograd_sums():
+    x, residual, dy = example((4, 6, 5, 4))
+    norm = layer(6, None)
+    options = {"training": True, "momentum": 0.1, "eps": norm.eps, "residual": residual}
+    tensors = [norm.weight, norm.bias, None, None]
+    y, shortcut = ops.batch_norm_act(x.requires_grad_(), *tensors, fork=True, **options)
+    assert y is shortcut
+    torch.autograd.backward([y, shortcut], [dy, 2 * dy])
+    forked, x.grad = x.grad, None
+    ops.batch_norm_act(x, *tensors, **options).backward(dy + 2 * dy)
+    assert torch.equal(forked, x.grad)
+
+
 def test_keeps_nchw_as_pytorch_does():
     x, _, _ = example((4, 6, 5, 4), last=False)
     norm = layer(6, None)
@@ -201,7 +214,7 @@ def test_a_gpu_runs_the_kernels_where_they_apply(monkeypatch):
             kernel, name, lambda *_, name=name, **given: called.append((name, given))
         )
     options = {"training": True, "momentum": 0.1, "eps": 1e-5, "num_groups": 2, "relu": False}
-    options |= {"residual": torch.zeros(1), "negative_slope": 0.1}
+    options |= {"residual": torch.zeros(1), "negative_slope": 0.1, "fork": True}
     for channels in (8, 12):
         ops.batch_norm_act(torch.zeros(2, channels, 3, 3), None, None, None, None, **options)
     assert called == [("batch_norm_act", options), ("batch_norm_act_ref", {})]
