@@ -147,7 +147,13 @@ def graphed(function: Callable[[], object], device: torch.device) -> Callable[[]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return graph.replay
+
+    def launch() -> None:
+        graph.replay()
+
+    # The tensors at the recorded addresses may belong to `function` alone.
+    launch.function = function  # type: ignore[attr-defined]
+    return launch
 
 
 class MemoryMeter:

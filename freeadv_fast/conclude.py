@@ -66,6 +66,7 @@ def conclude(run: Run) -> Result:
     result.json is what says that a run is finished, so a run killed before it is evaluated again.
     """
     config, world = run.config, run.world
+    run.learner.forget_recordings()  # the attacks take their memory
     best, best_epoch = run.folder.checkpoints / checkpoint.BEST, -1
     if world.on_main(best.exists):
         state = checkpoint.load_checkpoint(best)

@@ -23,6 +23,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from freeadv_fast.errors import UserError
+
 Step: TypeAlias = Callable[..., None]
 
 # Calls that run as they are before a recording: cuDNN times its algorithms in the first, the
@@ -55,6 +57,7 @@ class GraphRunner:
         """Drops all recordings: tensors that they write to were replaced, or steps changed."""
         self._num_calls: collections.Counter[Hashable] = collections.Counter()
         self._recordings: dict[Hashable, Recording] = {}
+        self._recorder.begin_anew()
 
     def __call__(self, step: Step, *inputs: Any) -> None:
         """Runs ``step(*inputs)``, or launches its recording.
@@ -63,7 +66,23 @@ class GraphRunner:
             step: What to run. A recording belongs to it and to what `inputs` look like.
             *inputs: Tensors and numbers. A step may change its tensors in place: the change stays
                 with the recording as long as the caller passes the same tensor, untouched.
+
+        Raises:
+            UserError: memory is short while recordings hold some; or a recording failed in a way
+                after which torch cannot go on.
         """
+        try:
+            self._run(step, *inputs)
+        except torch.OutOfMemoryError as error:
+            if not self._recordings:
+                raise
+            raise UserError(
+                f"--graphs: out of memory, of which recordings hold some ({first_line(error)}); "
+                "use --graphs off or a smaller --batch-size"
+            ) from error
+
+    def _run(self, step: Step, *inputs: Any) -> None:
+        """`__call__`, less its complaint."""
         key = None if self._is_off else _key(step, inputs)
         if key is None:
             step(*inputs)
@@ -79,7 +98,7 @@ class GraphRunner:
             except RuntimeError as error:  # CUDA's errors are RuntimeErrors
                 self._is_off = True
                 self.forget()
-                (reason, *_) = str(error).splitlines() or [type(error).__name__]
+                reason = first_line(error)
                 self._say(f"graphs: off, this step cannot be recorded ({reason})")
                 step(*inputs)
                 return
@@ -123,8 +142,15 @@ class CudaRecorder:
     """Records on a stream and in a memory pool of its own."""
 
     def __init__(self) -> None:
-        """Takes a stream of the current device; recordings share one pool, for none overlap."""
-        self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        """Takes a stream of the current device.
+
+        Of high priority: torch hands out 32 ordinary ones in turn, and each epoch's prefetcher
+        takes another, so that one of them would come to record its copies as well.
+        """
+        self.stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
+
+    def begin_anew(self) -> None:
+        """A new pool: an old one is gone with its last recording. None of a pool's overlap."""
         self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
@@ -140,14 +166,36 @@ class CudaRecorder:
         """A function that launches on the current stream what `step` would do.
 
         Other threads, such as DALI's, may allocate meanwhile: hence ``thread_local``.
+
+        Raises:
+            RuntimeError: `step` raised it; nothing is recorded, and all is as before.
+            UserError: CUDA broke the recording off. torch 2.11 then leaves its allocator, its
+                generator and its current stream in the state of recording (pytorch #180395).
         """
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"
-        ):
-            step()
+        graph, cause = torch.cuda.CUDAGraph(), None
+        try:
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                try:
+                    step()
+                except RuntimeError as error:  # kept from the context, whose own would hide it
+                    cause = error
+        except RuntimeError as error:
+            raise UserError(
+                f"--graphs: an update cannot be recorded ({first_line(cause or error)}); use "
+                "--graphs off"
+            ) from (cause or error)
+        if cause is not None:
+            raise cause
         launch: Callable[[], None] = graph.replay
         return launch
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    (line, *_) = str(error).splitlines() or [type(error).__name__]
+    return line
 
 
 def _key(step: Step, inputs: tuple[Any, ...]) -> Hashable | None:

@@ -350,6 +350,12 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate
 
+    def forget_recordings(self) -> None:
+        """Gives their memory back, the gradients that lie in it included."""
+        if self.runner is not None:
+            self.zero_grad()
+            self.runner.forget()
+
     def _set_rate(self) -> None:
         """This update's learning rate, where the optimizer reads it; waits for nothing."""
         rate = self.lr_at(self.updates)
@@ -386,8 +392,7 @@ class Learner:
         for group, (is_fused, rate) in zip(self.optimizer.param_groups, own, strict=True):
             # This device's, not those of the machine that saved.
             group["fused"], group["lr"] = is_fused, rate
-        if self.runner is not None:  # the optimizer's tensors are others now
-            self.runner.forget()
+        self.forget_recordings()  # the optimizer's tensors are others now
         self.scaler.load_state_dict(state["scaler"])
         self.updates = int(state["updates"])
 

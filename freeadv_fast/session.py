@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -273,6 +274,7 @@ def build_phase_method(
 def build_own_method(run: Run) -> None:
     """Gives a run the method of its place and history, the perturbation at the start."""
     num_classes = len(run.loaders.train.classes)
+    run.learner.forget_recordings()  # of another method's steps
     run.method = build_phase_method(
         run.config, run.phase, run.learner, run.world, num_classes, run.guard.history
     )
@@ -361,11 +363,6 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
         if left:
             say(world, f"fused batch norm: left as they are: {', '.join(left)}")
     has_packed_input = wants_packed_input(config, world) and use_space_to_depth(model)
-    net = DualNetwork(model) if config.has_branches else model
-    if world.size > 1:
-        # Each rank keeps its own running statistics (checkpoint.averaged_buffers); broadcasting
-        # them at every forward would also break two forwards before one backward.
-        net = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
     # Together, for apex may be missing on one node of several.
     optimizer = world.together(
         lambda: build_sgd(
@@ -377,6 +374,21 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
             name=config.optimizer,
         )
     )
+    obstacle = obstacle_to_graphs(config, world, optimizer)
+    if config.graphs == "on" and obstacle:
+        raise UserError(f"--graphs on: {obstacle}; use --graphs auto")
+    if obstacle and config.graphs == "auto" and world.device.type == "cuda":
+        say(world, f"graphs: off, {obstacle}")
+    recorder = None if obstacle else CudaRecorder()
+    net = DualNetwork(model) if config.has_branches else model
+    if world.size > 1:
+        # On the stream of the recordings, because its hooks run where it was built. Each rank keeps
+        # its own running statistics (checkpoint.averaged_buffers); broadcasting them at every
+        # forward would also break two forwards before one backward.
+        with recorder.warming_up() if recorder else contextlib.nullcontext():
+            net = DistributedDataParallel(
+                net, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
     precision = PRECISIONS[resolve_precision(config.precision, world.device)]
     pixels = Pixels(
         torch.tensor(config.pixel_mean, device=world.device),
@@ -401,15 +413,9 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
         return min(1.0, budget.data_epochs_before(update) * config.cost / config.attack_warmup)
 
     learner = Learner(net, optimizer, lr_at, pixels, precision, world.size, attack_scale_at)
-    obstacle = obstacle_to_graphs(config, world, optimizer)
-    if config.graphs == "on" and obstacle:
-        raise UserError(f"--graphs on: {obstacle}; use --graphs auto")
-    if not obstacle:
+    if recorder is not None:
         warm_up = WARM_UP if world.size == 1 else WARM_UP_OF_RANKS
-        runner = GraphRunner(lambda line: say(world, line), CudaRecorder(), warm_up)
-        learner.record_with(runner)
-    elif world.device.type == "cuda" and config.graphs == "auto":
-        say(world, f"graphs: off, {obstacle}")
+        learner.record_with(GraphRunner(lambda line: say(world, line), recorder, warm_up))
     return learner
 
 

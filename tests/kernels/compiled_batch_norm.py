@@ -383,13 +383,25 @@ def test_eval_graph_survives_a_training_pass():
 on_gpu = pytest.mark.skipif(IS_INTERPRETED, reason="needs a CUDA device")
 
 
+def where_relu_is_clear(tensors, dy, num_groups=1):
+    """dy, zero where float32 statistics may decide ReLU otherwise than double precision.
+
+    Of 25 million values some lie that near to zero, and each would count as a whole gradient.
+    """
+    double = {name: None if t is None else t.double() for name, t in tensors.items()}
+    z = eager(double, num_groups=num_groups, relu=False)
+    return dy.masked_fill(z.abs() < 1e-5, 0.0)
+
+
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("num_groups", [1, 3])
 @pytest.mark.parametrize("shape", [(32, 64, 112, 112), (31, 256, 56, 56), (16, 2048, 7, 7)])
 def test_sizes_of_a_network(shape, dtype, residual, num_groups):
-    assert_near_double(*example(shape, dtype, residual=residual), num_groups=num_groups)
+    tensors, dy = example(shape, dtype, residual=residual)
+    dy = where_relu_is_clear(tensors, dy, num_groups=num_groups)
+    assert_near_double(tensors, dy, num_groups=num_groups)
 
 
 @on_gpu
@@ -397,7 +409,8 @@ def test_sizes_of_a_network(shape, dtype, residual, num_groups):
 @pytest.mark.parametrize("shape", [(31, 256, 56, 56), (16, 2048, 7, 7)])
 def test_two_gradients_at_sizes_of_a_network(shape, dtype):
     tensors, dy = example(shape, dtype)
-    assert_near_double(tensors, two_gradients(tensors, dy), fork=True)
+    given = tuple(where_relu_is_clear(tensors, d) for d in two_gradients(tensors, dy))
+    assert_near_double(tensors, given, fork=True)
 
 
 @on_gpu
