@@ -20,6 +20,7 @@ import shutil
 import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -180,12 +181,16 @@ def in_processes(resizing: Resizing, files: list[str], workers: int) -> Iterator
     # Not fork: the bar runs a thread, and a lock it holds at that moment would never be released.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["freeadv_fast.data"])
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers,
-        context,
-        # Ctrl-C reaches every process of the terminal; only this one answers.
-        functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN),
-    )
+    # Ctrl-C reaches every process of the terminal; only this one answers. Workers inherit what is
+    # blocked: one that ignored the signal only once it runs could die of it while it starts, and
+    # the pool would kill the others in the middle of a file.
+    resource_tracker.ensure_running()  # the fork server would start it, and it unblocks the signal
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context)
     parts = [files[start : start + PART_FILES] for start in range(0, len(files), PART_FILES)]
     try:
         yield from pool.map(functools.partial(resize_part, resizing), parts)

@@ -177,6 +177,24 @@ def test_the_command(tmp_path, build_tree):
     assert wrong.stderr == "error: --sise: no such flag; did you mean --size?\n"
 
 
+def test_workers_are_deaf_to_ctrl_c_from_their_birth(tmp_path, build_tree):
+    """One that dies while it starts would make the pool kill the others in the middle of a file."""
+    code = """
+import multiprocessing, signal, sys
+from freeadv_fast.data.resize import resize_folder
+if __name__ == "__main__":
+    resize_folder(sys.argv[1], sys.argv[2], size=16, workers=1)
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        print(signal.SIGINT in pool.apply(signal.pthread_sigmask, (signal.SIG_BLOCK, ())))
+    print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+"""
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    command = [sys.executable, script, build_tree(train=2, val=1), tmp_path / "small"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "False"], done.stderr
+
+
 def test_an_interruption_leaves_whole_files_and_a_quiet_end(tmp_path, build_tree):
     source, small = build_tree(train=400, val=1, classes=2, side=200), tmp_path / "small"
     command = [sys.executable, "-m", "freeadv_fast.data.resize", source, str(small)]
