@@ -430,8 +430,8 @@ def wants_packed_input(config: TrainConfig, world: World) -> bool:
     """Whether the stem takes its input in space-to-depth layout, if it can.
 
     On a CPU that pays where every pass takes the input's gradient, in free training. The stem
-    alone, 8 images at 224 px on one thread: 92 ms against 131 with that gradient, 60 against 40
-    without.
+    alone, 8 images at 224 px on one thread: 91 ms against 131 with that gradient, 60 against 40
+    without (bench/results/cpu/stem.json).
     """
     if config.fuse == "auto" and world.device.type == "cpu":
         is_chosen = config.method == "free" and not config.is_second_order
