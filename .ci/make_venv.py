@@ -32,6 +32,8 @@ STAMP = VENV / "freeadv_fast.stamp"  # what the finished environment was made fr
 UNFINISHED = VENV / "freeadv_fast.unfinished"  # there while pip works; left behind by a kill
 CONSTRAINTS = ROOT / "constraints.txt"
 DALI = "nvidia-dali-cuda130"
+# Bytes that a new environment takes (seen: 5.8 GB), and what pip downloads for its largest step.
+VENV_BYTES, DOWNLOAD_BYTES = 6 * 10**9, 3 * 10**9
 # What compiles the extension and must be there before the package itself.
 BUILD_REQUIREMENTS = ["setuptools", "wheel", "ninja", "torch"]
 
@@ -51,6 +53,7 @@ def main() -> None:
         started = time.monotonic()
         if not is_healthy():
             remove_environment()
+            check_space()
             say(f"making {VENV.name} with Python {sys.version.split()[0]}")
             VENV.mkdir()
             UNFINISHED.touch()
@@ -125,6 +128,21 @@ def is_complete() -> bool:
     )
     command = [PYTHON, "-I", "-c", ask]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def check_space() -> None:
+    """Ends here, and not in the middle of pip, where a disk is too full for a new environment."""
+    downloads = Path(tempfile.gettempdir())
+    needed = {ROOT: VENV_BYTES, downloads: DOWNLOAD_BYTES}
+    if ROOT.stat().st_dev == downloads.stat().st_dev:
+        needed = {ROOT: VENV_BYTES + DOWNLOAD_BYTES}
+    for folder, size in needed.items():
+        free = shutil.disk_usage(folder).free
+        if free < size:
+            raise SystemExit(
+                f"error: {folder} has {free / 1e9:.1f} GB free and making {VENV.name} takes "
+                f"{size / 1e9:.0f} GB there; free some, or set TMPDIR to a folder on another disk"
+            )
 
 
 def make_environment() -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,27 @@ def test_the_environment_is_made_anew_when_its_sources_change(make_venv, monkeyp
     assert make_venv.fingerprint() == before
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "12.0")
     assert make_venv.fingerprint() != before
+
+
+@pytest.mark.parametrize("same_disk", [True, False])
+def test_a_full_disk_is_named_before_anything_is_installed(
+    make_venv, tmp_path, monkeypatch, same_disk
+):
+    """CI once died in the middle of pip with "No space left on device"."""
+    disks = {make_venv.ROOT: 1, Path("/downloads"): 1 if same_disk else 2}
+    free = {make_venv.ROOT: 6.5e9, Path("/downloads"): 6.5e9 if same_disk else 2.5e9}
+    monkeypatch.setattr(make_venv.tempfile, "gettempdir", lambda: "/downloads")
+    monkeypatch.setattr(
+        make_venv.Path, "stat", lambda path: types.SimpleNamespace(st_dev=disks[path])
+    )
+    monkeypatch.setattr(
+        make_venv.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free[path])
+    )
+    with pytest.raises(SystemExit) as error:
+        make_venv.check_space()
+    full, size = (make_venv.ROOT, 9) if same_disk else (Path("/downloads"), 3)
+    assert str(error.value).startswith(f"error: {full} has ")
+    assert f"takes {size} GB there; free some, or set TMPDIR" in str(error.value)
+
+    free[full] = 9.1e9
+    make_venv.check_space()
