@@ -47,9 +47,10 @@ DUAL: tuple[Method, ...] = ("fast-advprop", "advprop")
 ALIGNABLE: tuple[Method, ...] = ("free", "fgsm", "fgsm-rs", "n-fgsm", "elle", "pgd", "yopo")
 WARMING: tuple[Method, ...] = ("fgsm", "fgsm-rs", "n-fgsm", "gradalign", "elle", "pgd")
 # Methods that differentiate a gradient.
-SECOND_ORDER: tuple[Method, ...] = ("gradalign", "elle")
-# Methods whose updates can be recorded: the host decides nothing between two of them.
-RECORDABLE: tuple[Method, ...] = ("natural", "free")
+SECOND_ORDER: tuple[Method, ...] = ("gradalign",)
+# Methods whose updates cannot be recorded: the host has a part in each. Fast AdvProp's sends images
+# to other ranks; GradAlign's takes its term in every other one, by autograd of the second order.
+UNRECORDABLE: tuple[Method, ...] = ("fast-advprop", "gradalign")
 AttackStart = Literal["uniform", "zero"]
 Norm = Literal["linf", "l2"]
 OnCollapse = Literal["stop", "restore", "gradalign"]
@@ -374,13 +375,13 @@ class TrainConfig:
             )
         if self.fuse == "on" and self.is_second_order:
             raise UserError(
-                "--fuse on: GradAlign and ELLE differentiate twice, fused batch norm only once; "
-                "use --fuse auto"
+                "--fuse on: GradAlign differentiates twice, fused batch norm only once; use "
+                "--fuse auto"
             )
         if self.graphs == "on" and not self.is_recordable:
             raise UserError(
-                f"--graphs on: only {' and '.join(RECORDABLE)} without --mix can be recorded; use "
-                "--graphs auto"
+                f"--graphs on: {self.method}{' with --mix' if self.mix != 'none' else ''} cannot "
+                "be recorded; use --graphs auto"
             )
         for name in self.eval_attacks:  # a misspelt one should not be found after training
             Attack.parse(name)
@@ -487,7 +488,7 @@ class TrainConfig:
     @property
     def is_recordable(self) -> bool:
         """Whether an update can become a CUDA graph; mixtures are drawn on the host."""
-        return self.method in RECORDABLE and self.mix == "none"
+        return self.method not in UNRECORDABLE and self.mix == "none"
 
     @property
     def can_pack_input(self) -> bool:

@@ -182,7 +182,7 @@ class L2ThreatModel:
         g = gradient.permute(0, 2, 3, 1)
         is_finite = g.isfinite()
         nonfinite.add_((~is_finite).sum())
-        g = torch.where(is_finite, g, 0)
+        g = g.masked_fill(~is_finite, 0)
         # Squares of gradients below 1e-19 underflow: the largest component becomes 1 beforehand.
         peak = g.abs().amax((1, 2, 3), keepdim=True)
         g = g / peak.masked_fill(peak == 0, 1)

@@ -71,16 +71,23 @@ class AdvProp:
             images: (n, H, W, 3) uint8. labels: (n,) int64.
             global_size: Images over all ranks, n on each.
         """
-        learner = self.learner
-        attacked, adv_labels, clean, clean_labels = images, labels, images, labels
+        num_ranks, num_adv, num_clean = global_size // len(images), len(images), len(images)
         if self.p_adv is not None:
-            num_adv = [round(self.p_adv * len(images))]
-            attacked, clean = images.tensor_split(num_adv)
-            adv_labels, clean_labels = labels.tensor_split(num_adv)
-        num_ranks = global_size // len(images)
-        num_clean, num_adv_images = num_ranks * len(clean), num_ranks * len(attacked)
-        aux_size = self.adv_weight * num_adv_images
-        total_size = num_clean + aux_size
+            num_adv = round(self.p_adv * len(images))
+            num_clean -= num_adv
+        self.learner.update(self.descend, images, labels, num_adv, num_clean, num_ranks)
+        num_adv, num_clean = num_ranks * num_adv, num_ranks * num_clean
+        return Passes(num_clean + num_adv, self.attack_steps * num_adv)
+
+    def descend(
+        self, images: Tensor, labels: Tensor, num_adv: int, num_clean: int, num_ranks: int
+    ) -> None:
+        """The attack on the first images, and the update from it and from the last ones, clean."""
+        learner = self.learner
+        attacked, adv_labels = images[:num_adv], labels[:num_adv]
+        clean, clean_labels = images[-num_clean:], labels[-num_clean:]
+        aux_size = self.adv_weight * num_ranks * num_adv
+        total_size = num_ranks * num_clean + aux_size
 
         delta, unit = self.attack(attacked, adv_labels)
         x, targets = mix(
@@ -94,10 +101,9 @@ class AdvProp:
         )  # fmt: skip
         learner.backward(clean_loss + adv_loss)
         if self.sync_speed:
-            learner.scale_gradients(self.main_parameters, total_size / num_clean)
+            learner.scale_gradients(self.main_parameters, total_size / (num_ranks * num_clean))
             learner.scale_gradients(self.auxiliary_parameters, total_size / aux_size)
-        learner.step()
-        return Passes(num_clean + num_adv_images, self.attack_steps * num_adv_images)
+        learner.apply_gradients()
 
     def attack(self, images: Tensor, labels: Tensor) -> tuple[Tensor, float]:
         """PGD-K towards a random wrong label: the perturbation, and grey levels in its unit."""

@@ -89,8 +89,16 @@ class Elle:
             global_size: Images of the minibatch over all ranks.
         """
         learner = self.learner
+        learner.update(self.descend, images, labels, global_size, learner.attack_scale)
+        return Passes(4 * global_size, global_size)
+
+    def descend(
+        self, images: Tensor, labels: Tensor, global_size: int, attack_scale: float
+    ) -> None:
+        """The attack, the gradients of both terms, the update, and the next lambda."""
+        learner = self.learner
         learner.zero_grad()
-        delta = self.fgsm.attack(images, labels)
+        delta = self.fgsm.attack(images, labels, attack_scale)
         with learner.without_reduction():
             x = learner.network_input(images, delta)
             learner.add_gradients(learner.loss(x, labels, global_size, role="adversarial"))
@@ -98,8 +106,7 @@ class Elle:
         learner.add_gradients(self.lam * learner.share(errors.sum(), global_size))
         if self.adaptive:
             self.adapt(errors.detach().mean())
-        learner.step()
-        return Passes(4 * global_size, global_size)
+        learner.apply_gradients()
 
     def linearity_errors(self, images: Tensor, labels: Tensor) -> Tensor:
         """The squared error of each image, (n,) float32 or float64; differentiable."""
@@ -126,7 +133,8 @@ class Elle:
         deviation = (squares / count.clamp_min(1)).sqrt()
         is_jump = (count >= FEWEST) & (error > mean + self.sensitivity * deviation)
         is_finite = error.isfinite()
-        self.lam.copy_(torch.where(is_jump & is_finite, self.lambda_max, self.lam * self.decay))
+        lam = self.lam * self.decay
+        self.lam.copy_(lam.masked_fill(is_jump & is_finite, self.lambda_max))
         # Welford 1962: no difference of large sums.
         new_mean = mean + (error - mean) / (count + 1)
         new_squares = squares + (error - mean) * (error - new_mean)

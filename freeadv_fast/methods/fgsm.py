@@ -79,13 +79,25 @@ class Fgsm:
             global_size: Images of the minibatch over all ranks.
         """
         learner = self.learner
-        x = learner.network_input(images, self.attack(images, labels))
-        learner.backward(learner.loss(x, labels, global_size, role="adversarial"))
-        learner.step()
+        learner.update(self.descend, images, labels, global_size, learner.attack_scale)
         return Passes(global_size, global_size)
 
-    def attack(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The perturbation after one step, (n, H, W, 3) float32 in grey levels."""
+    def descend(
+        self, images: Tensor, labels: Tensor, global_size: int, attack_scale: float
+    ) -> None:
+        """The attack, and the update where it ends."""
+        learner = self.learner
+        x = learner.network_input(images, self.attack(images, labels, attack_scale))
+        learner.backward(learner.loss(x, labels, global_size, role="adversarial"))
+        learner.apply_gradients()
+
+    def attack(self, images: Tensor, labels: Tensor, attack_scale: float = 1.0) -> Tensor:
+        """The perturbation after one step, (n, H, W, 3) float32 in grey levels.
+
+        Args:
+            images: (n, H, W, 3) uint8. labels: (n,) int64.
+            attack_scale: Share of its full length at which the attack steps.
+        """
         learner = self.learner
         if self.start == "zero":
             delta = torch.zeros(images.shape, device=images.device)
@@ -97,7 +109,7 @@ class Fgsm:
             learner.input_gradient(x, labels),
             images,
             learner.meters.nonfinite_gradients,
-            step=self.step_size * learner.attack_scale,
+            step=self.step_size * attack_scale,
             eps=self.reach,
         )
         return delta

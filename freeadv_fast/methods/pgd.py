@@ -67,14 +67,26 @@ class Pgd:
             global_size: Images of the minibatch over all ranks.
         """
         learner = self.learner
-        x = learner.network_input(images, self.attack(images, labels))
-        learner.backward(learner.loss(x, labels, global_size, role="adversarial"))
-        learner.step()
+        learner.update(self.descend, images, labels, global_size, learner.attack_scale)
         return Passes(global_size, self.attack_steps * global_size)
 
-    def attack(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The perturbation after K steps, (n, H, W, 3) float32 in grey levels."""
-        learner, threat = self.learner, self.threat.scaled(self.learner.attack_scale)
+    def descend(
+        self, images: Tensor, labels: Tensor, global_size: int, attack_scale: float
+    ) -> None:
+        """The attack, and the update where it ends."""
+        learner = self.learner
+        x = learner.network_input(images, self.attack(images, labels, attack_scale))
+        learner.backward(learner.loss(x, labels, global_size, role="adversarial"))
+        learner.apply_gradients()
+
+    def attack(self, images: Tensor, labels: Tensor, attack_scale: float = 1.0) -> Tensor:
+        """The perturbation after K steps, (n, H, W, 3) float32 in grey levels.
+
+        Args:
+            images: (n, H, W, 3) uint8. labels: (n,) int64.
+            attack_scale: Share of their full size at which ball and step are taken.
+        """
+        learner, threat = self.learner, self.threat.scaled(attack_scale)
         if self.start == "uniform":
             delta = threat.uniform_delta(images)
         else:

@@ -36,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freeadv_fast import ops
 from freeadv_fast.learner import Learner
 from freeadv_fast.methods.passes import Passes
 from freeadv_fast.threat import AnyThreatModel, ThreatModel, clip_to_pixels_
@@ -105,12 +104,16 @@ class Trades:
             images: (n, H, W, 3) uint8. labels: (n,) int64.
             global_size: Images of the minibatch over all ranks.
         """
+        self.learner.update(self.descend, images, labels, global_size)
+        return Passes(2 * global_size, self.attack_steps * global_size)
+
+    def descend(self, images: Tensor, labels: Tensor, global_size: int) -> None:
+        """The attack, and the update where it ends."""
         learner = self.learner
         clean = learner.network_input(images)
         x = learner.network_input(images, self.attack(images, clean))
         learner.backward(trades_loss(learner, clean, x, labels, global_size, self.beta))
-        learner.step()
-        return Passes(2 * global_size, self.attack_steps * global_size)
+        learner.apply_gradients()
 
     def attack(self, images: Tensor, clean: Tensor) -> Tensor:
         """The perturbation after K steps, (n, H, W, 3) float32 in grey levels."""
@@ -178,21 +181,28 @@ class FreeTrades:
         """
         learner, delta = self.learner, self.delta[: len(images)]
         clean = learner.network_input(images)
+        x = learner.network_input(images, delta, self.unit).requires_grad_()
         for _ in range(self.m):
-            x = learner.network_input(images, delta, self.unit).requires_grad_()
-            loss = trades_loss(learner, clean, x, labels, global_size, self.beta)
-            learner.backward(loss)  # one pass: g_theta and g_adv
-            ops.sign_ascent_(
-                delta,
-                x.grad,  # type: ignore[arg-type]  # backward has set it
-                images,
-                learner.meters.nonfinite_gradients,
-                step=self.step_size,
-                eps=self.eps,
-                unit=self.unit,
-            )
-            learner.step()
+            learner.update(self.replay, x, clean, images, labels, global_size)
         return Passes(2 * self.m * global_size)
+
+    def replay(
+        self, x: Tensor, clean: Tensor, images: Tensor, labels: Tensor, global_size: int
+    ) -> None:
+        """Updates the weights, delta, and `x`, which becomes the next replay's.
+
+        Args:
+            x: (n, 3, H, W) network input at images + delta, a leaf. clean: The same at the images.
+            images: (n, H, W, 3) uint8. labels: (n,) int64.
+            global_size: Images of the minibatch over all ranks.
+        """
+        learner, delta = self.learner, self.delta[: len(images)]
+        loss = trades_loss(learner, clean, x, labels, global_size, self.beta)
+        learner.backward(loss)  # one pass: g_theta and g_adv
+        learner.ascend_to_next_input_(
+            delta, x, images, step=self.step_size, eps=self.eps, unit=self.unit
+        )
+        learner.apply_gradients()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The perturbation, (N, H, W, 3)."""

@@ -82,6 +82,11 @@ class Yopo:
             images: (n, H, W, 3) uint8. labels: (n,) int64.
             global_size: Images of the minibatch over all ranks.
         """
+        self.learner.update(self.descend, images, labels, global_size)
+        return Passes(self.outer_steps * global_size)
+
+    def descend(self, images: Tensor, labels: Tensor, global_size: int) -> None:
+        """K full passes with the first layer's steps between them, and the update."""
         learner = self.learner
         delta = self.threat.uniform_delta(images)
         learner.zero_grad()
@@ -93,8 +98,7 @@ class Yopo:
                 learner.ascend_(delta, self.pull_back(p, images, delta), images, self.threat)
             role = "adversarial"
         self.full_pass(images, delta, labels, global_size, role)
-        learner.step()
-        return Passes(self.outer_steps * global_size)
+        learner.apply_gradients()
 
     def full_pass(
         self, images: Tensor, delta: Tensor, labels: Tensor, global_size: int, role: Role

@@ -130,9 +130,8 @@ def test_warm_up_shortens_the_step(small_network, start):
     images = torch.full((6, 8, 8, 3), 128, dtype=torch.uint8)
     labels = torch.arange(6) % 5
     method = build(small_network(torch.float64), start)
-    method.learner.attack_scale_at = lambda update: 0.25
     torch.manual_seed(0)
     noise = method.noise.uniform_delta(images) if start != "zero" else torch.zeros(images.shape)
     torch.manual_seed(0)
-    moved = (method.attack(images, labels) - noise).abs()
+    moved = (method.attack(images, labels, 0.25) - noise).abs()
     torch.testing.assert_close(moved.max(), torch.tensor(ALPHA[start] / 4))

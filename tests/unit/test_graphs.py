@@ -9,21 +9,25 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from freeadv_fast import methods
+from freeadv_fast.config import DUAL, METHODS, UNRECORDABLE, WARMING, TrainConfig
 from freeadv_fast.errors import UserError
 from freeadv_fast.graphs import WARM_UP, CudaRecorder, GraphRunner
 from freeadv_fast.learner import Learner, Pixels
-from freeadv_fast.methods.free import Free
-from freeadv_fast.methods.natural import Natural
+from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
 from freeadv_fast.optim import build_sgd, is_capturable
-from freeadv_fast.threat import Perturbation, ThreatModel
+from freeadv_fast.threat import Perturbation
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+RECORDABLE = [method for method in METHODS if method not in UNRECORDABLE]
+# What the host knows of an update; a recording would freeze it.
+HOSTS_HALF = ("lr_at", "updates", "attack_scale_at")
 
 
 class Recorder:
     """Stands for CUDA's on a CPU: recording does nothing on the device, a launch does it all.
 
-    What a graph would freeze, it forbids: a launch may not ask the host for the learning rate.
+    What a graph would freeze, it forbids: a launch may not ask the host about the update.
     """
 
     def __init__(self, error=None):
@@ -47,11 +51,11 @@ class Recorder:
         def launch():
             if self.learner is None:
                 return step()
-            lr_at, updates = self.learner.lr_at, self.learner.updates
-            self.learner.lr_at = self.learner.updates = None
+            host = {name: getattr(self.learner, name) for name in HOSTS_HALF}
+            vars(self.learner).update(dict.fromkeys(HOSTS_HALF))
             step()
-            assert self.learner.updates is None
-            self.learner.lr_at, self.learner.updates = lr_at, updates
+            assert all(getattr(self.learner, name) is None for name in HOSTS_HALF)
+            vars(self.learner).update(host)
 
         return launch
 
@@ -165,22 +169,29 @@ def test_short_memory_beside_recordings_is_told_with_the_flag(lines):
 
 
 def build_learner(network, device="cpu", dtype=torch.float32):
-    """A learner with a falling learning rate and torch's fused SGD."""
+    """A learner with a falling learning rate, an attack that warms up and torch's fused SGD."""
     network.to(device)
     optimizer = build_sgd(network, lr=0.05, momentum=0.9, weight_decay=5e-4, decay="all")
     for group in optimizer.param_groups:
         group["fused"], group["foreach"] = True, False
     pixels = Pixels(torch.tensor(MEAN, device=device), torch.tensor(STD, device=device), dtype)
     # Powers of two: a float32 on the device is the same number as a float on the host.
-    return Learner(network, optimizer, lambda update: 2.0 ** -(4 + update // 8), pixels)
+    return Learner(
+        network,
+        optimizer,
+        lambda update: 2.0 ** -(4 + update // 8),
+        pixels,
+        attack_scale_at=lambda update: min(1.0, (update + 1) / 4),
+    )
 
 
 def build_method(name, learner, device="cpu"):
-    if name == "natural":
-        return Natural(learner, m=2)
-    threat = ThreatModel(Perturbation.parse("8/255"), Perturbation.parse("8/255"))
-    shape = (6, 8, 8, 3)
-    return Free(learner, threat, m=3, minibatch_shape=shape, device=torch.device(device))
+    """A method as the trainer builds it, with few steps."""
+    config = TrainConfig(
+        method=name, m={"free": 3, "natural": 2, "free-trades": 2}.get(name, 1), batch_size=6,
+        image_size=8, eps=Perturbation.parse("8/255"), attack_steps=2, aux_bn_group=3,
+    )  # fmt: skip
+    return methods.build_method(config, learner, torch.device(device), num_classes=5)
 
 
 def minibatches(sizes, device="cpu"):
@@ -192,21 +203,24 @@ def minibatches(sizes, device="cpu"):
 
 
 def train(name, network, runner, device="cpu", dtype=torch.float32, recorder=None):
-    """Four epochs of two full minibatches and a smaller one."""
+    """Eight epochs of two full minibatches and a smaller one."""
+    torch.manual_seed(0)
+    if name in DUAL:
+        network = DualNetwork(add_auxiliary_bn(network.to(device), 3))
     learner = build_learner(network, device, dtype)
     if runner is not None:
         learner.record_with(runner)
     if recorder is not None:
         recorder.learner = learner
     method = build_method(name, learner, device)
-    for images, labels in minibatches([6, 6, 4] * 4, device):
+    for images, labels in minibatches([6, 6, 4] * 8, device):
         method.train_minibatch(images, labels, len(images))
     return learner, method
 
 
-@pytest.mark.parametrize("name", ["free", "natural"])
+@pytest.mark.parametrize("name", RECORDABLE)
 def test_recorded_training_is_the_same_training(small_network, name, lines):
-    """Weights, statistics, momentum, delta, meters and counts, with rates that fall."""
+    """Weights, statistics, momentum, delta, meters, with rates that fall and attacks that grow."""
     recorder = Recorder()
     runner = GraphRunner(lines.append, recorder)
     plain, plain_method = train(name, small_network(), None)
@@ -223,6 +237,30 @@ def test_recorded_training_is_the_same_training(small_network, name, lines):
         assert torch.equal(method.state_dict()[key], value)
 
 
+@pytest.mark.parametrize("name", [name for name in WARMING if name in RECORDABLE])
+def test_an_attack_that_warms_up_is_recorded_when_it_is_warm(small_network, name, lines):
+    """Until then every update has a scale of its own, which its step is given as a number."""
+    recorder, scales = Recorder(), []
+    learner = build_learner(small_network())
+    learner.record_with(GraphRunner(lines.append, recorder))
+    method = build_method(name, learner)
+    attacker = method.fgsm if name == "elle" else method
+    attack = attacker.attack
+
+    def noting_attack(images, labels, attack_scale):
+        scales.append(attack_scale)
+        return attack(images, labels, attack_scale)
+
+    attacker.attack = noting_attack
+    for images, labels in minibatches([6] * (3 + WARM_UP)):
+        method.train_minibatch(images, labels, 6)
+    assert scales == [0.25, 0.5, 0.75] + [1.0] * WARM_UP
+    assert recorder.num_recordings == 0
+    for images, labels in minibatches([6]):
+        method.train_minibatch(images, labels, 6)
+    assert recorder.num_recordings == 1
+
+
 class HostReads(TorchDispatchMode):
     """Counts the operations that hand a value of the device to Python."""
 
@@ -236,7 +274,7 @@ class HostReads(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-@pytest.mark.parametrize("name", ["free", "natural"])
+@pytest.mark.parametrize("name", RECORDABLE)
 def test_a_step_reads_nothing_on_the_host(small_network, name, lines):
     """What a CPU can tell of what `set_sync_debug_mode` tells on a GPU."""
     learner, method = train(name, small_network(), GraphRunner(lines.append, Recorder()))
@@ -271,7 +309,7 @@ def gpu(test):
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["free", "natural"])
+@pytest.mark.parametrize("name", RECORDABLE)
 def test_a_cuda_graph_trains_as_eager_steps_do(small_network, name, dtype, lines):
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         plain, plain_method = train(name, small_network(), None, "cuda", dtype)
@@ -290,7 +328,7 @@ def test_a_cuda_graph_trains_as_eager_steps_do(small_network, name, dtype, lines
 
 @gpu
 @pytest.mark.parametrize("is_recorded", [False, True])
-@pytest.mark.parametrize("name", ["free", "natural"])
+@pytest.mark.parametrize("name", RECORDABLE)
 def test_a_step_never_waits_for_the_device(small_network, name, is_recorded, lines):
     """Fused optimizer, meters, rate, perturbation: nothing reads the device; fp16's scaler too."""
     learner = build_learner(small_network(), "cuda", torch.float16)
