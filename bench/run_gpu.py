@@ -172,6 +172,7 @@ def methods_ladder(flags: argparse.Namespace) -> list[Section]:
     """Part 2: the other methods in natural steps, the exchange, and two short runs to compare."""
     advprops = ["--methods", "natural,fast-advprop,advprop"]
     family = ["--methods", "natural,fgsm-rs,n-fgsm,gradalign,pgd,free", "--attack-steps", "2"]
+    launched_apart = ["--methods", "natural,fgsm-rs,pgd,free", "--attack-steps", "2", *FUSED]
     rows = ["bench/bench_shuffle.py"] + (["--rounds", "3"] if flags.tiny else [])
 
     def steps(name: str, arch: str, size: int, batch: int, more: list[str]) -> Section:
@@ -180,6 +181,7 @@ def methods_ladder(flags: argparse.Namespace) -> list[Section]:
     sections = [
         steps("step_advprop_resnet50_224", "resnet50", 224, 320, advprops),
         steps("step_family_preact_32", "preact-resnet18", 32, 128, family),
+        steps("step_family_preact_32_uncaptured", "preact-resnet18", 32, 128, launched_apart),
         Section("shuffle", rows, 90),
     ]
     if flags.data:
