@@ -32,8 +32,9 @@ from torch import Tensor, nn
 
 from freeadv_fast import graphs
 from freeadv_fast.budget import Budget
-from freeadv_fast.config import METHODS, Switch, TrainConfig
+from freeadv_fast.config import Switch, TrainConfig
 from freeadv_fast.distributed import World
+from freeadv_fast.method_names import METHODS
 from freeadv_fast.methods import build_method
 from freeadv_fast.methods.fast_advprop import Exchange
 from freeadv_fast.models.zoo import build_model

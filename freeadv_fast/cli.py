@@ -23,9 +23,10 @@ import torch
 import tyro
 import yaml
 
-from freeadv_fast.config import CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES, Method, TrainConfig
+from freeadv_fast.config import CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES, TrainConfig
 from freeadv_fast.config_file import config_to_dict, load_config
 from freeadv_fast.errors import UserError
+from freeadv_fast.method_names import Method
 from freeadv_fast.phases import Phases
 from freeadv_fast.recipes import DEFAULTS, RECIPES, find_recipe
 from freeadv_fast.schedule import Schedule

@@ -7,50 +7,21 @@ The docstring under a field is its `--help` text. A config is never changed; der
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Literal
 
 from freeadv_fast.alignment import preset_lambda
-from freeadv_fast.attacks import Attack
-from freeadv_fast.errors import UserError, blaming
+from freeadv_fast.config_checks import check
+from freeadv_fast.method_names import DUAL, REPLAYING, SECOND_ORDER, UNRECORDABLE, Method
 from freeadv_fast.mixing import Mix
 from freeadv_fast.optim import Decay, OptimizerName
 from freeadv_fast.phases import Phases
 from freeadv_fast.schedule import Schedule
 from freeadv_fast.threat import AnyThreatModel, L2ThreatModel, Perturbation, ThreatModel
 
-Method = Literal[
-    "natural",
-    "free",
-    "fgsm",
-    "fgsm-rs",
-    "n-fgsm",
-    "gradalign",
-    "elle",
-    "pgd",
-    "trades",
-    "free-trades",
-    "yopo",
-    "fast-advprop",
-    "advprop",
-]
-METHODS: tuple[Method, ...] = get_args(Method)
 Augment = Literal["random-resized-crop", "pad-crop-flip", "pad-crop", "none"]
 Normalization = Literal["imagenet", "cifar10", "cifar100", "symmetric", "per-image", "none"]
-
-# Methods that replay a minibatch, and methods with a second batch-norm branch.
-REPLAYING: tuple[Method, ...] = ("natural", "free", "free-trades")
-DUAL: tuple[Method, ...] = ("fast-advprop", "advprop")
-# Methods whose weights GradAlign can go on with: they make the same L-infinity attacks.
-ALIGNABLE: tuple[Method, ...] = ("free", "fgsm", "fgsm-rs", "n-fgsm", "elle", "pgd", "yopo")
-WARMING: tuple[Method, ...] = ("fgsm", "fgsm-rs", "n-fgsm", "gradalign", "elle", "pgd")
-# Methods that differentiate a gradient.
-SECOND_ORDER: tuple[Method, ...] = ("gradalign",)
-# Methods whose updates cannot be recorded: the host has a part in each. Fast AdvProp's sends images
-# to other ranks; GradAlign's takes its term in every other one, by autograd of the second order.
-UNRECORDABLE: tuple[Method, ...] = ("fast-advprop", "gradalign")
 AttackStart = Literal["uniform", "zero"]
 Norm = Literal["linf", "l2"]
 OnCollapse = Literal["stop", "restore", "gradalign"]
@@ -278,158 +249,9 @@ class TrainConfig:
         if self.phases:  # what is evaluated, exported and saved is what the last phase trains
             object.__setattr__(self, "image_size", self.phases[-1].image_size)
             object.__setattr__(self, "batch_size", self.phases[-1].batch_size)
-        if self.method not in METHODS:
-            raise UserError(f"--method {self.method}: choose one of {', '.join(METHODS)}")
-        if self.m < 1:
-            raise UserError(f"--m {self.m}: must be at least 1")
-        if self.m > 1 and self.method not in REPLAYING:
-            raise UserError(f"--m {self.m}: {self.method} does not replay minibatches; use --m 1")
-        if self.batch_size < 2:
-            raise UserError(f"--batch-size {self.batch_size}: must be at least 2 for batch norm")
-        if self.image_size < 8:
-            raise UserError(f"--image-size {self.image_size}: must be at least 8 pixels")
-        if self.resize_size and self.resize_size < self.image_size:
-            raise UserError(
-                f"--resize-size {self.resize_size}: smaller than --image-size {self.image_size}; "
-                "the central crop would not fit"
-            )
-        for flag, optional in (
-            ("--steps", self.steps),
-            ("--max-passes", self.max_passes),
-            ("--bn-group", self.bn_group),
-            ("--eval-images", self.eval_images),
-            ("--guard-images", self.guard_images),
-        ):
-            if optional is not None and optional < 1:
-                raise UserError(f"{flag} {optional}: must be at least 1")
-        for flag, number in (
-            ("--lr", self.lr),
-            ("--epochs", self.epochs),
-            ("--noise-weight", self.noise_weight),
-            ("--adv-weight", self.adv_weight),
-            ("--mix-alpha", 1.0 if self.mix_alpha is None else self.mix_alpha),
-        ):
-            if not (math.isfinite(number) and number > 0):
-                raise UserError(f"{flag} {number:g}: must be a positive number")
-        for flag, number in (
-            ("--weight-decay", self.weight_decay),
-            ("--checkpoint-every", self.checkpoint_every),
-        ):
-            if not (math.isfinite(number) and number >= 0):
-                raise UserError(f"{flag} {number:g}: must be zero or a positive number")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"--momentum {self.momentum:g}: must be at least 0 and below 1")
-        if not 0 <= self.max_bad_fraction < 1:
-            raise UserError(
-                f"--max-bad-fraction {self.max_bad_fraction:g}: must be at least 0 and below 1"
-            )
-        for flag, count in (
-            ("--workers", self.workers),
-            ("--holdout-images", self.holdout_images or 0),
-            ("--resize-size", self.resize_size or 0),
-            ("--crop-padding", self.crop_padding),
-            ("--guard-every", self.guard_every or 0),
-            ("--seed", self.seed),
-        ):
-            if count < 0:
-                raise UserError(f"{flag} {count}: cannot be negative")
-        if self.seed >= 2**63:
-            raise UserError(f"--seed {self.seed}: must be below 2^63")
-        if self.workers > 512:
-            raise UserError(f"--workers {self.workers}: more than 512 on one rank cannot be meant")
-        if self.log_every < 1:
-            raise UserError(f"--log-every {self.log_every}: must be at least 1")
-        for flag, group in (("--bn-group", self.bn_group), ("--aux-bn-group", self.aux_bn_group)):
-            if group is not None and group < 2:
-                raise UserError(f"{flag} {group}: statistics need at least 2 images")
-        for flag, count in (
-            ("--attack-steps", self.attack_steps),
-            ("--reg-every", self.reg_every),
-            ("--yopo-inner", self.yopo_inner),
-        ):
-            if count < 1:
-                raise UserError(f"{flag} {count}: must be at least 1")
-        for flag, number in (
-            ("--attack-warmup", self.attack_warmup),
-            ("--noise-radius", self.noise_radius),
-            ("--reg-lambda", self.reg_lambda or 0.0),
-            ("--trades-beta", self.trades_beta),
-        ):
-            if not (math.isfinite(number) and number >= 0):
-                raise UserError(f"{flag} {number:g}: must be zero or a positive number")
-        for flag, distance in (("--eps", self.eps), ("--step-size", self.step_size or self.eps)):
-            if self.norm == "linf" and distance.levels > 255:
-                raise UserError(f"{flag} {distance}: larger than the whole pixel range")
-        if self.attack_warmup and self.method not in WARMING:
-            raise UserError(
-                f"--attack-warmup {self.attack_warmup:g}: not for {self.method}; leave it out"
-            )
-        if self.norm != "linf" and self.method not in ("pgd", "trades"):
-            raise UserError(f"--norm {self.norm}: only for pgd and trades; leave it out")
-        if self.on_collapse == "gradalign" and (
-            self.method not in ALIGNABLE or self.norm != "linf"
-        ):
-            raise UserError(
-                f"--on-collapse gradalign: {self.method} with --norm {self.norm} cannot go on as "
-                "GradAlign; use --on-collapse restore or stop"
-            )
-        if self.fuse == "on" and self.is_second_order:
-            raise UserError(
-                "--fuse on: GradAlign differentiates twice, fused batch norm only once; use "
-                "--fuse auto"
-            )
-        if self.graphs == "on" and not self.is_recordable:
-            raise UserError(
-                f"--graphs on: {self.method}{' with --mix' if self.mix != 'none' else ''} cannot "
-                "be recorded; use --graphs auto"
-            )
-        for name in self.eval_attacks:  # a misspelt one should not be found after training
-            Attack.parse(name)
-        if self.mix != "none" and self.method not in ("natural", *DUAL):
-            raise UserError(f"--mix {self.mix}: not for {self.method}; leave it out")
-        if self.method != "natural" and self.threat.eps.levels == 0:
-            raise UserError(f"--eps 0: {self.method} needs a radius above 0, such as 4/255")
-        if self.method != "natural" and self.threat.step.levels == 0:
-            raise UserError(f"--step-size 0: {self.method} needs a step above 0, such as 4/255")
-        if self.is_split and not self.phases:
-            self._check_shares()
-        self._check_phases()
+        check(self)
 
-    def _check_phases(self) -> None:
-        """Checks that the phases fill the run, and each one as a run of its own.
-
-        Raises:
-            UserError: names the flag and the fix.
-        """
-        if self.phase_data and len(self.phase_data) != len(self.phases):
-            raise UserError(
-                f"--phase-data {','.join(self.phase_data)}: {len(self.phase_data)} folders for "
-                f"{len(self.phases)} --phases; name one for each"
-            )
-        if not self.phases:
-            return
-        if self.steps is not None:
-            raise UserError(
-                f"--steps {self.steps}: phases are epochs; add --steps None --epochs "
-                f"{self.phases[-1].end:g}, or leave out --phases"
-            )
-        if self.phases[-1].end != self.epochs:
-            raise UserError(
-                f"--phases {self.phases}: end at epoch {self.phases[-1].end:g}, the run at "
-                f"--epochs {self.epochs:g}; they must be the same"
-            )
-        spans = itertools.pairwise((0, *self.phase_ends))
-        for number, (start, end) in enumerate(spans):
-            phase = self.phases[number]
-            if start == end:
-                raise UserError(
-                    f"--phases {phase}: pays for no pass over the data, which costs {self.cost:g} "
-                    "epochs; lengthen it or leave it out"
-                )
-            with blaming(f"--phases {phase}"):
-                self._phase_config(number)
-
-    def _phase_config(self, number: int) -> TrainConfig:
+    def phase_config(self, number: int) -> TrainConfig:
         """A phase as a run of its own, on its own training images.
 
         Its evaluation resizes in the proportion of the run's --resize-size, or by default.
@@ -452,33 +274,13 @@ class TrainConfig:
         """Each phase as a run of its own; without --phases the run itself."""
         if not self.phases:
             return (self,)
-        return tuple(self._phase_config(number) for number in range(len(self.phases)))
+        return tuple(self.phase_config(number) for number in range(len(self.phases)))
 
     @property
     def phase_ends(self) -> tuple[int, ...]:
         """The data epoch at which each phase ends; the last is `data_epochs`."""
         ends = [phase.end for phase in self.phases] or [self.epochs]
         return tuple(self._data_epochs_of(end) for end in ends)
-
-    def _check_shares(self) -> None:
-        """Checks the two shares of a minibatch.
-
-        Raises:
-            UserError: names the flag and the fix.
-        """
-        if not 0 < self.p_adv < 1:
-            raise UserError(f"--p-adv {self.p_adv:g}: must be above 0 and below 1, such as 0.2")
-        num_adv, size = self.num_adversarial, self.batch_size
-        if not 2 <= num_adv <= size - 2:
-            raise UserError(
-                f"--p-adv {self.p_adv:g}: {num_adv} adversarial and {size - num_adv} clean of "
-                f"--batch-size {size} images; each share needs at least 2"
-            )
-        if num_adv < self.aux_bn_group:
-            raise UserError(
-                f"--aux-bn-group {self.aux_bn_group}: larger than the {num_adv} adversarial images "
-                f"of --batch-size {size}; use --aux-bn-group {num_adv} or a larger batch"
-            )
 
     @property
     def is_second_order(self) -> bool:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Literal
 
 from freeadv_fast import cli
-from freeadv_fast.config import DUAL, TrainConfig
+from freeadv_fast.config import TrainConfig
 from freeadv_fast.config_file import config_to_dict, load_config
 from freeadv_fast.errors import UserError
+from freeadv_fast.method_names import DUAL
 from freeadv_fast.recipes import DEFAULTS
 from freeadv_fast.report import markdown_table, plot_sweep, results_table
 from freeadv_fast.runlog import RunFolder, read_json, write_json

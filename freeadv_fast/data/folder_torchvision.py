@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Generator, Iterator
 
@@ -54,7 +55,14 @@ class TorchvisionDecoder:
             worker_init_fn=_obey_parent,
             generator=torch.Generator(),  # else the loader draws from the global one
         )
-        for images in loader:
+        # A forked worker has its parent's garbage and none of its threads: it would wait for them
+        # for ever if it collected a DALI pipeline. What is frozen at the fork it does not collect.
+        gc.freeze()
+        try:
+            decoded = iter(loader)
+        finally:
+            gc.unfreeze()
+        for images in decoded:
             if isinstance(images, UserError):
                 raise images
             yield images.to(self.device, non_blocking=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import threading
 from pathlib import Path
@@ -15,7 +16,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
 
 from freeadv_fast import data
-from freeadv_fast.data import build_loaders, build_val_loader
+from freeadv_fast.data import build_loaders, build_val_loader, folder_torchvision
 from freeadv_fast.errors import UserError
 
 AUGMENTS = ("random-resized-crop", "pad-crop-flip", "none")
@@ -236,6 +237,38 @@ def test_reading_leaves_the_global_generators_alone(backend, build_tree, config,
     assert torch.equal(torch.get_rng_state(), states[0])
     np.testing.assert_array_equal(np.random.get_state()[1], states[1])  # noqa: NPY002
     assert random.getstate() == states[2]
+
+
+def test_workers_collect_nothing_of_their_parents(
+    use_backend, build_tree, config, world_of, tmp_path, monkeypatch
+):
+    """A DALI pipeline that a forked worker destroys waits for threads that only its parent has."""
+
+    class Pipeline:
+        def __init__(self):
+            self.ring = self
+
+        def __del__(self):
+            with (tmp_path / "destroyed").open("a") as file:
+                print(os.getpid(), file=file)
+
+    decode = folder_torchvision._PlanFiles.__getitem__
+
+    def collect_and_decode(files, plan):
+        gc.collect()
+        return decode(files, plan)
+
+    monkeypatch.setattr(folder_torchvision._PlanFiles, "__getitem__", collect_and_decode)
+    use_backend("torchvision")
+    train = build_loaders(config(build_tree()), world_of()).train
+    gc.disable()  # else the ring may be gone before the fork
+    try:
+        Pipeline()
+        list(train.epoch(0))
+    finally:
+        gc.enable()
+    gc.collect()
+    assert (tmp_path / "destroyed").read_text().split() == [str(os.getpid())]
 
 
 def test_without_dali_one_line_says_so(use_backend, build_tree, config, world_of, capsys):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from freeadv_fast.cli import run_training
-from freeadv_fast.config import DUAL, METHODS
+from freeadv_fast.method_names import DUAL, METHODS
 from freeadv_fast.methods.passes import Passes
 from freeadv_fast.session import build_phase_method
 

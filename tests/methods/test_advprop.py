@@ -1,12 +1,10 @@
 """AdvProp against a slow loop: PGD-K towards a wrong label, then both branches."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from torch.func import functional_call
 
+import slow_advprop as slow
 from freeadv_fast.learner import Learner, Pixels
 from freeadv_fast.methods.advprop import AdvProp
 from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
@@ -15,17 +13,6 @@ from freeadv_fast.threat import Perturbation, ThreatModel
 
 EPS, STEP = 8, 2
 P_ADV = 1 / 3
-
-
-def load_slow():
-    path = Path(__file__).with_name("slow_advprop.py")
-    spec = importlib.util.spec_from_file_location("slow_advprop", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-slow = load_slow()
 
 
 def minibatch():

@@ -1,27 +1,15 @@
 """ELLE and ELLE-A against slow loops written from the paper."""
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import slow_steps as slow
 from freeadv_fast.methods.elle import Elle
 from freeadv_fast.models.batch_norm import apply_bn_groups
-
-
-def load_slow():
-    path = Path(__file__).with_name("slow_steps.py")
-    spec = importlib.util.spec_from_file_location("slow_steps", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-slow = load_slow()
 
 EPS = 8
 

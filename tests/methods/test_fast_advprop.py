@@ -1,12 +1,10 @@
 """Fast AdvProp against a slow loop written from the paper."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
+import slow_advprop as slow
 from freeadv_fast.distributed import World
 from freeadv_fast.learner import Learner, Pixels
 from freeadv_fast.methods.fast_advprop import FastAdvProp
@@ -16,17 +14,6 @@ from freeadv_fast.shuffle import global_permutation
 from freeadv_fast.threat import Perturbation, ThreatModel
 
 SEED, NUM_CLEAN, NUM_ADV, MAIN_GROUP, AUX_GROUP = 7, 12, 6, 6, 2
-
-
-def load_slow():
-    path = Path(__file__).with_name("slow_advprop.py")
-    spec = importlib.util.spec_from_file_location("slow_advprop", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-slow = load_slow()
 
 
 def threat(eps, step):

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from freeadv_fast.budget import Budget
-from freeadv_fast.config import DUAL, METHODS, SECOND_ORDER, TrainConfig
+from freeadv_fast.config import TrainConfig
 from freeadv_fast.errors import UserError
+from freeadv_fast.method_names import DUAL, METHODS, SECOND_ORDER
 from freeadv_fast.methods import build_method
 from freeadv_fast.models.fused import FusedBatchNorm2d
 from freeadv_fast.models.stem import SpaceToDepthConv2d

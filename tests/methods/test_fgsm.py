@@ -1,23 +1,10 @@
 """FGSM, FGSM-RS and N-FGSM against slow loops written from the papers."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
+import slow_steps as slow
 from freeadv_fast.methods.fgsm import Fgsm
-
-
-def load_slow():
-    path = Path(__file__).with_name("slow_steps.py")
-    spec = importlib.util.spec_from_file_location("slow_steps", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-slow = load_slow()
 
 EPS = 8
 ALPHA = {"zero": 8, "uniform": 10, "noisy": 8}

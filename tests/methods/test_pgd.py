@@ -1,24 +1,11 @@
 """PGD training against a slow loop, and the geometry of the L2 ball."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
+import slow_steps as slow
 from freeadv_fast.methods.pgd import Pgd
 from freeadv_fast.threat import L2ThreatModel, Perturbation
-
-
-def load_slow():
-    path = Path(__file__).with_name("slow_steps.py")
-    spec = importlib.util.spec_from_file_location("slow_steps", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-slow = load_slow()
 
 THREATS = {"linf": slow.threat(8, 3), "l2": slow.l2_threat(60, 25)}
 

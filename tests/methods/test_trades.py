@@ -1,27 +1,15 @@
 """TRADES and free-TRADES against slow loops written from the formula."""
 
 import copy
-import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import slow_steps as slow
 from freeadv_fast.learner import evaluating_tree
 from freeadv_fast.methods.trades import FreeTrades, Trades, divergence
-
-
-def load_slow():
-    path = Path(__file__).with_name("slow_steps.py")
-    spec = importlib.util.spec_from_file_location("slow_steps", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-slow = load_slow()
 
 THREATS = {"linf": slow.threat(8, 3), "l2": slow.l2_threat(60, 25)}
 BETA = 3.0

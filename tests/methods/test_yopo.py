@@ -1,30 +1,17 @@
 """YOPO against a slow loop written from the paper's formula."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import timm
 import torch
 import torchvision
 from torch import nn
 
+import slow_steps as slow
 from freeadv_fast.errors import UserError
 from freeadv_fast.methods.yopo import Yopo, first_layer
 from freeadv_fast.models.normalize import StandardizedNetwork
 from freeadv_fast.models.preact_resnet import PreActResNet18
 from freeadv_fast.models.wide_resnet import MadryWideResNet, WideResNet
-
-
-def load_slow():
-    path = Path(__file__).with_name("slow_steps.py")
-    spec = importlib.util.spec_from_file_location("slow_steps", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-slow = load_slow()
 
 EPS, STEP = 8, 2
 

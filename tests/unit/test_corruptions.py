@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from freeadv_fast.corruptions import CORRUPTIONS, SMALL_SIDE, CorruptedLoader, corrupt
 from freeadv_fast.data.loader import Batch
+from freeadv_fast.robustness.corruptions import CORRUPTIONS, SMALL_SIDE, CorruptedLoader, corrupt
 
 RANDOM = {"gaussian_noise", "shot_noise", "elastic_transform"}
 

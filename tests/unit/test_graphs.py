@@ -10,10 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from freeadv_fast import methods
-from freeadv_fast.config import DUAL, METHODS, UNRECORDABLE, WARMING, TrainConfig
+from freeadv_fast.config import TrainConfig
 from freeadv_fast.errors import UserError
 from freeadv_fast.graphs import WARM_UP, CudaRecorder, GraphRunner
 from freeadv_fast.learner import Learner, Pixels
+from freeadv_fast.method_names import DUAL, METHODS, UNRECORDABLE, WARMING
 from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
 from freeadv_fast.optim import build_sgd, is_capturable
 from freeadv_fast.threat import Perturbation
@@ -331,7 +332,10 @@ def test_a_cuda_graph_trains_as_eager_steps_do(small_network, name, dtype, lines
 @pytest.mark.parametrize("name", RECORDABLE)
 def test_a_step_never_waits_for_the_device(small_network, name, is_recorded, lines):
     """Fused optimizer, meters, rate, perturbation: nothing reads the device; fp16's scaler too."""
-    learner = build_learner(small_network(), "cuda", torch.float16)
+    network = small_network().to("cuda")
+    if name in DUAL:
+        network = DualNetwork(add_auxiliary_bn(network, 3))
+    learner = build_learner(network, "cuda", torch.float16)
     if is_recorded:
         learner.record_with(GraphRunner(lines.append, CudaRecorder()))
     method = build_method(name, learner, "cuda")

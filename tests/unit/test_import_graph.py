@@ -13,6 +13,7 @@ LONGEST_LAUNCH_SCRIPT = 40
 FOUNDATION = {
     "errors": set(),
     "threat": {"freeadv_fast.errors"},
+    "method_names": set(),
     "phases": {"freeadv_fast.errors"},
     "schedule": {"freeadv_fast.errors"},
     "toolchain": set(),

@@ -16,10 +16,15 @@ from torch import nn
 from freeadv_fast import robustness
 from freeadv_fast.config import CPU_EVAL_IMAGES, TrainConfig
 from freeadv_fast.config_file import save_config
-from freeadv_fast.corruptions import CORRUPTIONS
 from freeadv_fast.errors import UserError
-from freeadv_fast.imagenet_c import ALEXNET_ERROR, IMAGENET_C, CorruptionErrors, describe_means
 from freeadv_fast.robustness import evaluate_robustness
+from freeadv_fast.robustness.corruptions import CORRUPTIONS
+from freeadv_fast.robustness.imagenet_c import (
+    ALEXNET_ERROR,
+    IMAGENET_C,
+    CorruptionErrors,
+    describe_means,
+)
 from freeadv_fast.runlog import RunFolder
 from freeadv_fast.saved_run import SavedRun
 

@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from freeadv_fast.corruptions import SEVERITIES
 from freeadv_fast.errors import UserError
+from freeadv_fast.robustness.corruptions import SEVERITIES
 
 # The published archives, in the paper's order. "extra" holds the four that are not in the mean.
 IMAGENET_C = {

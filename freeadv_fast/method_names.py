@@ -1,0 +1,34 @@
+"""The methods by name, and which of them can do what."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Method = Literal[
+    "natural",
+    "free",
+    "fgsm",
+    "fgsm-rs",
+    "n-fgsm",
+    "gradalign",
+    "elle",
+    "pgd",
+    "trades",
+    "free-trades",
+    "yopo",
+    "fast-advprop",
+    "advprop",
+]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+# Methods that replay a minibatch, and methods with a second batch-norm branch.
+REPLAYING: tuple[Method, ...] = ("natural", "free", "free-trades")
+DUAL: tuple[Method, ...] = ("fast-advprop", "advprop")
+# Methods whose weights GradAlign can go on with: they make the same L-infinity attacks.
+ALIGNABLE: tuple[Method, ...] = ("free", "fgsm", "fgsm-rs", "n-fgsm", "elle", "pgd", "yopo")
+WARMING: tuple[Method, ...] = ("fgsm", "fgsm-rs", "n-fgsm", "gradalign", "elle", "pgd")
+# Methods that differentiate a gradient.
+SECOND_ORDER: tuple[Method, ...] = ("gradalign",)
+# Methods whose updates cannot be recorded: the host has a part in each. Fast AdvProp's sends images
+# to other ranks; GradAlign's takes its term in every other one, by autograd of the second order.
+UNRECORDABLE: tuple[Method, ...] = ("fast-advprop", "gradalign")

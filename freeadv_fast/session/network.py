@@ -1,0 +1,159 @@
+"""The network and its learner, as a config asks for them and the device allows."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from freeadv_fast import checkpoint, ops
+from freeadv_fast.budget import Budget
+from freeadv_fast.config import TrainConfig
+from freeadv_fast.distributed import World
+from freeadv_fast.errors import UserError, blaming
+from freeadv_fast.graphs import WARM_UP, WARM_UP_OF_RANKS, CudaRecorder, GraphRunner
+from freeadv_fast.learner import Learner, Pixels
+from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
+from freeadv_fast.models.fused import fuse_batch_norms
+from freeadv_fast.models.stem import use_space_to_depth
+from freeadv_fast.models.zoo import build_model, check_image_size
+from freeadv_fast.optim import build_sgd, is_capturable
+from freeadv_fast.session.run import say
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_network(config: TrainConfig, classes: list[str], is_fresh: bool) -> nn.Module:
+    """The network that the config names, with its first weights unless a checkpoint brings them."""
+    model = build_model(
+        config.arch,
+        len(classes),
+        image_size=config.image_size,
+        per_image_standardize=config.normalization == "per-image",
+        bn_group=config.bn_group,
+    )
+    for phase in config.phases:
+        with blaming(f"--phases {phase}"):
+            check_image_size(model, config.arch, len(classes), phase.image_size)
+    if config.init_from is not None and is_fresh:
+        state = checkpoint.load_checkpoint(Path(config.init_from), "--init-from")
+        checkpoint.load_weights(model, state, config.arch, f"--init-from {config.init_from}")
+    return model
+
+
+def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: Budget) -> Learner:
+    """The learner around a network, which moves to the training device."""
+    # Two minibatch shapes a phase, so that every convolution is timed once and well chosen after.
+    torch.backends.cudnn.benchmark = True
+    if config.has_branches:
+        add_auxiliary_bn(model, config.aux_bn_group)
+    model.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if has_fused_norms(config, world):
+        model, left = fuse_batch_norms(model)
+        if left:
+            say(world, f"fused batch norm: left as they are: {', '.join(left)}")
+    has_packed_input = wants_packed_input(config, world) and use_space_to_depth(model)
+    # Together, for apex may be missing on one node of several.
+    optimizer = world.together(
+        lambda: build_sgd(
+            model,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            decay=config.decay,
+            name=config.optimizer,
+        )
+    )
+    obstacle = obstacle_to_graphs(config, world, optimizer)
+    if config.graphs == "on" and obstacle:
+        raise UserError(f"--graphs on: {obstacle}; use --graphs auto")
+    if obstacle and config.graphs == "auto" and world.device.type == "cuda":
+        say(world, f"graphs: off, {obstacle}")
+    recorder = None if obstacle else CudaRecorder()
+    net = DualNetwork(model) if config.has_branches else model
+    if world.size > 1:
+        # On the stream of the recordings, because its hooks run where it was built. Each rank keeps
+        # its own running statistics (checkpoint.averaged_buffers); broadcasting them at every
+        # forward would also break two forwards before one backward.
+        with recorder.warming_up() if recorder else contextlib.nullcontext():
+            net = DistributedDataParallel(
+                net, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+    precision = PRECISIONS[resolve_precision(config.precision, world.device)]
+    pixels = Pixels(
+        torch.tensor(config.pixel_mean, device=world.device),
+        torch.tensor(config.pixel_std, device=world.device),
+        # Pixels that the network itself standardises are not yet centred: bf16 would round them
+        # by half a grey level.
+        torch.float32 if config.normalization == "per-image" else precision,
+        has_packed_input,
+    )
+
+    def lr_at(update: int) -> float:
+        return config.lr * config.schedule.factor(
+            update,
+            total_updates=budget.total_updates,
+            data_epochs_before=budget.data_epochs_before,
+            cost=config.cost,
+        )
+
+    def attack_scale_at(update: int) -> float:
+        if config.attack_warmup == 0:
+            return 1.0
+        return min(1.0, budget.data_epochs_before(update) * config.cost / config.attack_warmup)
+
+    learner = Learner(net, optimizer, lr_at, pixels, precision, world.size, attack_scale_at)
+    if recorder is not None:
+        warm_up = WARM_UP if world.size == 1 else WARM_UP_OF_RANKS
+        learner.record_with(GraphRunner(lambda line: say(world, line), recorder, warm_up))
+    return learner
+
+
+def has_fused_norms(config: TrainConfig, world: World) -> bool:
+    """Whether batch norms are fused: by default where that is a kernel, on a GPU."""
+    if config.fuse == "auto":
+        return ops.backend(world.device) == "triton" and not config.is_second_order
+    return config.fuse == "on"
+
+
+def wants_packed_input(config: TrainConfig, world: World) -> bool:
+    """Whether the stem takes its input in space-to-depth layout, if it can.
+
+    On a CPU that pays where every pass takes the input's gradient, in free training. The stem
+    alone, 8 images at 224 px on one thread: 91 ms against 131 with that gradient, 60 against 40
+    without (bench/results/cpu/stem.json).
+    """
+    if config.fuse == "auto" and world.device.type == "cpu":
+        is_chosen = config.method == "free" and not config.is_second_order
+    else:
+        is_chosen = has_fused_norms(config, world)
+    return is_chosen and config.can_pack_input
+
+
+def obstacle_to_graphs(
+    config: TrainConfig, world: World, optimizer: torch.optim.Optimizer
+) -> str | None:
+    """Why updates are not recorded as CUDA graphs; None where they are."""
+    if config.graphs == "off":
+        return "switched off"
+    if world.device.type != "cuda":
+        return "there is no GPU"
+    if not config.is_recordable:
+        return f"updates of {config.method} are not all alike"
+    if not is_capturable(optimizer):
+        return f"--optimizer {config.optimizer} reads the learning rate on the host"
+    if world.size > 1 and config.graphs == "auto":
+        return "several ranks (--graphs on records them too; no such machine has tried it)"
+    return None
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """What ``auto`` means here: bf16 on GPUs that have it, fp16 on older ones, fp32 on a CPU."""
+    if precision != "auto":
+        return precision
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

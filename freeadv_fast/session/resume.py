@@ -1,0 +1,120 @@
+"""What a checkpoint holds of each rank, and the way back to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from freeadv_fast import checkpoint
+from freeadv_fast.config import TrainConfig
+from freeadv_fast.config_file import config_to_dict
+from freeadv_fast.distributed import World
+from freeadv_fast.errors import UserError
+from freeadv_fast.learner import Learner
+from freeadv_fast.methods import TrainingMethod
+from freeadv_fast.runlog import RunFolder, read_json
+from freeadv_fast.session.run import Progress, Run, say
+
+# Fields that a resumed run may change: none of them touches a weight.
+FREE_TO_CHANGE = {
+    "checkpoint_every",
+    "eval_attacks",
+    "eval_images",
+    "eval_step",
+    "graphs",
+    "log_every",
+    "max_bad_fraction",
+    "max_passes",
+    "output_dir",
+    "recipe",
+    "resume",
+    "workers",
+}
+
+# Same machine, versions, ranks and threads: what bit-identical resumption rests on.
+REPRODUCIBLE_WITH = ("hardware", "versions", "threads", "ranks")
+
+
+def find_checkpoint(config: TrainConfig, world: World, folder: RunFolder) -> dict[str, Any] | None:
+    """The state to resume from: rank 0 chooses the file, every rank reads it."""
+    path = world.on_main(lambda: checkpoint.newest_intact(folder.checkpoints))
+    if path is None:
+        say(world, f"--resume: no checkpoint in {folder.checkpoints}; starting from the beginning")
+        return None
+    say(world, f"resuming from {path}")
+    if world.is_main and (folder.checkpoints / checkpoint.DAMAGED).exists():
+        say(world, f"the damaged {checkpoint.LAST} is kept as {checkpoint.DAMAGED}")
+    state = checkpoint.load_checkpoint(path)
+    if not {"config", "learner", "progress", "ranks"} <= state.keys():
+        raise UserError(f"--resume: {path} holds weights only; start a run with --init-from {path}")
+    if not {"guard", "good"} <= state.keys():
+        raise UserError(
+            f"--resume: {path} is from an older version of freeadv_fast; finish the run with that, "
+            f"or start one with --init-from {path}"
+        )
+    saved, current = state["config"], config_to_dict(config)
+    for name in sorted(set(saved) - FREE_TO_CHANGE):
+        if saved[name] != current.get(name):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} {current.get(name)}: the run in {folder.root} was made with "
+                f"{flag} {saved[name]}; resume it with that, or choose another --output-dir"
+            )
+    if len(state["ranks"]) != world.size:
+        raise UserError(
+            f"--nproc-per-node {world.size}: the run in {folder.root} was made with "
+            f"{len(state['ranks'])} ranks; resume it with as many"
+        )
+    return state
+
+
+def rank_state(run: Run) -> dict[str, Any]:
+    """What each rank has of its own: perturbation, sums, generators, running statistics."""
+    return {
+        "method": run.method.state_dict(),
+        "meters": run.learner.meters.state_dict(),
+        "random": checkpoint.random_state(run.world.device),
+        "buffers": checkpoint.batch_norm_buffers(run.model),
+    }
+
+
+def restore(
+    state: dict[str, Any],
+    config: TrainConfig,
+    world: World,
+    model: nn.Module,
+    learner: Learner,
+    method: TrainingMethod,
+) -> Progress:
+    """Puts every part back where the checkpoint left it."""
+    checkpoint.load_weights(model, state, config.arch, "--resume")
+    own = state["ranks"][world.rank]
+    for name, buffer in checkpoint.batch_norm_buffers(model).items():
+        buffer.copy_(own["buffers"][name])
+    learner.load_state_dict(state["learner"])
+    learner.meters.load_state_dict(own["meters"])
+    method.load_state_dict(own["method"])
+    checkpoint.restore_random_state(own["random"], world.device)
+    return Progress(**state["progress"])
+
+
+def warn_about_changes(folder: RunFolder, record: dict[str, Any], world: World) -> None:
+    """Says what differs from the session before: the rest will then not be bit-identical."""
+    if not world.is_main or not folder.environment.exists():
+        return
+    before = read_json(folder.environment)
+    changed = [key for key in REPRODUCIBLE_WITH if before.get(key) != record.get(key)]
+    if changed:
+        say(world, f"warning: {', '.join(changed)} changed since the checkpoint (see "
+            f"{folder.environment}); the rest of the run will not be bit-identical")  # fmt: skip
+
+
+def to_cpu(value: Any) -> Any:
+    """The same nested state with every tensor on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: to_cpu(entry) for key, entry in value.items()}
+    return value
