@@ -167,6 +167,8 @@ class MemoryMeter:
     def __init__(self, device: torch.device) -> None:
         """Starts here."""
         self.device = device
+        if device.type == "cuda":
+            torch.cuda.init()  # before it the allocator knows no device, and has no peak to reset
         self.before = 0 if device.type == "cuda" else _status_bytes("VmRSS")
         self.forget_peak()
 

@@ -152,9 +152,10 @@ def measure_first(flags: argparse.Namespace) -> list[Section]:
     return [
         step,
         Section("input_gradient", gradient, 80, writes_out=False),
-        Section("batch_norm", norms, 120),
+        # Each compiles about 40 Triton kernels first, of a second and more each.
+        Section("batch_norm", norms, 150),
         Section("stem", stems, 70),
-        Section("kernels", kernels, 60),
+        Section("kernels", kernels, 120),
         profile_section("profile_eager", EAGER, flags),
         *(
             Section(

@@ -12,7 +12,8 @@ Bytes per value, bfloat16 and int8 delta: 2 (gradient) + 1 (image) + 1 (delta) r
 1577: the zeros of x are left as `perturb_normalize` wrote them, and the border is not read either.
 
 Accesses of a thread, bfloat16, int8 delta, sm_90: 8 bytes of gradient and x, 4 of delta and images;
-packed, 8 bytes of gradient and x and, of images of even width, 2 of delta and images.
+packed, 16 bytes of gradient and x and, of images of even width, 2 of delta and images, of odd width
+1.
 
 Source: Shafahi et al., "Adversarial Training for Free!", 2019, Algorithm 1, lines 8 to 11.
 """
@@ -24,9 +25,15 @@ from torch import Tensor
 
 from freeadv_fast.kernels import perturb_normalize as perturb
 from freeadv_fast.kernels import sign_ascent as ascent
-from freeadv_fast.kernels.perturb_normalize import normalized
-from freeadv_fast.kernels.sign_ascent import ascended, count_packed, is_bad, larger
-from freeadv_fast.kernels.space_to_depth import is_packed, locate
+from freeadv_fast.kernels.perturb_normalize import normalized, reciprocal
+from freeadv_fast.kernels.sign_ascent import (
+    ascended,
+    count_packed,
+    is_bad,
+    store_runs,
+    tainted,
+)
+from freeadv_fast.kernels.space_to_depth import held, is_packed, locate
 
 try:
     import triton
@@ -41,8 +48,8 @@ except ImportError:  # torch builds without CUDA may come without Triton; the re
 
 
 CPU_CHUNK = perturb.CPU_CHUNK
-# 4 warps. A tile gives each thread 8 bytes of the widest tensor: 56 registers on sm_90. With 16 it
-# takes 89 to 96, and a bound of 64 registers spills.
+# 4 warps. A plain tile gives each thread 8 bytes of the widest tensor: 56 registers on sm_90. With
+# 16 it takes 89 to 96, and a bound of 64 registers spills.
 NUM_THREADS = 128
 BYTES = 8
 # Tiles per program, one after the other, so that channel constants cost little.
@@ -106,6 +113,14 @@ def ascend_normalize_ref_(
 
 
 @jit
+def as_stored(delta, dtype: tl.constexpr):
+    """A new perturbation as the next pass loads it; int8 and float32 hold it as it is."""
+    if dtype == tl.float16:
+        delta = delta.to(tl.float16).to(tl.float32)
+    return delta
+
+
+@jit
 def _update(
     delta_ptr,
     x_ptr,
@@ -113,10 +128,11 @@ def _update(
     image_ptr,
     at,
     left,
-    largest,
+    taint,
     mean,
     std,
-    inverse_std,
+    high,
+    low,
     step_bits,
     eps,
     unit,
@@ -126,19 +142,18 @@ def _update(
     """One tile, at offsets `at`; if MASKED, only where they are below `left`.
 
     Returns:
-        The larger of `largest` and the absolute gradient, in float32; NaN if one was NaN.
+        `taint` with this tile's gradients.
     """
     mask = at < left if MASKED else None
     grad = tl.load(grad_ptr + at, mask=mask, other=0.0 if MASKED else None)
     delta = tl.load(delta_ptr + at, mask=mask).to(tl.float32)
     image = tl.load(image_ptr + at, mask=mask)
-    delta, magnitude = ascended(delta, grad, image, step_bits, eps, unit)
-    stored = delta.to(delta_ptr.dtype.element_ty)
-    tl.store(delta_ptr + at, stored, mask=mask)
-    s = image.to(tl.float32) + unit * stored.to(tl.float32)
-    x = normalized(s, mean, std, inverse_std, FMA)
+    delta, grad32 = ascended(delta, grad, image, step_bits, eps, unit)
+    tl.store(delta_ptr + at, delta.to(delta_ptr.dtype.element_ty), mask=mask)
+    s = image.to(tl.float32) + unit * as_stored(delta, delta_ptr.dtype.element_ty)
+    x = normalized(s, mean, std, high, low, FMA)
     tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=mask)
-    return larger(largest, magnitude)
+    return tainted(taint, grad32)
 
 
 @jit
@@ -171,25 +186,25 @@ def _ascend_normalize_kernel(
     offsets = lane * BLOCK + tl.arange(0, BLOCK)
     mean = tl.load(mean_ptr + offsets % C)
     std = tl.load(std_ptr + offsets % C)
-    inverse_std = tl.div_rn(tl.full(std.shape, 1.0, tl.float32), std)
+    high, low = reciprocal(std)
     step_bits = tl.full([BLOCK], step, tl.float32).to(tl.uint32, bitcast=True)
-    largest = tl.zeros([BLOCK], tl.float32)
+    taint = tl.zeros([BLOCK], tl.float32)
     # Whole spans go unmasked: wide accesses whatever the total's divisors.
     if left == SPAN:
         for tile in tl.range(0, TILES, loop_unroll_factor=1):
             at = offsets + tile * (C * BLOCK)
-            largest = _update(
-                delta, x, grad, image, at, left, largest,
-                mean, std, inverse_std, step_bits, eps, unit, False, FMA,
+            taint = _update(
+                delta, x, grad, image, at, left, taint,
+                mean, std, high, low, step_bits, eps, unit, False, FMA,
             )  # fmt: skip
     else:
         for tile in tl.range(0, TILES, loop_unroll_factor=1):
             at = offsets + tile * (C * BLOCK)
-            largest = _update(
-                delta, x, grad, image, at, left, largest,
-                mean, std, inverse_std, step_bits, eps, unit, True, FMA,
+            taint = _update(
+                delta, x, grad, image, at, left, taint,
+                mean, std, high, low, step_bits, eps, unit, True, FMA,
             )  # fmt: skip
-    if tl.min((largest < float("inf")).to(tl.int32), 0) == 0:
+    if tl.min((taint == 0.0).to(tl.int32), 0) == 0:
         count = tl.zeros([BLOCK], tl.int32)
         for tile in tl.range(0, TILES, loop_unroll_factor=1):
             at = offsets + tile * (C * BLOCK)
@@ -212,41 +227,42 @@ def _ascend_normalize_packed_kernel(
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     FMA: tl.constexpr,
-    PIXELS: tl.constexpr,
     TILES: tl.constexpr,
+    BLOCKS: tl.constexpr,  # programs per image
+    PAIRS: tl.constexpr,
 ):
-    """Linear in x and its gradient: a program takes TILES * PIXELS neighbours of one image."""
-    PACKED: tl.constexpr = ((HEIGHT + 1) // 2 + 3) * ((WIDTH + 1) // 2 + 3)
-    PROGRAMS: tl.constexpr = (PACKED + TILES * PIXELS - 1) // (TILES * PIXELS)
-    num = (tl.program_id(0) // PROGRAMS).to(tl.int64)
-    x = x_ptr + num * (PACKED * 16)
-    grad = grad_ptr + num * (PACKED * 16)
-    delta = delta_ptr + num * (HEIGHT * WIDTH * 3)
-    image = image_ptr + num * (HEIGHT * WIDTH * 3)
-    first = tl.program_id(0) % PROGRAMS * (TILES * PIXELS) + tl.arange(0, PIXELS)
-    channel = tl.arange(0, 16)[None, :]
+    """A program takes TILES tiles of runs, one below the other."""
+    ROWS: tl.constexpr = (HEIGHT + 1) // 2
+    COLUMNS: tl.constexpr = (WIDTH + 1) // 2
+    num = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    row, column, dy, source, at = locate(tl.program_id(0) % BLOCKS, HEIGHT, WIDTH, TILES)
+    channel = tl.arange(0, 8)[None, :]
+    x = x_ptr + num * ((ROWS + 3) * (COLUMNS + 3) * 16) + at[:, None] + channel
+    grad = grad_ptr + num * ((ROWS + 3) * (COLUMNS + 3) * 16) + at[:, None] + channel
+    image = image_ptr + num * (HEIGHT * WIDTH * 3) + source[:, None] + channel
+    runs = delta_ptr + num * (HEIGHT * WIDTH * 3) + source
+    delta = delta_ptr + num * (HEIGHT * WIDTH * 3) + source[:, None] + channel
     mean = tl.load(mean_ptr + channel % 3)
     std = tl.load(std_ptr + channel % 3)
-    inverse_std = tl.div_rn(tl.full(std.shape, 1.0, tl.float32), std)
-    step_bits = tl.full([PIXELS, 16], step, tl.float32).to(tl.uint32, bitcast=True)
-    largest = tl.zeros([PIXELS, 16], tl.float32)
-    for tile in tl.range(0, TILES, loop_unroll_factor=1):
-        pixel = first + tile * PIXELS
-        source, holds_pixel, holds_value = locate(pixel, HEIGHT, WIDTH)
-        at = pixel[:, None] * 16 + channel
-        slope = tl.load(grad + at, mask=holds_pixel, other=0.0)
-        old = tl.load(delta + source, mask=holds_value).to(tl.float32)
-        pixels = tl.load(image + source, mask=holds_value)
-        new, magnitude = ascended(old, slope, pixels, step_bits, eps, unit)
-        stored = new.to(delta_ptr.dtype.element_ty)
-        tl.store(delta + source, stored, mask=holds_value)
-        s = pixels.to(tl.float32) + unit * stored.to(tl.float32)
-        # Padding channels of the same pixel are stored with it, so that the store stays whole.
-        value = tl.where(holds_value, normalized(s, mean, std, inverse_std, FMA), 0.0)
-        tl.store(x + at, value.to(x_ptr.dtype.element_ty), mask=holds_pixel)
-        largest = larger(largest, tl.where(holds_value, magnitude, 0.0))
-    if tl.min((largest < float("inf")).to(tl.int32)) == 0:
-        count_packed(nonfinite_ptr, grad, first, HEIGHT, WIDTH, TILES)
+    high, low = reciprocal(std)
+    step_bits = tl.full(grad.shape, step, tl.float32).to(tl.uint32, bitcast=True)
+    taint = tl.zeros(grad.shape, tl.float32)
+    for tile in tl.static_range(TILES):
+        down = tile * 4
+        is_stored, is_run, is_value = held(row + down, column, dy, HEIGHT, WIDTH, TILES)
+        # A run's two zeros are read and written with it, so that accesses stay whole.
+        whole = is_stored[:, None]
+        slope = tl.load(grad + down * ((COLUMNS + 3) * 16), mask=whole, other=0.0)
+        pixels = tl.load(image + down * (6 * WIDTH), mask=is_value)
+        old = tl.load(delta + down * (6 * WIDTH), mask=is_value).to(tl.float32)
+        new, slope32 = ascended(old, slope, pixels, step_bits, eps, unit)
+        store_runs(runs + down * (6 * WIDTH), new, is_run, is_value, PAIRS)
+        s = pixels.to(tl.float32) + unit * as_stored(new, delta_ptr.dtype.element_ty)
+        value = tl.where(is_value, normalized(s, mean, std, high, low, FMA), 0.0)
+        tl.store(x + down * ((COLUMNS + 3) * 16), value.to(x_ptr.dtype.element_ty), mask=whole)
+        taint = tl.where(is_value, tainted(taint, slope32), taint)
+    if tl.min((tl.sum(taint, 1) == 0.0).to(tl.int32)) == 0:
+        count_packed(nonfinite_ptr, grad, row, column, dy, HEIGHT, WIDTH, TILES)
 
 
 def _launch_(
@@ -269,29 +285,26 @@ def _launch_(
     if total == 0:
         return
     grad = grad.permute(0, 2, 3, 1).contiguous()
-    block = NUM_THREADS * BYTES // max(grad.element_size(), delta.element_size())
     inputs = (delta, x.detach(), nonfinite, grad, images, mean, std)
     scalars = (*ascent.in_units(delta, step, eps, unit), unit)
     constants = {
         "FMA": not triton.knobs.runtime.interpret,
-        "TILES": TILES,
         "num_warps": NUM_THREADS // 32,
         # unit * delta is rounded before the addition, as in the references.
         "enable_fp_fusion": False,
     }
     with torch.cuda.device_of(delta):
         if is_packed(x.shape, images.shape):
-            num, rows, columns, depth = grad.shape
-            height, width = images.shape[1:3]
-            programs = num * triton.cdiv(rows * columns, TILES * block // depth)
-            _ascend_normalize_packed_kernel[(programs,)](
-                *inputs, *scalars, HEIGHT=height, WIDTH=width, PIXELS=block // depth, **constants
+            sizes = ascent.packed_constants(delta, grad, TILES)
+            _ascend_normalize_packed_kernel[(len(images) * sizes["BLOCKS"],)](
+                *inputs, *scalars, **sizes, **constants
             )
         else:
             channels = images.shape[3]
+            block = NUM_THREADS * BYTES // max(grad.element_size(), delta.element_size())
             programs = channels * triton.cdiv(total, channels * TILES * block)
             _ascend_normalize_kernel[(programs,)](
-                *inputs, total, *scalars, C=channels, BLOCK=block, **constants
+                *inputs, total, *scalars, C=channels, BLOCK=block, TILES=TILES, **constants
             )
 
 

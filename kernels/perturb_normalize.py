@@ -7,8 +7,8 @@
 Fused: addition, clip, scaling, normalisation, cast and layout. Images arrive as the loader holds
 them, (N, H, W, C) bytes; the output is logically (N, C, H, W) in channels_last memory, which is
 the same linear order, so the kernel walks all tensors linearly. With `space_to_depth` the output
-is in the packed layout of space_to_depth.py and the kernel walks it linearly, zeros included: no
-buffer is cleared before, and nothing is assumed of an earlier one.
+is in the packed layout of space_to_depth.py, zeros included: no buffer is cleared before, and
+nothing is assumed of an earlier one.
 
 Bytes per value, bfloat16 output: 1 (image) + 1 (int8 delta) read, 2 written. The eager chain in
 float32 (to float, add, clip, scale, subtract, divide, cast) moves 5 + 12 + 4 * 8 + 6 = 55. A packed
@@ -19,12 +19,13 @@ bytes stored and, of images of even width, 2 loaded (a run of 6 neighbours has n
 divisor), of odd width 1.
 
 Numerics: every operation is rounded as IEEE 754 says, also both divisions, so kernel and reference
-agree bit for bit. Divisions by 255 and by std are done with a correctly rounded reciprocal and
-fused multiply-adds (Markstein, "Computation of elementary functions on the IBM RISC System/6000
-processor", 1990): one correction suffices for 255 (checked over all mantissas in the tests), two
-for any divisor. On sm_90 a value then costs about 17 instructions; with general divisions it costs
-over 40 (counted in the machine code; no GPU timed it). The equality needs quotients above 2^-100
-in magnitude, or zero.
+agree bit for bit. A reciprocal in two floats gives the quotient in two operations (Brisebarre,
+Muller and Raina, "Accelerating correctly rounded floating-point division when the divisor is known
+in advance", 2004): correctly rounded for 255, as the tests check over all mantissas, and within one
+unit in the last place for any divisor, so that one correction rounds it correctly (Markstein,
+"Computation of elementary functions on the IBM RISC System/6000 processor", 1990). On sm_90 a value
+then costs 17 instructions, packed 22 (counted in the machine code; no GPU timed it). The equality
+needs quotients above 2^-100 in magnitude, or zero.
 
 Not differentiable: methods take the gradient at the normalised input, a leaf, because its sign is
 the sign with respect to delta (std > 0); `sign_ascent_` applies the clip's mask.
@@ -37,7 +38,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from freeadv_fast.kernels.space_to_depth import check_packable, locate, pack, packed_shape
+from freeadv_fast.kernels.space_to_depth import (
+    check_packable,
+    held,
+    locate,
+    num_blocks,
+    pack,
+    packed_shape,
+)
 
 try:
     import triton
@@ -56,7 +64,8 @@ except ImportError:  # torch builds without CUDA may come without Triton; the re
 CPU_CHUNK = 1 << 17
 # 4 warps. A tile gives each thread 16 bytes of output, the widest store there is.
 NUM_THREADS = 128
-# Tiles in flight per program: 32 values a thread in bfloat16, 56 registers on sm_90.
+# Tiles in flight per program: 32 values a thread in bfloat16, 64 registers on sm_90; packed, 24
+# values and 40 registers.
 TILES = 4
 # Spans of C * TILES tiles per program, so that channel constants cost little; one below the size
 # at which the grid no longer fills a large GPU.
@@ -158,28 +167,36 @@ def perturb_normalize_ref(
 
 
 @jit
-def _divide(a, b, reciprocal, CORRECTIONS: tl.constexpr, FMA: tl.constexpr):
-    """a / b rounded to nearest even, from the rounded reciprocal of b.
-
-    Without FMA (the interpreter's rounds twice) the general IEEE division.
-    """
-    if FMA:
-        quotient = a * reciprocal
-        for _ in tl.static_range(CORRECTIONS):
-            # -b stays in a register; negating the quotient would cost an instruction each time.
-            quotient = tl.fma(tl.fma(quotient, -b, a), reciprocal, quotient)
-    else:
-        quotient = tl.div_rn(a, b)
-    return quotient
+def reciprocal(std):
+    """1 / std in two floats: correctly rounded, and what that leaves."""
+    one = tl.full(std.shape, 1.0, tl.float32)
+    high = tl.div_rn(one, std)
+    return high, tl.fma(high, -std, one) * high
 
 
 @jit
-def normalized(s, mean, std, inverse_std, FMA: tl.constexpr):
-    """(clip(s, 0, 255) / 255 - mean) / std of grey levels, in float32."""
-    pixel = _divide(s, tl.full(s.shape, 255.0, tl.float32), 1.0 / 255.0, 1, FMA)
+def normalized(s, mean, std, high, low, FMA: tl.constexpr):
+    """(clip(s, 0, 255) / 255 - mean) / std of grey levels, in float32.
+
+    Args:
+        high, low: `reciprocal(std)`.
+        FMA: Without it (the interpreter's rounds twice) by general IEEE divisions.
+    """
+    if FMA:
+        # 1 / 255 in two floats.
+        pixel = tl.fma(s, 1.0 / 255.0, s * -2.3191758e-10)
+    else:
+        pixel = tl.div_rn(s, tl.full(s.shape, 255.0, tl.float32))
     # clip(s, 0, 255) / 255, bit for bit; clipped here it is a free modifier of the last fma.
     pixel = tl.minimum(tl.maximum(pixel, 0.0), 1.0)
-    return _divide(pixel - mean, std, inverse_std, 2, FMA)
+    centred = pixel - mean
+    if FMA:
+        quotient = tl.fma(centred, high, centred * low)
+        # -std stays in a register; negating the quotient would cost an instruction each time.
+        result = tl.fma(tl.fma(quotient, -std, centred), high, quotient)
+    else:
+        result = tl.div_rn(centred, std)
+    return result
 
 
 @jit
@@ -191,7 +208,8 @@ def _normalize(
     left,
     mean,
     std,
-    inverse_std,
+    high,
+    low,
     unit,
     HAS_DELTA: tl.constexpr,
     MASKED: tl.constexpr,
@@ -202,7 +220,7 @@ def _normalize(
     s = tl.load(image_ptr + at, mask=mask).to(tl.float32)
     if HAS_DELTA:
         s += unit * tl.load(delta_ptr + at, mask=mask).to(tl.float32)
-    x = normalized(s, mean, std, inverse_std, FMA)
+    x = normalized(s, mean, std, high, low, FMA)
     tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=mask)
 
 
@@ -234,7 +252,7 @@ def _perturb_normalize_kernel(
     channel = offsets % C
     mean = tl.load(mean_ptr + channel)
     std = tl.load(std_ptr + channel)
-    inverse_std = tl.div_rn(tl.full(std.shape, 1.0, tl.float32), std)
+    high, low = reciprocal(std)
     for _ in range(SPANS):
         left = tl.minimum(total - start, SPAN)
         x = x_ptr + start
@@ -246,13 +264,13 @@ def _perturb_normalize_kernel(
             for tile in tl.static_range(TILES):
                 at = offsets + tile * (C * BLOCK)
                 _normalize(
-                    x, image, delta, at, left, mean, std, inverse_std, unit, HAS_DELTA, False, FMA
+                    x, image, delta, at, left, mean, std, high, low, unit, HAS_DELTA, False, FMA
                 )
         else:
             for tile in tl.range(0, TILES, loop_unroll_factor=1):
                 at = offsets + tile * (C * BLOCK)
                 _normalize(
-                    x, image, delta, at, left, mean, std, inverse_std, unit, HAS_DELTA, True, FMA
+                    x, image, delta, at, left, mean, std, high, low, unit, HAS_DELTA, True, FMA
                 )
         start += SPAN
 
@@ -269,36 +287,45 @@ def _perturb_normalize_packed_kernel(
     WIDTH: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     FMA: tl.constexpr,
-    PIXELS: tl.constexpr,
     TILES: tl.constexpr,
-    SPANS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # programs per image
 ):
-    """Linear in the output: a program takes SPANS * TILES * PIXELS neighbours of one image.
-
-    A thread's channels never change: mean and std are loaded, and inverted, once.
-    """
-    PACKED: tl.constexpr = ((HEIGHT + 1) // 2 + 3) * ((WIDTH + 1) // 2 + 3)
-    SPAN: tl.constexpr = TILES * PIXELS
-    PROGRAMS: tl.constexpr = (PACKED + SPANS * SPAN - 1) // (SPANS * SPAN)
-    num = (tl.program_id(0) // PROGRAMS).to(tl.int64)
-    x = x_ptr + num * (PACKED * 16)
-    image = image_ptr + num * (HEIGHT * WIDTH * 3)
-    delta = delta_ptr + num * (HEIGHT * WIDTH * 3)
-    channel = tl.arange(0, 16)[None, :]
+    """A program takes TILES tiles of runs, one below the other, and its share of the border."""
+    ROWS: tl.constexpr = (HEIGHT + 1) // 2
+    COLUMNS: tl.constexpr = (WIDTH + 1) // 2
+    block = tl.program_id(0) % BLOCKS
+    num = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    row, column, dy, source, at = locate(block, HEIGHT, WIDTH, TILES)
+    channel = tl.arange(0, 8)[None, :]
+    packed = x_ptr + num * ((ROWS + 3) * (COLUMNS + 3) * 16)
+    x = packed + at[:, None] + channel
+    image = image_ptr + num * (HEIGHT * WIDTH * 3) + source[:, None] + channel
+    delta = delta_ptr + num * (HEIGHT * WIDTH * 3) + source[:, None] + channel
     mean = tl.load(mean_ptr + channel % 3)
     std = tl.load(std_ptr + channel % 3)
-    inverse_std = tl.div_rn(tl.full(std.shape, 1.0, tl.float32), std)
-    pixel = tl.program_id(0) % PROGRAMS * (SPANS * SPAN) + tl.arange(0, PIXELS)
-    for _ in range(SPANS):
-        for _ in tl.static_range(TILES):
-            source, _, holds_value = locate(pixel, HEIGHT, WIDTH)
-            s = tl.load(image + source, mask=holds_value).to(tl.float32)
-            if HAS_DELTA:
-                s += unit * tl.load(delta + source, mask=holds_value).to(tl.float32)
-            value = tl.where(holds_value, normalized(s, mean, std, inverse_std, FMA), 0.0)
-            at = pixel[:, None] * 16 + channel
-            tl.store(x + at, value.to(x_ptr.dtype.element_ty), mask=pixel[:, None] < PACKED)
-            pixel += PIXELS
+    high, low = reciprocal(std)
+    for tile in tl.static_range(TILES):
+        down = tile * 4
+        is_stored, _, is_value = held(row + down, column, dy, HEIGHT, WIDTH, TILES)
+        s = tl.load(image + down * (6 * WIDTH), mask=is_value).to(tl.float32)
+        if HAS_DELTA:
+            s += unit * tl.load(delta + down * (6 * WIDTH), mask=is_value).to(tl.float32)
+        value = tl.where(is_value, normalized(s, mean, std, high, low, FMA), 0.0)
+        stored = value.to(x_ptr.dtype.element_ty)
+        tl.store(x + down * ((COLUMNS + 3) * 16), stored, mask=is_stored[:, None])
+    # The border's pixels in turn: the rows above and 2 columns, 3 between neighbouring rows, and
+    # the rest. 64 of them are 16 bytes for each thread.
+    HEAD: tl.constexpr = 2 * (COLUMNS + 3) + 2
+    BORDER: tl.constexpr = 3 * (COLUMNS + 3) + 3 * ROWS
+    first = block * 64
+    while first < BORDER:
+        index = first + tl.arange(0, 64)
+        rows_passed = tl.minimum(tl.maximum(index - (HEAD - 3), 0) // 3, ROWS)
+        pixel = (index + rows_passed * COLUMNS)[:, None]
+        zeros = tl.zeros([64, 16], x_ptr.dtype.element_ty)
+        where = packed + pixel * 16 + tl.arange(0, 16)[None, :]
+        tl.store(where, zeros, mask=index[:, None] < BORDER)
+        first += BLOCKS * 64
 
 
 def _launch(
@@ -322,29 +349,27 @@ def _launch(
     total = out.numel()
     if total == 0:
         return out.permute(0, 3, 1, 2)
-    block = NUM_THREADS * 16 // out.element_size()
-    spans = SPANS if total >= MANY_VALUES else 1
     inputs = (out, images, images if delta is None else delta, mean, std)
     constants = {
         "HAS_DELTA": delta is not None,
         "FMA": not triton.knobs.runtime.interpret,
         "TILES": TILES,
-        "SPANS": spans,
         "num_warps": NUM_THREADS // 32,
         # unit * delta is rounded before the addition, as in the reference.
         "enable_fp_fusion": False,
     }
     with torch.cuda.device_of(images):
         if space_to_depth:
-            pixels = block // depth
-            programs = num * triton.cdiv(rows * columns, spans * TILES * pixels)
-            _perturb_normalize_packed_kernel[(programs,)](
-                *inputs, unit, HEIGHT=height, WIDTH=width, PIXELS=pixels, **constants
+            blocks = num_blocks(height, width, TILES)
+            _perturb_normalize_packed_kernel[(num * blocks,)](
+                *inputs, unit, HEIGHT=height, WIDTH=width, BLOCKS=blocks, **constants
             )
         else:
+            block = NUM_THREADS * 16 // out.element_size()
+            spans = SPANS if total >= MANY_VALUES else 1
             programs = channels * triton.cdiv(total, channels * spans * TILES * block)
             _perturb_normalize_kernel[(programs,)](
-                *inputs, total, unit, C=channels, BLOCK=block, **constants
+                *inputs, total, unit, C=channels, BLOCK=block, SPANS=spans, **constants
             )
     return out.permute(0, 3, 1, 2)
 

@@ -16,7 +16,8 @@ bench/bench_kernels.py, eleven operations with a float32 delta, moves 84. A pack
 pixels takes 401 kB of gradient (no border) and 452 kB of the others.
 
 Accesses of a thread, bfloat16 gradient, int8 delta, sm_90: 16 bytes of gradient, 8 of delta and
-images; packed, 16 bytes of gradient and, of images of even width, 2 of delta and images.
+images; packed, 16 bytes of gradient and, of images of even width, 2 of delta and images, of odd
+width 1.
 
 Numerics: int8 delta counts steps (unit = step) and moves on the integers, so nothing is rounded;
 float delta is updated in float32 and rounded once. Gradients are compared, never converted
@@ -33,8 +34,10 @@ from torch import Tensor
 
 from freeadv_fast.kernels.space_to_depth import (
     check_packable,
+    held,
     is_packed,
     locate,
+    num_blocks,
     packed_shape,
     unpack,
 )
@@ -161,7 +164,7 @@ def sign_ascent_ref_(
 
 @jit
 def ascended(delta, grad, image, step_bits, eps, unit):
-    """The updated perturbation and the absolute gradient, both in float32.
+    """The updated perturbation and the gradient, both in float32.
 
     Args:
         delta: Stored perturbation in float32. grad, image: As loaded.
@@ -175,17 +178,17 @@ def ascended(delta, grad, image, step_bits, eps, unit):
     if grad.dtype == tl.float64:
         is_usable = (tl.abs(grad) > 0.0) & (tl.abs(grad) < float("inf"))
     else:
-        is_usable = (bits & 0x7FFFFFFF) - 1 < 0x7F7FFFFF  # 0 < |grad| < inf
+        is_usable = bits + bits - 1 < 0xFEFFFFFF  # 0 < |grad| < inf; doubled, the sign is gone
     is_inside = s.to(tl.uint32, bitcast=True) <= 0x437F0000  # 0 <= s <= 255; s is never -0
     signed_step = (step_bits | (bits & 0x80000000)).to(tl.float32, bitcast=True)
     move = tl.where(is_usable & is_inside, signed_step, 0.0)
-    return tl.minimum(tl.maximum(delta + move, -eps), eps), tl.abs(grad32)
+    return tl.minimum(tl.maximum(delta + move, -eps), eps), grad32
 
 
 @jit
-def larger(largest, magnitude):
-    """The larger of two, NaN if one is NaN."""
-    return tl.maximum(largest, magnitude, propagate_nan=tl.PropagateNan.ALL)
+def tainted(taint, grad32):
+    """Zero while every gradient so far is finite, NaN from the first on that is not."""
+    return tl.fma(grad32, tl.zeros(grad32.shape, tl.float32), taint)
 
 
 @jit
@@ -204,7 +207,7 @@ def _ascend(
     image_ptr,
     at,
     left,
-    largest,
+    taint,
     step_bits,
     eps,
     unit,
@@ -213,15 +216,15 @@ def _ascend(
     """One tile, at offsets `at`; if MASKED, only where they are below `left`.
 
     Returns:
-        The larger of `largest` and the absolute gradient, in float32; NaN if one was NaN.
+        `taint` with this tile's gradients.
     """
     mask = at < left if MASKED else None
     grad = tl.load(grad_ptr + at, mask=mask, other=0.0 if MASKED else None)
     delta = tl.load(delta_ptr + at, mask=mask).to(tl.float32)
     image = tl.load(image_ptr + at, mask=mask)
-    delta, magnitude = ascended(delta, grad, image, step_bits, eps, unit)
+    delta, grad32 = ascended(delta, grad, image, step_bits, eps, unit)
     tl.store(delta_ptr + at, delta.to(delta_ptr.dtype.element_ty), mask=mask)
-    return larger(largest, magnitude)
+    return tainted(taint, grad32)
 
 
 @jit
@@ -245,19 +248,19 @@ def _sign_ascent_kernel(
     image = image_ptr + start
     offsets = tl.arange(0, BLOCK)
     step_bits = tl.full([BLOCK], step, tl.float32).to(tl.uint32, bitcast=True)
-    largest = tl.zeros([BLOCK], tl.float32)
+    taint = tl.zeros([BLOCK], tl.float32)
     # Whole programs go unmasked and unrolled: wide accesses whatever the total's divisors. The
     # remainder loops, lest its scalar accesses cost every program its registers.
     if left == TILES * BLOCK:
         for tile in tl.static_range(TILES):
             at = offsets + tile * BLOCK
-            largest = _ascend(delta, grad, image, at, left, largest, step_bits, eps, unit, False)
+            taint = _ascend(delta, grad, image, at, left, taint, step_bits, eps, unit, False)
     else:
         for tile in tl.range(0, TILES, loop_unroll_factor=1):
             at = offsets + tile * BLOCK
-            largest = _ascend(delta, grad, image, at, left, largest, step_bits, eps, unit, True)
+            taint = _ascend(delta, grad, image, at, left, taint, step_bits, eps, unit, True)
     # Counting would cost every value three instructions; it is done where there is one to count.
-    if tl.min((largest < float("inf")).to(tl.int32), 0) == 0:
+    if tl.min((taint == 0.0).to(tl.int32), 0) == 0:
         count = tl.zeros([BLOCK], tl.int32)
         for tile in tl.range(0, TILES, loop_unroll_factor=1):
             at = offsets + tile * BLOCK
@@ -266,22 +269,72 @@ def _sign_ascent_kernel(
 
 
 @jit
+def first_six(runs):
+    """[128, 8] as its first six columns."""
+    even, odd = tl.split(runs.reshape(runs.shape[0], 4, 2))
+    columns04, columns26 = tl.split(even.reshape(runs.shape[0], 2, 2))
+    columns15, columns37 = tl.split(odd.reshape(runs.shape[0], 2, 2))
+    column0, column4 = tl.split(columns04)
+    column1, column5 = tl.split(columns15)
+    column2, _ = tl.split(columns26)
+    column3, _ = tl.split(columns37)
+    return column0, column1, column2, column3, column4, column5
+
+
+@jit
+def store_runs(delta, new, is_run, is_value, PAIRS: tl.constexpr):
+    """Stores a tile of the updated perturbation, every run by the thread that holds it.
+
+    A masked store of [128, 8] would pass through shared memory, to threads of one or two values.
+
+    Args:
+        delta: [128] pointers to the runs.
+        new: [128, 8] fp32. is_run, is_value: See `held`.
+        PAIRS: Whether delta is int8 and all its runs start at even addresses and are whole; two
+            values are stored at once then.
+    """
+    if PAIRS:
+        first, second = tl.split(new.reshape(new.shape[0], 4, 2))
+        # Two bytes, 128 added to each, as the last bits of a whole number in a float32.
+        both = tl.fma(second, tl.full(first.shape, 256.0, tl.float32), first) + 12615808.0
+        pairs = (both.to(tl.uint32, bitcast=True) ^ 0x8080).to(tl.uint16)
+        even, odd = tl.split(pairs.reshape(new.shape[0], 2, 2))
+        pair0, pair2 = tl.split(even)
+        pair1, _ = tl.split(odd)
+        delta = delta.to(tl.pointer_type(tl.uint16))
+        tl.store(delta, pair0, mask=is_run)
+        tl.store(delta + 1, pair1, mask=is_run)
+        tl.store(delta + 2, pair2, mask=is_run)
+    else:
+        values = first_six(new.to(delta.dtype.element_ty))
+        masks = first_six(is_value.to(tl.int8))
+        for k in tl.static_range(6):
+            tl.store(delta + k, values[k], mask=masks[k] != 0)
+
+
+@jit
 def count_packed(
     nonfinite_ptr,
-    grad_ptr,
-    pixel,
+    grad,
+    row,
+    column,
+    dy,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """Adds the non-finite gradients of TILES tiles of packed pixels; see `locate`."""
-    count = tl.zeros([pixel.shape[0], 16], tl.int32)
-    for _ in tl.range(0, TILES, loop_unroll_factor=1):
-        _, _, holds_value = locate(pixel, HEIGHT, WIDTH)
-        at = pixel[:, None] * 16 + tl.arange(0, 16)[None, :]
-        count += is_bad(tl.load(grad_ptr + at, mask=holds_value, other=0.0))
-        pixel += pixel.shape[0]
-    tl.atomic_add(nonfinite_ptr, tl.sum(tl.sum(count, 1), 0).to(tl.int64))
+    """Adds the non-finite gradients of a program's tiles.
+
+    Args:
+        grad: [128, 8] pointers to the first tile. row, column, dy: See `locate`.
+    """
+    count = tl.zeros(grad.shape, tl.int32)
+    for tile in tl.range(0, TILES, loop_unroll_factor=1):
+        down = tile * 4
+        _, _, is_value = held(row + down, column, dy, HEIGHT, WIDTH, TILES)
+        values = tl.load(grad + down * (((WIDTH + 1) // 2 + 3) * 16), mask=is_value, other=0.0)
+        count += is_bad(values)
+    tl.atomic_add(nonfinite_ptr, tl.sum(count).to(tl.int64))
 
 
 @jit
@@ -295,34 +348,52 @@ def _sign_ascent_packed_kernel(
     unit,  # grey levels in one unit of delta
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
-    PIXELS: tl.constexpr,
     TILES: tl.constexpr,
+    BLOCKS: tl.constexpr,  # programs per image
+    PAIRS: tl.constexpr,
 ):
-    """Linear in the gradient: a program takes TILES * PIXELS neighbours of one image."""
-    PACKED: tl.constexpr = ((HEIGHT + 1) // 2 + 3) * ((WIDTH + 1) // 2 + 3)
-    PROGRAMS: tl.constexpr = (PACKED + TILES * PIXELS - 1) // (TILES * PIXELS)
-    num = (tl.program_id(0) // PROGRAMS).to(tl.int64)
-    grad = grad_ptr + num * (PACKED * 16)
-    delta = delta_ptr + num * (HEIGHT * WIDTH * 3)
-    image = image_ptr + num * (HEIGHT * WIDTH * 3)
-    first = tl.program_id(0) % PROGRAMS * (TILES * PIXELS) + tl.arange(0, PIXELS)
-    channel = tl.arange(0, 16)[None, :]
-    step_bits = tl.full([PIXELS, 16], step, tl.float32).to(tl.uint32, bitcast=True)
-    largest = tl.zeros([PIXELS, 16], tl.float32)
-    # One tile after the other: 48 registers on sm_90, where four at once take 64.
-    for tile in tl.range(0, TILES, loop_unroll_factor=1):
-        pixel = first + tile * PIXELS
-        source, holds_pixel, holds_value = locate(pixel, HEIGHT, WIDTH)
-        # The border is not read. Padding channels are, so that a load stays whole.
-        slope = tl.load(grad + pixel[:, None] * 16 + channel, mask=holds_pixel, other=0.0)
-        old = tl.load(delta + source, mask=holds_value).to(tl.float32)
-        new, magnitude = ascended(
-            old, slope, tl.load(image + source, mask=holds_value), step_bits, eps, unit
-        )
-        tl.store(delta + source, new.to(delta_ptr.dtype.element_ty), mask=holds_value)
-        largest = larger(largest, tl.where(holds_value, magnitude, 0.0))
-    if tl.min((largest < float("inf")).to(tl.int32)) == 0:
-        count_packed(nonfinite_ptr, grad, first, HEIGHT, WIDTH, TILES)
+    """A program takes TILES tiles of runs, one below the other."""
+    ROWS: tl.constexpr = (HEIGHT + 1) // 2
+    COLUMNS: tl.constexpr = (WIDTH + 1) // 2
+    num = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    row, column, dy, source, at = locate(tl.program_id(0) % BLOCKS, HEIGHT, WIDTH, TILES)
+    channel = tl.arange(0, 8)[None, :]
+    grad = grad_ptr + num * ((ROWS + 3) * (COLUMNS + 3) * 16) + at[:, None] + channel
+    image = image_ptr + num * (HEIGHT * WIDTH * 3) + source[:, None] + channel
+    runs = delta_ptr + num * (HEIGHT * WIDTH * 3) + source
+    delta = delta_ptr + num * (HEIGHT * WIDTH * 3) + source[:, None] + channel
+    step_bits = tl.full(grad.shape, step, tl.float32).to(tl.uint32, bitcast=True)
+    taint = tl.zeros(grad.shape, tl.float32)
+    for tile in tl.static_range(TILES):
+        down = tile * 4
+        is_stored, is_run, is_value = held(row + down, column, dy, HEIGHT, WIDTH, TILES)
+        # The border is not read. A run's two zeros are, so that a load stays whole.
+        whole = is_stored[:, None]
+        slope = tl.load(grad + down * ((COLUMNS + 3) * 16), mask=whole, other=0.0)
+        pixels = tl.load(image + down * (6 * WIDTH), mask=is_value)
+        old = tl.load(delta + down * (6 * WIDTH), mask=is_value).to(tl.float32)
+        new, slope32 = ascended(old, slope, pixels, step_bits, eps, unit)
+        store_runs(runs + down * (6 * WIDTH), new, is_run, is_value, PAIRS)
+        taint = tl.where(is_value, tainted(taint, slope32), taint)
+    if tl.min((tl.sum(taint, 1) == 0.0).to(tl.int32)) == 0:
+        count_packed(nonfinite_ptr, grad, row, column, dy, HEIGHT, WIDTH, TILES)
+
+
+def packed_constants(delta: Tensor, grad: Tensor, tiles: int) -> dict[str, int | bool]:
+    """What packed kernels are compiled for.
+
+    Args:
+        tiles: Tiles per program of half precision; wider gradients take fewer registers so.
+    """
+    height, width = delta.shape[1:3]
+    tiles = tiles * 2 // grad.element_size()
+    return {
+        "HEIGHT": height,
+        "WIDTH": width,
+        "TILES": tiles,
+        "BLOCKS": num_blocks(height, width, tiles),
+        "PAIRS": delta.dtype is torch.int8 and width % 2 == 0 and delta.data_ptr() % 2 == 0,
+    }
 
 
 def _launch_(
@@ -340,26 +411,23 @@ def _launch_(
         return
     packed = is_packed(grad.shape, images.shape)
     grad = grad.permute(0, 2, 3, 1).contiguous()
-    block = NUM_THREADS * 16 // max(grad.element_size(), delta.element_size())
     inputs = (delta, nonfinite, grad, images)
     scalars = (*in_units(delta, step, eps, unit), unit)
     constants = {
-        "TILES": TILES,
         "num_warps": NUM_THREADS // 32,
         # unit * delta is rounded before the addition, as in the reference.
         "enable_fp_fusion": False,
     }
     with torch.cuda.device_of(delta):
         if packed:
-            num, rows, columns, depth = grad.shape
-            height, width = images.shape[1:3]
-            programs = num * triton.cdiv(rows * columns, TILES * block // depth)
-            _sign_ascent_packed_kernel[(programs,)](
-                *inputs, *scalars, HEIGHT=height, WIDTH=width, PIXELS=block // depth, **constants
+            sizes = packed_constants(delta, grad, TILES)
+            _sign_ascent_packed_kernel[(len(images) * sizes["BLOCKS"],)](
+                *inputs, *scalars, **sizes, **constants
             )
         else:
+            block = NUM_THREADS * 16 // max(grad.element_size(), delta.element_size())
             _sign_ascent_kernel[(triton.cdiv(total, TILES * block),)](
-                *inputs, total, *scalars, BLOCK=block, **constants
+                *inputs, total, *scalars, BLOCK=block, TILES=TILES, **constants
             )
 
 

@@ -35,9 +35,9 @@ class SpaceToDepthConv2d(nn.Conv2d):
     """A 7x7 convolution, stride 2 and padding 3, that takes images as they are or packed.
 
     Packed images are (N, 16, ceil(H/2) + 3, ceil(W/2) + 3): colour c of pixel (2 h + dy, 2 w + dx)
-    stands in channel dy * 6 + dx * 3 + c of row h + 2, column w + 2, and everything else is zero:
-    channels 12 to 15, two rows above and one below, two columns left and one right, and the pixels
-    that an odd H or W lacks. The gradient at what is always zero means nothing.
+    stands in channel dy * 8 + dx * 3 + c of row h + 2, column w + 2, and everything else is zero:
+    channels 6, 7, 14 and 15, two rows above and one below, two columns left and one right, and the
+    pixels that an odd H or W lacks. The gradient at what is always zero means nothing.
     """
 
     def __init__(self, out_channels: int, **options: object) -> None:
@@ -63,8 +63,9 @@ class SpaceToDepthConv2d(nn.Conv2d):
         weight = F.pad(self.weight, (1, 0, 1, 0))
         # (out, colour, i, dy, j, dx) to (out, i, j, dy, dx, colour).
         blocks = weight.unflatten(3, (4, 2)).unflatten(2, (4, 2)).permute(0, 2, 4, 3, 5, 1)
-        blocks = blocks.flatten(3)
-        return F.pad(blocks, (0, PACKED_CHANNELS - blocks.size(3))).permute(0, 3, 1, 2)
+        runs = blocks.flatten(4)
+        runs = F.pad(runs, (0, PACKED_CHANNELS // 2 - runs.size(4)))
+        return runs.flatten(3).permute(0, 3, 1, 2)
 
 
 def use_space_to_depth(model: nn.Module) -> bool:

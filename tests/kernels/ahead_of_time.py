@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
@@ -15,7 +17,14 @@ from triton.compiler import ASTSource, compile
 from freeadv_fast.kernels import ascend_normalize as fused
 from freeadv_fast.kernels import perturb_normalize as perturb
 from freeadv_fast.kernels import sign_ascent as ascent
+from freeadv_fast.kernels.space_to_depth import num_blocks
 
+DTYPES = {
+    "i8": torch.int8,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
 BYTES = {"i8": 1, "u8": 1, "bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 NUM_THREADS = 128
 
@@ -101,6 +110,9 @@ def test_perturb_normalize(out, delta, image, architecture):
     if delta is not None:
         wide = min(16, values * BYTES[delta])
         assert sum(load >= wide for load in loads) >= perturb.TILES
+    # 1 / 255 in the two floats for which test_perturb_normalize.py checks every mantissa.
+    for constant in (1 / 255, -2.3191758e-10):
+        assert f"0f{struct.unpack('<I', struct.pack('<f', constant))[0]:08X}" in ptx
     # Division by constants is multiplication; only the per-channel reciprocals divide.
     assert ptx.count("div.rn.f32") <= values
 
@@ -128,6 +140,23 @@ def test_sign_ascent(grad, delta, architecture):
 PACKED_SIZES = [(224, 2), (225, 1)]
 
 
+def packed_constants(size, tiles, grad, delta):
+    """What the launchers choose for square images."""
+    delta = torch.empty(1, size, size, 3, dtype=DTYPES[delta])
+    return ascent.packed_constants(delta, torch.empty(0, dtype=DTYPES[grad]), tiles)
+
+
+def assert_packed_accesses(ptx, constants, x, delta, is_x_stored):
+    """Whole 16 bytes of x and gradient, images and int8 delta as wide as a run allows."""
+    tiles, width = constants["TILES"], 2 if constants["WIDTH"] % 2 == 0 else 1
+    loads = accesses(ptx, "ld")
+    assert loads.count(16) >= tiles * 8 * BYTES[x] // 16
+    assert loads.count(width) >= tiles * 6 // width
+    width = 2 if constants["PAIRS"] else BYTES[delta]
+    stores = [16] * (tiles * 8 * BYTES[x] // 16) if is_x_stored else []
+    assert accesses(ptx, "st") == stores + [width] * (tiles * 6 * BYTES[delta] // width)
+
+
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize(("size", "run"), PACKED_SIZES)
 @pytest.mark.parametrize(("out", "delta"), [("bf16", "i8"), ("bf16", None), ("fp32", "fp16")])
@@ -148,19 +177,16 @@ def test_perturb_normalize_packed(out, delta, size, run, architecture):
             "WIDTH": size,
             "HAS_DELTA": delta is not None,
             "FMA": True,
-            "PIXELS": NUM_THREADS * values // 16,
             "TILES": perturb.TILES,
-            "SPANS": perturb.SPANS,
+            "BLOCKS": num_blocks(size, size, perturb.TILES),
         },
         architecture,
-        64 if run == 2 else 96,
     )
     # All stores are 16 bytes a thread, remainders and border included.
-    assert accesses(ptx, "st") == [16] * perturb.TILES
-    runs = perturb.TILES * values // run
+    assert accesses(ptx, "st") == [16] * (8 // values) * (perturb.TILES + 1)
     loads = accesses(ptx, "ld")
     for element in ["u8"] if delta is None else ["u8", delta]:
-        assert loads.count(run * BYTES[element]) >= runs
+        assert loads.count(run * BYTES[element]) >= perturb.TILES * 6 // run
     assert ptx.count("div.rn.f32") <= values
 
 
@@ -168,24 +194,16 @@ def test_perturb_normalize_packed(out, delta, size, run, architecture):
 @pytest.mark.parametrize(("size", "run"), PACKED_SIZES)
 @pytest.mark.parametrize(("grad", "delta"), [("bf16", "i8"), ("fp32", "i8"), ("bf16", "fp32")])
 def test_sign_ascent_packed(grad, delta, size, run, architecture):
-    values = 16 // max(BYTES[grad], BYTES[delta])
+    constants = packed_constants(size, ascent.TILES, grad, delta)
     ptx = build(
         ascent._sign_ascent_packed_kernel,
         {"delta_ptr": delta, "nonfinite_ptr": "i64", "grad_ptr": grad, "image_ptr": "u8"},
         {"step": "fp32", "eps": "fp32", "unit": "fp32"},
-        {
-            "HEIGHT": size,
-            "WIDTH": size,
-            "PIXELS": NUM_THREADS * values // 16,
-            "TILES": ascent.TILES,
-        },
+        constants,
         architecture,
         64 if run == 2 else 96,
     )
-    assert accesses(ptx, "st") == [run * BYTES[delta]] * (values // run)
-    loads = accesses(ptx, "ld")
-    assert values * BYTES[grad] in loads
-    assert loads.count(run) >= values // run
+    assert_packed_accesses(ptx, constants, grad, delta, False)
     assert ptx.count("atom.global") == 1
 
 
@@ -218,24 +236,15 @@ def test_ascend_normalize(x, delta, architecture):
 @pytest.mark.parametrize(("size", "run"), PACKED_SIZES)
 @pytest.mark.parametrize(("x", "delta"), FUSED_TYPES)
 def test_ascend_normalize_packed(x, delta, size, run, architecture):
-    values = fused.BYTES // max(BYTES[x], BYTES[delta])
+    constants = packed_constants(size, fused.TILES, x, delta)
     ptx = build(
         fused._ascend_normalize_packed_kernel,
         {"delta_ptr": delta, "x_ptr": x, "grad_ptr": x, **FUSED_POINTERS},
         FUSED_SCALARS,
-        {
-            "HEIGHT": size,
-            "WIDTH": size,
-            "FMA": True,
-            "PIXELS": NUM_THREADS * values // 16,
-            "TILES": fused.TILES,
-        },
+        {**constants, "FMA": True},
         architecture,
-        72,
+        72 if run == 2 else 96,
     )
-    stores = [values * BYTES[x], *[run * BYTES[delta]] * (values // run)]
-    assert accesses(ptx, "st") == sorted(stores, reverse=True)
-    loads = accesses(ptx, "ld")
-    assert values * BYTES[x] in loads
-    assert loads.count(run) >= values // run
+    assert_packed_accesses(ptx, constants, x, delta, True)
     assert ptx.count("atom.global") == 1
+    assert ptx.count("div.rn.f32") <= 8

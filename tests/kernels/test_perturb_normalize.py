@@ -156,30 +156,38 @@ def test_custom_op_equals_the_reference_and_compiles_whole():
     assert torch.equal(compiled(images, delta), expected + 1)
 
 
-def divide_by_fma(a: torch.Tensor, b: float, corrections: int) -> torch.Tensor:
-    """The kernel's division, each fused multiply-add emulated in double precision.
+def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """a * b + c rounded to float32, of float32 values in double precision.
 
-    Products of two float32 are exact in double, and so are the remainders; only the last sum is
-    rounded twice, which cannot hurt further than 2^-29 of the cases.
+    The product is exact; the sum is rounded twice, which cannot hurt further than 2^-29 of the
+    cases.
     """
+    return (a * b + c).float().double()
+
+
+def reciprocal(b: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """1 / b in two float32, as `kernel.reciprocal` computes it."""
     divisor = torch.tensor(b, dtype=torch.float32).double()
-    reciprocal = (1 / divisor).float().double()
-    quotient = (a.double() * reciprocal).float().double()
-    for _ in range(corrections):
-        remainder = (a.double() - quotient * divisor).float().double()
-        quotient = (remainder * reciprocal + quotient).float().double()
-    return quotient.float()
+    high = (1 / divisor).float().double()
+    return high, (fma(high, -divisor, torch.ones(())) * high).float().double()
 
 
 @pytest.mark.parametrize("binade", [1.0, 128.0])
-def test_one_correction_divides_by_255_exactly(binade):
+def test_two_floats_divide_by_255_exactly(binade):
+    high, _ = reciprocal(255.0)
+    low = torch.tensor(-2.3191758e-10).double()  # the kernel's constant
     # All 2^23 mantissas: a division's rounding does not depend on the exponent.
     values = torch.arange(1 << 23, dtype=torch.int32)
     a = (values + torch.tensor(binade).view(torch.int32)).view(torch.float32)
-    assert torch.equal(divide_by_fma(a, 255.0, 1), a / torch.tensor(255.0))
+    quotient = fma(a.double(), high, (a.double() * low).float().double())
+    assert torch.equal(quotient.float(), a / torch.tensor(255.0))
 
 
 @pytest.mark.parametrize("std", [*STD, 0.2471, 0.2435, 0.2616, 0.2673, 0.2564, 1.0, 0.99999994])
-def test_two_corrections_divide_by_std_exactly(std):
+def test_one_correction_divides_by_std_exactly(std):
     a = torch.rand(1 << 20, generator=torch.Generator().manual_seed(1)) - 0.5
-    assert torch.equal(divide_by_fma(a, std, 2), a / torch.tensor(std))
+    high, low = reciprocal(std)
+    divisor = torch.tensor(std, dtype=torch.float32).double()
+    quotient = fma(a.double(), high, (a.double() * low).float().double())
+    remainder = fma(quotient, -divisor, a.double())
+    assert torch.equal(fma(remainder, high, quotient).float(), a / torch.tensor(std))

@@ -170,7 +170,7 @@ def test_packed_gradient(shape, implementation, is_contiguous):
     images, grad = random_images(shape, generator), random_grad(shape, generator)
     packed = torch.where(pack(torch.ones_like(grad)) == 1, pack(grad), torch.nan)
     if len(grad):
-        grad[0, 0, 1, 1] = packed[0, 9, 2, 2] = torch.inf  # row 1, column 1, colour 0
+        grad[0, 0, 1, 1] = packed[0, 11, 2, 2] = torch.inf  # row 1, column 1, colour 0
     if is_contiguous:
         packed = packed.contiguous()
     plain, moved = (torch.zeros(shape, dtype=torch.int8) for _ in range(2))
@@ -230,6 +230,16 @@ def test_opcheck(storage, layout):
     images, grad = random_images(shape, generator), layout(random_grad(shape, generator))
     arguments = (torch.zeros(shape, dtype=storage), grad, images, counter(), 4.0, 8.0, unit)
     torch.library.opcheck(torch.ops.freeadv_fast.sign_ascent_.default, arguments)
+
+
+def test_pairs_of_bytes_need_even_addresses():
+    """The kernel stores two values of an int8 delta at once only where each run is aligned."""
+    memory, grad = torch.zeros(1 + 2 * 4 * 6 * 3, dtype=torch.int8), torch.zeros(0)
+    aligned, shifted = memory[:-1].view(2, 4, 6, 3), memory[1:].view(2, 4, 6, 3)
+    assert kernel.packed_constants(aligned, grad, 4)["PAIRS"]
+    assert not kernel.packed_constants(shifted, grad, 4)["PAIRS"]
+    assert not kernel.packed_constants(memory[:-1].view(2, 6, 4, 3)[:, :, :3], grad, 4)["PAIRS"]
+    assert not kernel.packed_constants(aligned.float(), grad, 4)["PAIRS"]
 
 
 def test_custom_op_equals_the_reference():
