@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING
+import typing
+from typing import TYPE_CHECKING, Literal
 
 from freeadv_fast.attacks import Attack
 from freeadv_fast.errors import UserError, blaming
@@ -21,6 +22,7 @@ def check(config: TrainConfig) -> None:
         UserError: names the flag and the fix.
     """
     check_method(config)
+    check_choices(config)
     check_values(config)
     check_combinations(config)
     if config.is_split and not config.phases:
@@ -40,6 +42,15 @@ def check_method(config: TrainConfig) -> None:
         raise UserError(f"--m {config.m}: must be at least 1")
     if config.m > 1 and config.method not in REPLAYING:
         raise UserError(f"--m {config.m}: {config.method} does not replay minibatches; use --m 1")
+
+
+def check_choices(config: TrainConfig) -> None:
+    """A field with choices holds one of them; typed flags always do, a config.yaml may not."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
+            flag, choices = name.replace("_", "-"), ", ".join(typing.get_args(hint))
+            raise UserError(f"--{flag} {value}: choose one of {choices}")
 
 
 def check_values(config: TrainConfig) -> None:

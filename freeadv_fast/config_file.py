@@ -51,6 +51,8 @@ def config_from_dict(plain: dict[str, Any], origin: str = "--config") -> TrainCo
             value = Perturbation.parse(value, flag)
         elif hints[name] in (Schedule, Phases):
             value = hints[name].parse(value)
+        elif isinstance(value, bool) and {"on", "off"} <= set(typing.get_args(hints[name])):
+            value = "on" if value else "off"  # as YAML reads on and off without quotes
         elif isinstance(value, list):
             value = tuple(value)
         values[name] = value

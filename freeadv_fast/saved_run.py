@@ -103,7 +103,7 @@ def evaluate_run(
         data: Validation images, as `--data`; the run's own by default.
         attacks: Attacks or their names; the run's own by default.
         eps: Radius, such as ``4/255``; the run's own by default.
-        step: Step of the attacks; the run's own by default.
+        step: Step of the attacks; by default the run's own, in proportion to `eps`.
         num_images: Validation images to attack; as many as the run's by default.
         checkpoint: ``best``, ``last`` or a path.
 
@@ -128,6 +128,7 @@ def evaluate_run(
         run = load_run(run_folder, checkpoint)
         if world.device.type != "cuda" and run.config.eval_images is None:
             limit_without_gpu(chosen, world)
+        scale_step(chosen, run.config, world)
         chosen = {name: value for name, value in chosen.items() if value is not None}
         run = dataclasses.replace(run, config=dataclasses.replace(run.config, **chosen))
         measured = _measure(run, world)
@@ -139,6 +140,18 @@ def evaluate_run(
         return measured
     finally:
         leave_world()
+
+
+def scale_step(chosen: dict[str, Any], config: TrainConfig, world: World) -> None:
+    """The run's step in proportion to another radius: 20 of its own may not cross a larger ball."""
+    eps = chosen["eps"]
+    if eps is None or chosen["eval_step"] is not None or not config.eps.levels:
+        return
+    step = Perturbation(config.eval_step.levels * eps.levels / config.eps.levels)
+    if step != config.eval_step:
+        chosen["eval_step"] = step
+        if world.is_main:
+            print(f"for --eps {eps}: --step {step}", flush=True)
 
 
 def limit_without_gpu(chosen: dict[str, Any], world: World) -> None:

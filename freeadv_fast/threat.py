@@ -37,7 +37,7 @@ class Perturbation:
             flag: The flag to name when the text is refused.
 
         Raises:
-            UserError: not a number, negative, or a bare number above 1 (``4`` where ``4/255`` is
+            UserError: not a number, negative, or a bare number from 1 on (``4`` where ``4/255`` is
                 meant, the commonest mistake of this field; ``765/255`` is an L2 radius of 3).
         """
         if isinstance(text, Perturbation):
@@ -49,9 +49,10 @@ class Perturbation:
             raise UserError(f"{flag} {text}: not a perturbation; write it as 4/255") from None
         if value < 0:
             raise UserError(f"{flag} {text}: a perturbation cannot be negative; write it as 4/255")
-        if value > 1 and "/" not in str(text):
+        if value >= 1 and "/" not in str(text):
+            size = "larger than the whole pixel range" if value > 1 else "the whole pixel range"
             raise UserError(
-                f"{flag} {text}: larger than the whole pixel range; did you mean {text}/255? "
+                f"{flag} {text}: {size}; did you mean {text}/255? "
                 f"(an L2 radius is written {float(value * 255):g}/255)"
             )
         return cls(value * 255)

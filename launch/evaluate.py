@@ -26,7 +26,7 @@ def main(
         run: The run's output folder.
         attacks: Such as pgd-50,cw-50 or pgd-20-10 (10 restarts). Default: the run's.
         eps: Radius of the perturbation, such as 4/255. Default: the run's.
-        step: Step of the attacks, such as 1/255. Default: the run's.
+        step: Step of the attacks, such as 1/255. Default: the run's, in proportion to eps.
         eval_images: Validation images to attack. Default: as the run.
         data: Other validation images, as the training script's --data.
         checkpoint: best, last, or a path.

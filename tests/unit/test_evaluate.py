@@ -280,6 +280,15 @@ def test_a_run_is_evaluated_from_its_folder(run_folder, capsys):
     assert "top-5" in capsys.readouterr().out
 
 
+def test_a_step_that_was_not_chosen_grows_with_eps(run_folder, capsys):
+    """Twenty steps made for a small ball would not cross a large one: a robust-looking network."""
+    evaluate_run(run_folder, attacks=["pgd-1"], eps="16/255", num_images=5)
+    (path,) = run_folder.glob("evaluation-*")
+    record = json.loads(path.read_text())
+    assert (record["eps"], record["attack_step"]) == ("16/255", "4/255")  # the run's: 4 and 1
+    assert "for --eps 16/255: --step 4/255" in capsys.readouterr().out
+
+
 def test_without_a_gpu_an_unlimited_run_is_evaluated_in_part(run_folder, monkeypatch, capsys):
     """One PGD-20 on at most 400 images, unless chosen, and a line that says how to choose."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
