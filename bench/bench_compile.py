@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 
 from freeadv_fast.models.zoo import build_model
-from freeadv_fast.optim import build_sgd
-from freeadv_fast.session import PRECISIONS
+from freeadv_fast.session.network import PRECISIONS
+from freeadv_fast.step.optim import build_sgd
 
 # Compiled batch norm is the compiler's own in either half precision, so one dtype will do there.
 VARIANTS = "eager-bf16,eager-fp16,default-bf16,layout-bf16,reduce-overhead-bf16"

@@ -22,7 +22,7 @@ import harness
 import numpy as np
 import torch
 
-from freeadv_fast.config import TrainConfig
+from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.data.folder import Backend, FolderLoader, build_decoder, split_folder
 from freeadv_fast.data.index import ImageIndex, index_images
 from freeadv_fast.data.stream import Stream

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from freeadv_fast import ops
-from freeadv_fast.distributed import World
+from freeadv_fast.distributed.world import World
 
 ROWS, SHAPE = 16, (224, 224, 3)
 VALUES = ROWS * 224 * 224 * 3

@@ -2,7 +2,7 @@
 
     python bench/collapse.py --data /data/cifar10-folder --out bench/results/cpu/collapse.json
 
-Trains the small network of `leak.py` with `freeadv_fast.train`, once for each method, and draws
+Trains the small network of `leak.py` with `freeadv_fast.training`, once for each method, and draws
 what the guard and the selection measured. FGSM runs twice: to the end, and as the guard stops it.
 """
 
@@ -20,11 +20,11 @@ from leak import SmallNetwork
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from freeadv_fast.recipes import RECIPES
-from freeadv_fast.report import BLUE, GREEN, GREY, VERMILION
-from freeadv_fast.runlog import read_json, read_log
-from freeadv_fast.threat import Perturbation
-from freeadv_fast.train import train
+from freeadv_fast.config.threat import Perturbation
+from freeadv_fast.evaluation.report import BLUE, GREEN, GREY, VERMILION
+from freeadv_fast.recipes.catalogue import RECIPES
+from freeadv_fast.runs.log import read_json, read_log
+from freeadv_fast.training import train
 
 # Name in the figure, method and what else is special about the run, colour.
 RUNS: dict[str, tuple[str, dict[str, Any], str]] = {

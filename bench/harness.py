@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from freeadv_fast import environment
+from freeadv_fast.runs import environment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -30,16 +30,16 @@ from matplotlib.ticker import PercentFormatter
 from single_layer import load_data
 from torch import Tensor, nn
 
-from freeadv_fast.budget import Budget
-from freeadv_fast.config import TrainConfig
-from freeadv_fast.distributed import World
-from freeadv_fast.methods import build_method
+from freeadv_fast.config.budget import Budget
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.schedule import Schedule
+from freeadv_fast.config.threat import Perturbation
+from freeadv_fast.distributed.world import World
+from freeadv_fast.evaluation.report import BLUE, GREY, VERMILION
+from freeadv_fast.methods.build import build_method
 from freeadv_fast.methods.fast_advprop import Exchange
 from freeadv_fast.models.preact_resnet import PreActBlock
-from freeadv_fast.report import BLUE, GREY, VERMILION
-from freeadv_fast.schedule import Schedule
-from freeadv_fast.session import build_learner
-from freeadv_fast.threat import Perturbation
+from freeadv_fast.session.network import build_learner
 
 # Role of a pass, its line's name and colour.
 CURVES = (

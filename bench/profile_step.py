@@ -25,9 +25,9 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-from freeadv_fast import graphs
-from freeadv_fast.config import Switch, TrainConfig
-from freeadv_fast.session import PRECISIONS, resolve_precision
+from freeadv_fast.config.run import Switch, TrainConfig
+from freeadv_fast.session.network import PRECISIONS, resolve_precision
+from freeadv_fast.step import graphs
 
 # The first that matches counts. Names as CUPTI (C++ templates), Triton and ATen spell them.
 # cuDNN runs 1x1 convolutions by the matrix kernels of cuBLAS, so that the last layer's product

@@ -35,8 +35,8 @@ import harness
 import torch
 import torch.nn.functional as F
 
-from freeadv_fast import environment
 from freeadv_fast.models.zoo import build_model
+from freeadv_fast.runs import environment
 
 BENCH = Path(__file__).resolve().parent
 # Below this a section is not started: the process, CUDA and the network need about as long.

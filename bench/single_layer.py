@@ -41,11 +41,11 @@ from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-from freeadv_fast.alignment import misalignment, preset_lambda
-from freeadv_fast.attacks import Attack, is_correct, perturb
-from freeadv_fast.guard import Count, History
-from freeadv_fast.report import BLUE, GREEN, GREY, INK, ORANGE, STYLE, VERMILION
-from freeadv_fast.threat import Perturbation, ThreatModel
+from freeadv_fast.config.threat import Perturbation, ThreatModel
+from freeadv_fast.evaluation.attacks import Attack, is_correct, perturb
+from freeadv_fast.evaluation.report import BLUE, GREEN, GREY, INK, ORANGE, STYLE, VERMILION
+from freeadv_fast.session.guard import Count, History
+from freeadv_fast.step.alignment import misalignment, preset_lambda
 
 SIZE = 32
 BATCH = 128

@@ -23,16 +23,16 @@ import torch
 import tyro
 import yaml
 
-from freeadv_fast.config import CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES, TrainConfig
-from freeadv_fast.config_file import config_to_dict, load_config
+from freeadv_fast.config.file import config_to_dict, load_config
+from freeadv_fast.config.method_names import Method
+from freeadv_fast.config.phases import Phases
+from freeadv_fast.config.run import CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES, TrainConfig
+from freeadv_fast.config.schedule import Schedule
+from freeadv_fast.config.threat import Perturbation
+from freeadv_fast.distributed.shuffle import PeerLost
 from freeadv_fast.errors import UserError
-from freeadv_fast.method_names import Method
-from freeadv_fast.phases import Phases
-from freeadv_fast.recipes import DEFAULTS, RECIPES, find_recipe
-from freeadv_fast.schedule import Schedule
-from freeadv_fast.shuffle import PeerLost
-from freeadv_fast.signals import Interrupted
-from freeadv_fast.threat import Perturbation
+from freeadv_fast.recipes.catalogue import DEFAULTS, RECIPES, find_recipe
+from freeadv_fast.session.signals import Interrupted
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ def run_training(method: Method, dataset: str, argv: Sequence[str] | None = None
     def work() -> int:
         arguments = list(sys.argv[1:] if argv is None else argv)
         command, typed = parse(arguments, method, dataset)
-        from freeadv_fast.train import dry_run, train  # seconds of imports that --help can spare
+        from freeadv_fast.training import dry_run, train  # seconds of imports that --help can spare
 
         config, remarks = resolve(command.run, typed)
         if is_main_rank():

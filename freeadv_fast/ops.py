@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from freeadv_fast import shuffle
+from freeadv_fast.distributed import shuffle
 from freeadv_fast.kernels import ascend_normalize as _ascend_normalize
 from freeadv_fast.kernels import batch_norm as _batch_norm
 from freeadv_fast.kernels import perturb_normalize as _perturb_normalize
@@ -284,7 +284,7 @@ def exchange(
 ) -> shuffle.Exchange:
     """Sends images and their labels to other ranks in random order; returns at once.
 
-    `World.shuffle` is its public face; the formula is told in `freeadv_fast.shuffle`.
+    `World.shuffle` is its public face; the formula is told in `freeadv_fast.distributed.shuffle`.
 
     Args:
         images: (n, ...) uint8, float16, bfloat16, float32 or float64, contiguous.

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Literal
 
 from freeadv_fast import cli
-from freeadv_fast.config import TrainConfig
-from freeadv_fast.config_file import config_to_dict, load_config
+from freeadv_fast.config.file import config_to_dict, load_config
+from freeadv_fast.config.method_names import DUAL
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.errors import UserError
-from freeadv_fast.method_names import DUAL
-from freeadv_fast.recipes import DEFAULTS
-from freeadv_fast.report import markdown_table, plot_sweep, results_table
-from freeadv_fast.runlog import RunFolder, read_json, write_json
-from freeadv_fast.threat import Perturbation
-from freeadv_fast.train import train
-from freeadv_fast.whole_file import renamed_when_whole
+from freeadv_fast.evaluation.report import markdown_table, plot_sweep, results_table
+from freeadv_fast.recipes.catalogue import DEFAULTS
+from freeadv_fast.runs.log import RunFolder, read_json, write_json
+from freeadv_fast.runs.whole_file import renamed_when_whole
+from freeadv_fast.training import train
 
 Dataset = Literal["cifar", "imagenet"]
 # What the sweep itself decides for each cell, and the flag to use instead.

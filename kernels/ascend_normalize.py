@@ -26,13 +26,7 @@ from torch import Tensor
 from freeadv_fast.kernels import perturb_normalize as perturb
 from freeadv_fast.kernels import sign_ascent as ascent
 from freeadv_fast.kernels.perturb_normalize import normalized, reciprocal
-from freeadv_fast.kernels.sign_ascent import (
-    ascended,
-    count_packed,
-    is_bad,
-    store_runs,
-    tainted,
-)
+from freeadv_fast.kernels.sign_ascent import ascended, count_packed, is_bad, store_runs, tainted
 from freeadv_fast.kernels.space_to_depth import held, is_packed, locate
 
 try:

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 from freeadv_fast.cli import run_training
-from freeadv_fast.report import results_table
-from freeadv_fast.runlog import read_json
+from freeadv_fast.evaluation.report import results_table
+from freeadv_fast.runs.log import read_json
 
 
 def main() -> int:

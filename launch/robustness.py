@@ -5,7 +5,7 @@ import sys
 import tyro
 
 from freeadv_fast.cli import run_tool
-from freeadv_fast.robustness import evaluate_robustness
+from freeadv_fast.evaluation.shifts.robustness import evaluate_robustness
 
 
 def main(

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from freeadv_fast.distributed import World
+from freeadv_fast.distributed.world import World
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

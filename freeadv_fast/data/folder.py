@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from freeadv_fast.config import TrainConfig
+from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.data.crop import pad_images, random_crop_flip
 from freeadv_fast.data.index import ImageIndex, is_image_name, shortened
 from freeadv_fast.data.loader import Batch

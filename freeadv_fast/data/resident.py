@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from freeadv_fast.config import TrainConfig
+from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.data.crop import pad_images, random_crop_flip
 from freeadv_fast.data.loader import Batch
 from freeadv_fast.data.stream import Ints, Share, Stream

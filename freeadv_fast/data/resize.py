@@ -31,8 +31,8 @@ from tqdm import tqdm
 from freeadv_fast.data.headers import BadImage, inspect_image
 from freeadv_fast.data.index import is_image_name
 from freeadv_fast.errors import UserError
-from freeadv_fast.runlog import read_json, write_json
-from freeadv_fast.whole_file import renamed_when_whole
+from freeadv_fast.runs.log import read_json, write_json
+from freeadv_fast.runs.whole_file import renamed_when_whole
 
 SPLITS = ("train", "val")
 SETTINGS = "resize.json"

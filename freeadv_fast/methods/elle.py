@@ -35,11 +35,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freeadv_fast.learner import Learner
+from freeadv_fast.config.threat import ThreatModel
 from freeadv_fast.methods.fgsm import Fgsm, Start
 from freeadv_fast.methods.passes import Passes
-from freeadv_fast.mixing import num_hits
-from freeadv_fast.threat import ThreatModel
+from freeadv_fast.step.learner import Learner
+from freeadv_fast.step.mixing import num_hits
 
 FEWEST = 3
 """Minibatches before a jump can be told."""

@@ -35,9 +35,9 @@ import torch
 from torch import Tensor
 
 from freeadv_fast import ops
-from freeadv_fast.learner import Learner
+from freeadv_fast.config.threat import Perturbation, ThreatModel
 from freeadv_fast.methods.passes import Passes
-from freeadv_fast.threat import Perturbation, ThreatModel
+from freeadv_fast.step.learner import Learner
 
 Start = Literal["zero", "uniform", "noisy"]
 

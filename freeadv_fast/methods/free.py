@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from freeadv_fast.learner import Learner
+from freeadv_fast.config.threat import ThreatModel
 from freeadv_fast.methods.passes import Passes
-from freeadv_fast.threat import ThreatModel
+from freeadv_fast.step.learner import Learner
 
 
 class Free:

@@ -31,11 +31,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from freeadv_fast import ops
-from freeadv_fast.alignment import misalignment
-from freeadv_fast.learner import Learner
+from freeadv_fast.config.threat import ThreatModel
 from freeadv_fast.methods.passes import Passes
 from freeadv_fast.models.double_backward import FastDoubleBackward
-from freeadv_fast.threat import ThreatModel
+from freeadv_fast.step.alignment import misalignment
+from freeadv_fast.step.learner import Learner
 
 Through = Literal["second", "both"]
 

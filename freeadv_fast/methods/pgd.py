@@ -28,9 +28,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from freeadv_fast.learner import Learner
+from freeadv_fast.config.threat import AnyThreatModel
 from freeadv_fast.methods.passes import Passes
-from freeadv_fast.threat import AnyThreatModel
+from freeadv_fast.step.learner import Learner
 
 Start = Literal["zero", "uniform"]
 

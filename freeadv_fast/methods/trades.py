@@ -36,9 +36,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freeadv_fast.learner import Learner
+from freeadv_fast.config.threat import AnyThreatModel, ThreatModel, clip_to_pixels_
 from freeadv_fast.methods.passes import Passes
-from freeadv_fast.threat import AnyThreatModel, ThreatModel, clip_to_pixels_
+from freeadv_fast.step.learner import Learner
 
 START_LEVELS = 0.001 * 255
 """Standard deviation of the attack's start, in grey levels."""

@@ -36,12 +36,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from freeadv_fast.config.threat import Perturbation, ThreatModel
 from freeadv_fast.errors import UserError
-from freeadv_fast.learner import Learner
-from freeadv_fast.meters import Role
 from freeadv_fast.methods.passes import Passes
 from freeadv_fast.models.normalize import StandardizedNetwork, plain_network
-from freeadv_fast.threat import Perturbation, ThreatModel
+from freeadv_fast.step.learner import Learner
+from freeadv_fast.step.meters import Role
 
 
 class Yopo:

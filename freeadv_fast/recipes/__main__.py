@@ -1,6 +1,6 @@
 """Lists the recipes: python -m freeadv_fast.recipes."""
 
-from freeadv_fast.recipes import RECIPES
+from freeadv_fast.recipes.catalogue import RECIPES
 
 if __name__ == "__main__":
     print("\n".join(RECIPES))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from freeadv_fast.config import TrainConfig
-from freeadv_fast.schedule import Schedule
-from freeadv_fast.threat import Perturbation
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.schedule import Schedule
+from freeadv_fast.config.threat import Perturbation
 
 # Digits at 32 px; at eps 32/255 a naturally trained twin falls.
 DIGITS = TrainConfig(

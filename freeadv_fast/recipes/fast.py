@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from fractions import Fraction
 
-from freeadv_fast.config import TrainConfig
-from freeadv_fast.phases import Phases
+from freeadv_fast.config.phases import Phases
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.schedule import Schedule
+from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.recipes.free import IMAGENET
 from freeadv_fast.recipes.gradalign import GRADALIGN_CIFAR10
-from freeadv_fast.schedule import Schedule
-from freeadv_fast.threat import Perturbation
 
 # CIFAR-10: cyclic rate, pixels normalised. Their code also swings the momentum between 0.8 and 0.9,
 # a default of torch's CyclicLR; we do not.

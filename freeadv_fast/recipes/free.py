@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from freeadv_fast.config import TrainConfig
-from freeadv_fast.schedule import Schedule
-from freeadv_fast.threat import Perturbation
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.schedule import Schedule
+from freeadv_fast.config.threat import Perturbation
 
 # Tables 1 and 2: WideResNet 32-10, 80,000 updates whatever m, eps 8. The authors' TensorFlow code:
 # 2 px of padding, per-image standardisation, decay on convolution and linear kernels only.

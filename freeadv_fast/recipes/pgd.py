@@ -6,9 +6,9 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from freeadv_fast.config import AttackStart, TrainConfig
+from freeadv_fast.config.run import AttackStart, TrainConfig
+from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.recipes.free import CIFAR10, CIFAR100, IMAGENET
-from freeadv_fast.threat import Perturbation
 
 
 def rows() -> dict[str, TrainConfig]:

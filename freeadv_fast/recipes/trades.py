@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from freeadv_fast.config import TrainConfig
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.schedule import Schedule
+from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.recipes.fast import FAST_CIFAR10
-from freeadv_fast.schedule import Schedule
-from freeadv_fast.threat import Perturbation
 
 # WRN-34-10, pixels in [0, 1], 0.031 and 0.007 of their range.
 TRADES = replace(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from freeadv_fast.config import TrainConfig
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.schedule import Schedule
+from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.recipes.fast import FAST_CIFAR10
-from freeadv_fast.schedule import Schedule
-from freeadv_fast.threat import Perturbation
 
 # YOPO-5-3: 36 epochs, rate 0.1 * 4 / K and 0.1 * 2 / K.
 YOPO_5_3 = replace(

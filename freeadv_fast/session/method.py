@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from freeadv_fast.config import TrainConfig
-from freeadv_fast.data import Loaders
-from freeadv_fast.distributed import World
-from freeadv_fast.guard import Guard, History
-from freeadv_fast.learner import Learner
-from freeadv_fast.methods import TrainingMethod, build_method
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.data.build import Loaders
+from freeadv_fast.distributed.world import World
+from freeadv_fast.methods.build import TrainingMethod, build_method
 from freeadv_fast.methods.fast_advprop import Exchange
+from freeadv_fast.session.guard import Guard, History
 from freeadv_fast.session.run import Run, say
+from freeadv_fast.step.learner import Learner
 
 
 def build_phase_method(

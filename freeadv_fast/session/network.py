@@ -9,19 +9,20 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from freeadv_fast import checkpoint, ops
-from freeadv_fast.budget import Budget
-from freeadv_fast.config import TrainConfig
-from freeadv_fast.distributed import World
+from freeadv_fast import ops
+from freeadv_fast.config.budget import Budget
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError, blaming
-from freeadv_fast.graphs import WARM_UP, WARM_UP_OF_RANKS, CudaRecorder, GraphRunner
-from freeadv_fast.learner import Learner, Pixels
 from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
 from freeadv_fast.models.fused import fuse_batch_norms
 from freeadv_fast.models.stem import use_space_to_depth
 from freeadv_fast.models.zoo import build_model, check_image_size
-from freeadv_fast.optim import build_sgd, is_capturable
+from freeadv_fast.runs import checkpoint
 from freeadv_fast.session.run import say
+from freeadv_fast.step.graphs import WARM_UP, WARM_UP_OF_RANKS, CudaRecorder, GraphRunner
+from freeadv_fast.step.learner import Learner, Pixels
+from freeadv_fast.step.optim import build_sgd, is_capturable
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from freeadv_fast import checkpoint
-from freeadv_fast.config import TrainConfig
-from freeadv_fast.config_file import config_to_dict
-from freeadv_fast.distributed import World
+from freeadv_fast.config.file import config_to_dict
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError
-from freeadv_fast.learner import Learner
-from freeadv_fast.methods import TrainingMethod
-from freeadv_fast.runlog import RunFolder, read_json
+from freeadv_fast.methods.build import TrainingMethod
+from freeadv_fast.runs import checkpoint
+from freeadv_fast.runs.log import RunFolder, read_json
 from freeadv_fast.session.run import Progress, Run, say
+from freeadv_fast.step.learner import Learner
 
 # Fields that a resumed run may change: none of them touches a weight.
 FREE_TO_CHANGE = {

@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from freeadv_fast.attacks import Attack
-from freeadv_fast.budget import Budget
-from freeadv_fast.config import TrainConfig
-from freeadv_fast.data import Loaders
-from freeadv_fast.distributed import World
-from freeadv_fast.guard import Guard
-from freeadv_fast.learner import Learner
-from freeadv_fast.methods import TrainingMethod
-from freeadv_fast.runlog import RunFolder, RunLog
-from freeadv_fast.threat import AnyThreatModel
+from freeadv_fast.config.budget import Budget
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.threat import AnyThreatModel
+from freeadv_fast.data.build import Loaders
+from freeadv_fast.distributed.world import World
+from freeadv_fast.evaluation.attacks import Attack
+from freeadv_fast.methods.build import TrainingMethod
+from freeadv_fast.runs.log import RunFolder, RunLog
+from freeadv_fast.session.guard import Guard
+from freeadv_fast.step.learner import Learner
 
 
 @dataclasses.dataclass

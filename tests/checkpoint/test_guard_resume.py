@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from freeadv_fast import conclude, rewind
-from freeadv_fast import train as training
-from freeadv_fast.checkpoint import load_checkpoint
-from freeadv_fast.config import TrainConfig
+from freeadv_fast import training
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.schedule import Schedule
+from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.methods.free import Free
 from freeadv_fast.methods.gradalign import GradAlign
-from freeadv_fast.schedule import Schedule
-from freeadv_fast.signals import Interrupted
-from freeadv_fast.threat import Perturbation
+from freeadv_fast.runs.checkpoint import load_checkpoint
+from freeadv_fast.session import conclude, rewind
+from freeadv_fast.session.signals import Interrupted
 
 # Four data epochs of six minibatches of two updates each. The guard looks after every second
 # minibatch; the weights are ruined at the end of the 16th, at the full learning rate only.

@@ -7,11 +7,10 @@ import signal
 import pytest
 import torch
 
-from freeadv_fast import session
-from freeadv_fast import train as training
-from freeadv_fast.checkpoint import load_checkpoint
+from freeadv_fast import training
 from freeadv_fast.cli import run_training
 from freeadv_fast.methods.free import Free
+from freeadv_fast.runs.checkpoint import load_checkpoint
 
 # 108 images, m = 2: two data epochs of 3 minibatches at 16 px, two of 5 at 24 px, one of 6 at
 # 32 px. The last minibatch of each phase but the first is smaller.
@@ -147,7 +146,7 @@ def test_a_run_that_dies_at_a_boundary_resumes_bit_for_bit(
     straight, tmp_path, monkeypatch, boundary, moment
 ):
     """Whether last.pt is of the phase that ended or of the one that began."""
-    real, entered = session.enter_phase, []
+    real, entered = training.enter_phase, []
 
     class Death(BaseException):
         """No handler of ours catches it."""
@@ -163,7 +162,7 @@ def test_a_run_that_dies_at_a_boundary_resumes_bit_for_bit(
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(session, "enter_phase", die)
+        patch.setattr(training, "enter_phase", die)
         with pytest.raises(Death):
             run(folder, "--checkpoint-every", "0")
     assert entered == list(range(1, boundary + 1))

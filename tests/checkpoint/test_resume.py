@@ -11,10 +11,10 @@ import time
 import pytest
 import torch
 
-from freeadv_fast import train as training
-from freeadv_fast.checkpoint import is_intact, load_checkpoint, newest_intact, save_checkpoint
+from freeadv_fast import training
 from freeadv_fast.cli import run_training
 from freeadv_fast.errors import UserError
+from freeadv_fast.runs.checkpoint import is_intact, load_checkpoint, newest_intact, save_checkpoint
 
 # timm's test_resnet is a real ResNet of 0.5 M parameters: four data epochs of five minibatches, the
 # last one smaller, take seconds.

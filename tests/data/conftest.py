@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from freeadv_fast.config import TrainConfig
-from freeadv_fast.distributed import World
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.distributed.world import World
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def use_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def use(name: str) -> None:
         if name == "dali":
             pytest.importorskip("nvidia.dali")
-        monkeypatch.setattr("freeadv_fast.data.available_backend", lambda: name)
+        monkeypatch.setattr("freeadv_fast.data.build.available_backend", lambda: name)
 
     return use
 

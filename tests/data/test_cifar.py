@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from freeadv_fast.data import build_loaders, cifar
+from freeadv_fast.data import cifar
+from freeadv_fast.data.build import build_loaders
 from freeadv_fast.data.stream import random_flips, random_offsets
 from freeadv_fast.errors import UserError
 

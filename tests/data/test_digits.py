@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from freeadv_fast.data import build_loaders
+from freeadv_fast.data.build import build_loaders
 from freeadv_fast.data.digits import FOLDER_NAME, digits_folder
 from freeadv_fast.errors import UserError
 

@@ -16,7 +16,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
 
 from freeadv_fast import data
-from freeadv_fast.data import build_loaders, build_val_loader, folder_torchvision
+from freeadv_fast.data import folder_torchvision
+from freeadv_fast.data.build import build_loaders, build_val_loader
 from freeadv_fast.errors import UserError
 
 AUGMENTS = ("random-resized-crop", "pad-crop-flip", "none")

@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from freeadv_fast.data import build_loaders, build_val_loader, index
+from freeadv_fast.data import index
+from freeadv_fast.data.build import build_loaders, build_val_loader
 from freeadv_fast.data.headers import BadImage, inspect_image
 from freeadv_fast.data.index import index_images
 from freeadv_fast.errors import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from freeadv_fast.data import build_loaders, build_val_loader
+from freeadv_fast.data.build import build_loaders, build_val_loader
 from freeadv_fast.errors import UserError
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from freeadv_fast.config import TrainConfig
-from freeadv_fast.data import build_loaders
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.data.build import build_loaders
 from freeadv_fast.data.stream import random_offsets
 from freeadv_fast.errors import UserError
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from freeadv_fast.distributed import join_world, leave_world
+from freeadv_fast.config.threat import Perturbation, ThreatModel
+from freeadv_fast.distributed.world import join_world, leave_world
 from freeadv_fast.errors import UserError
-from freeadv_fast.learner import Learner, Pixels
 from freeadv_fast.methods.fast_advprop import FastAdvProp
 from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn, apply_bn_groups
-from freeadv_fast.optim import build_sgd
-from freeadv_fast.recipes import RECIPES
-from freeadv_fast.session import refuse_different_configs
-from freeadv_fast.threat import Perturbation, ThreatModel
+from freeadv_fast.recipes.catalogue import RECIPES
+from freeadv_fast.session.prepare import refuse_different_configs
+from freeadv_fast.step.learner import Learner, Pixels
+from freeadv_fast.step.optim import build_sgd
 
 SEED, NUM_CLEAN, NUM_ADV = 11, 6, 3  # a rank
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from freeadv_fast.distributed import join_world, leave_world
-from freeadv_fast.learner import Learner, Pixels
+from freeadv_fast.config.threat import Perturbation, ThreatModel
+from freeadv_fast.distributed.world import join_world, leave_world
 from freeadv_fast.methods.free import Free
-from freeadv_fast.optim import build_sgd
-from freeadv_fast.threat import Perturbation, ThreatModel
+from freeadv_fast.step.learner import Learner, Pixels
+from freeadv_fast.step.optim import build_sgd
 
 M = 2
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from freeadv_fast import train as training
-from freeadv_fast.config import TrainConfig
+from freeadv_fast import training
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.schedule import Schedule
+from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.methods.free import Free
-from freeadv_fast.schedule import Schedule
-from freeadv_fast.threat import Perturbation
 
 RUINED_UPDATE = 28
 

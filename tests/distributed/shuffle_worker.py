@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from freeadv_fast import ops, shuffle
-from freeadv_fast.distributed import join_world, leave_world
+from freeadv_fast import ops
+from freeadv_fast.distributed import shuffle
+from freeadv_fast.distributed.world import join_world, leave_world
 
 SEED = 11
 IMAGE = torch.arange(48, dtype=torch.int64)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from freeadv_fast.shuffle import global_permutation
+from freeadv_fast.distributed.shuffle import global_permutation
 
 WORKER = Path(__file__).with_name("fast_advprop_worker.py")
 NUM_UPDATES = 3

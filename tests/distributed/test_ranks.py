@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from freeadv_fast.distributed import join_world
+from freeadv_fast.distributed.world import join_world
 from freeadv_fast.errors import UserError
 from freeadv_fast.models.batch_norm import apply_bn_groups
 

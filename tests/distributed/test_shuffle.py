@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from freeadv_fast import ops, shuffle
-from freeadv_fast.distributed import World
-from freeadv_fast.environment import build_info
+from freeadv_fast import ops
+from freeadv_fast.distributed import shuffle
+from freeadv_fast.distributed.world import World
+from freeadv_fast.runs.environment import build_info
 
 WORKER = Path(__file__).with_name("shuffle_worker.py")
 spec = importlib.util.spec_from_file_location("shuffle_worker", WORKER)

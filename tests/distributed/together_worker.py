@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from freeadv_fast.distributed import join_world, leave_world
+from freeadv_fast.distributed.world import join_world, leave_world
 from freeadv_fast.errors import UserError
 
 

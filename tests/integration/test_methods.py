@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from freeadv_fast.cli import run_training
-from freeadv_fast.method_names import DUAL, METHODS
+from freeadv_fast.config.method_names import DUAL, METHODS
 from freeadv_fast.methods.passes import Passes
-from freeadv_fast.session import build_phase_method
+from freeadv_fast.session.method import build_phase_method
 
 # timm's smallest ResNet; a few minibatches; a check of the guard in between.
 FLAGS = {
@@ -50,7 +50,7 @@ def stop_after(monkeypatch, num_minibatches):
         method.train_minibatch = train_and_stop
         return method
 
-    monkeypatch.setattr("freeadv_fast.session.build_phase_method", build)
+    monkeypatch.setattr("freeadv_fast.session.prepare.build_phase_method", build)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -23,14 +23,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from freeadv_fast import ops
-from freeadv_fast.budget import Budget
-from freeadv_fast.config import TrainConfig
-from freeadv_fast.distributed import World
+from freeadv_fast.config.budget import Budget
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.threat import Perturbation
+from freeadv_fast.distributed.world import World
 from freeadv_fast.kernels import batch_norm
-from freeadv_fast.methods import build_method
+from freeadv_fast.methods.build import build_method
 from freeadv_fast.models.fused import fuse_batch_norms
-from freeadv_fast.session import build_learner
-from freeadv_fast.threat import Perturbation
+from freeadv_fast.session.network import build_learner
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")

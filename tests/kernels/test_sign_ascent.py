@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from freeadv_fast import ops
+from freeadv_fast.config.threat import Perturbation, ThreatModel
 from freeadv_fast.kernels import sign_ascent as kernel
 from freeadv_fast.kernels.space_to_depth import pack
-from freeadv_fast.threat import Perturbation, ThreatModel
 
 WALKS = [(2, 2), (4, 4), (8, 8), (4, 1), (8, 2), (5, 2.5), (8, Fraction(8, 3)), (127, 1)]
 SHAPES = [(2, 8, 8, 3), (3, 41, 37, 3), (1, 5, 7, 1), (2, 9, 4, 4), (0, 8, 8, 3)]

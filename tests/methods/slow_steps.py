@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from freeadv_fast.learner import Learner, Pixels
-from freeadv_fast.optim import build_sgd
-from freeadv_fast.threat import L2ThreatModel, Perturbation, ThreatModel
+from freeadv_fast.config.threat import L2ThreatModel, Perturbation, ThreatModel
+from freeadv_fast.step.learner import Learner, Pixels
+from freeadv_fast.step.optim import build_sgd
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 LR, MOMENTUM, DECAY = 0.05, 0.9, 5e-4

@@ -5,11 +5,11 @@ import torch
 from torch.func import functional_call
 
 import slow_advprop as slow
-from freeadv_fast.learner import Learner, Pixels
+from freeadv_fast.config.threat import Perturbation, ThreatModel
 from freeadv_fast.methods.advprop import AdvProp
 from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
-from freeadv_fast.optim import build_sgd
-from freeadv_fast.threat import Perturbation, ThreatModel
+from freeadv_fast.step.learner import Learner, Pixels
+from freeadv_fast.step.optim import build_sgd
 
 EPS, STEP = 8, 2
 P_ADV = 1 / 3

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 import slow_advprop as slow
-from freeadv_fast.distributed import World
-from freeadv_fast.learner import Learner, Pixels
+from freeadv_fast.config.threat import Perturbation, ThreatModel
+from freeadv_fast.distributed.shuffle import global_permutation
+from freeadv_fast.distributed.world import World
 from freeadv_fast.methods.fast_advprop import FastAdvProp
 from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn, apply_bn_groups
-from freeadv_fast.optim import build_sgd
-from freeadv_fast.shuffle import global_permutation
-from freeadv_fast.threat import Perturbation, ThreatModel
+from freeadv_fast.step.learner import Learner, Pixels
+from freeadv_fast.step.optim import build_sgd
 
 SEED, NUM_CLEAN, NUM_ADV, MAIN_GROUP, AUX_GROUP = 7, 12, 6, 6, 2
 

@@ -7,16 +7,16 @@ import dataclasses
 import pytest
 import torch
 
-from freeadv_fast.budget import Budget
-from freeadv_fast.config import TrainConfig
+from freeadv_fast.config.budget import Budget
+from freeadv_fast.config.method_names import DUAL, METHODS, SECOND_ORDER
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.errors import UserError
-from freeadv_fast.method_names import DUAL, METHODS, SECOND_ORDER
-from freeadv_fast.methods import build_method
+from freeadv_fast.methods.build import build_method
 from freeadv_fast.models.fused import FusedBatchNorm2d
 from freeadv_fast.models.stem import SpaceToDepthConv2d
 from freeadv_fast.models.zoo import build_model
-from freeadv_fast.session import build_learner
-from freeadv_fast.threat import Perturbation
+from freeadv_fast.session.network import build_learner
 
 FIRST_ORDER = [method for method in METHODS if method not in SECOND_ORDER]
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from freeadv_fast.distributed import World
-from freeadv_fast.learner import Learner, Pixels
+from freeadv_fast.config.threat import Perturbation, ThreatModel
+from freeadv_fast.distributed.world import World
 from freeadv_fast.methods.gradalign import GradAlign
-from freeadv_fast.optim import build_sgd
-from freeadv_fast.threat import Perturbation, ThreatModel
+from freeadv_fast.step.learner import Learner, Pixels
+from freeadv_fast.step.optim import build_sgd
 
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 LR, MOMENTUM, DECAY, EPS = 0.05, 0.9, 5e-4, 8

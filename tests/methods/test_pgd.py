@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import slow_steps as slow
+from freeadv_fast.config.threat import L2ThreatModel, Perturbation
 from freeadv_fast.methods.pgd import Pgd
-from freeadv_fast.threat import L2ThreatModel, Perturbation
 
 THREATS = {"linf": slow.threat(8, 3), "l2": slow.l2_threat(60, 25)}
 

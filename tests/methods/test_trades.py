@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import slow_steps as slow
-from freeadv_fast.learner import evaluating_tree
 from freeadv_fast.methods.trades import FreeTrades, Trades, divergence
+from freeadv_fast.step.learner import evaluating_tree
 
 THREATS = {"linf": slow.threat(8, 3), "l2": slow.l2_threat(60, 25)}
 BETA = 3.0

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from freeadv_fast import toolchain
-from freeadv_fast.environment import build_info
+from freeadv_fast.runs.environment import build_info
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = [
@@ -105,7 +105,7 @@ def test_wheel_without_a_compiler(clean_copy, tmp_path):
     subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True)
     ask = (
         "import json, freeadv_fast, freeadv_fast.kernels as k; "
-        "from freeadv_fast.environment import build_info; "
+        "from freeadv_fast.runs.environment import build_info; "
         "print(json.dumps([freeadv_fast.__file__, k.__file__, build_info()]))"
     )
     elsewhere = tmp_path / "empty"

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from freeadv_fast.alignment import SMALLEST_GRADIENT, misalignment, preset_lambda
+from freeadv_fast.step.alignment import SMALLEST_GRADIENT, misalignment, preset_lambda
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from freeadv_fast.config import TrainConfig
-from freeadv_fast.config_file import config_from_dict, config_to_dict
+from freeadv_fast.config.file import config_from_dict, config_to_dict
+from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.errors import UserError
 
 

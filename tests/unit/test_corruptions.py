@@ -10,7 +10,12 @@ import torch
 from PIL import Image
 
 from freeadv_fast.data.loader import Batch
-from freeadv_fast.robustness.corruptions import CORRUPTIONS, SMALL_SIDE, CorruptedLoader, corrupt
+from freeadv_fast.evaluation.shifts.corruptions import (
+    CORRUPTIONS,
+    SMALL_SIDE,
+    CorruptedLoader,
+    corrupt,
+)
 
 RANDOM = {"gaussian_noise", "shot_noise", "elastic_transform"}
 

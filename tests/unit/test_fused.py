@@ -11,7 +11,6 @@ from torch import nn
 
 from freeadv_fast import ops
 from freeadv_fast.errors import UserError
-from freeadv_fast.learner import evaluating_tree
 from freeadv_fast.models.batch_norm import (
     DualNetwork,
     GhostBatchNormAct2d,
@@ -20,6 +19,7 @@ from freeadv_fast.models.batch_norm import (
 )
 from freeadv_fast.models.double_backward import FastDoubleBackward
 from freeadv_fast.models.fused import FusedBatchNorm2d, fuse_batch_norms
+from freeadv_fast.step.learner import evaluating_tree
 from fused_networks import (
     FULLY_FUSED,
     assert_equal_training,

@@ -10,14 +10,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from freeadv_fast import methods
-from freeadv_fast.config import TrainConfig
+from freeadv_fast.config.method_names import DUAL, METHODS, UNRECORDABLE, WARMING
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.errors import UserError
-from freeadv_fast.graphs import WARM_UP, CudaRecorder, GraphRunner
-from freeadv_fast.learner import Learner, Pixels
-from freeadv_fast.method_names import DUAL, METHODS, UNRECORDABLE, WARMING
 from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
-from freeadv_fast.optim import build_sgd, is_capturable
-from freeadv_fast.threat import Perturbation
+from freeadv_fast.step.graphs import WARM_UP, CudaRecorder, GraphRunner
+from freeadv_fast.step.learner import Learner, Pixels
+from freeadv_fast.step.optim import build_sgd, is_capturable
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 RECORDABLE = [method for method in METHODS if method not in UNRECORDABLE]

@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from freeadv_fast.attacks import Attack
-from freeadv_fast.config import TrainConfig
-from freeadv_fast.data import build_loaders
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.threat import Perturbation, ThreatModel
+from freeadv_fast.data.build import build_loaders
 from freeadv_fast.data.loader import Batch
 from freeadv_fast.errors import UserError
-from freeadv_fast.evaluate import count_batch, eval_mode
-from freeadv_fast.guard import Count, Guard, History, has_fallen, probe
+from freeadv_fast.evaluation.attacks import Attack
+from freeadv_fast.evaluation.evaluate import count_batch, eval_mode
 from freeadv_fast.methods.passes import Passes
 from freeadv_fast.models.normalize import unit_images
-from freeadv_fast.rewind import answer
-from freeadv_fast.threat import Perturbation, ThreatModel
+from freeadv_fast.session.guard import Count, Guard, History, has_fallen, probe
+from freeadv_fast.session.rewind import answer
 
 THREAT = ThreatModel(Perturbation.parse("8/255"), Perturbation.parse("2/255"))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from freeadv_fast.mixing import MixedLabels, cross_entropy_sum, mix, num_hits
+from freeadv_fast.step.mixing import MixedLabels, cross_entropy_sum, mix, num_hits
 
 
 @pytest.fixture(autouse=True)

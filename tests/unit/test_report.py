@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from freeadv_fast.attacks import Attack
-from freeadv_fast.report import plot_perturbations, plot_training, results_table
-from freeadv_fast.threat import Perturbation, ThreatModel
+from freeadv_fast.config.threat import Perturbation, ThreatModel
+from freeadv_fast.evaluation.attacks import Attack
+from freeadv_fast.evaluation.report import plot_perturbations, plot_training, results_table
 
 
 def picture(path):

@@ -13,20 +13,20 @@ import torch
 from PIL import Image
 from torch import nn
 
-from freeadv_fast import robustness
-from freeadv_fast.config import CPU_EVAL_IMAGES, TrainConfig
-from freeadv_fast.config_file import save_config
+from freeadv_fast.config.file import save_config
+from freeadv_fast.config.run import CPU_EVAL_IMAGES, TrainConfig
 from freeadv_fast.errors import UserError
-from freeadv_fast.robustness import evaluate_robustness
-from freeadv_fast.robustness.corruptions import CORRUPTIONS
-from freeadv_fast.robustness.imagenet_c import (
+from freeadv_fast.evaluation.shifts import robustness
+from freeadv_fast.evaluation.shifts.corruptions import CORRUPTIONS
+from freeadv_fast.evaluation.shifts.imagenet_c import (
     ALEXNET_ERROR,
     IMAGENET_C,
     CorruptionErrors,
     describe_means,
 )
-from freeadv_fast.runlog import RunFolder
-from freeadv_fast.saved_run import SavedRun
+from freeadv_fast.evaluation.shifts.robustness import evaluate_robustness
+from freeadv_fast.runs.log import RunFolder
+from freeadv_fast.runs.saved import SavedRun
 
 # Not in the order of the colour channels, nor is any set's: names must decide, not places.
 CLASSES = ["n03", "n01", "n02"]
@@ -77,7 +77,7 @@ def run(tmp_path, monkeypatch):
     (folder.root / "result.json").write_text("kept")
     saved = SavedRun(folder, config, folder.checkpoints / "best.pt", CLASSES, ReadsColor())
     monkeypatch.setattr(robustness, "load_run", lambda *_: saved)
-    monkeypatch.setattr("freeadv_fast.data.available_backend", lambda: "torchvision")
+    monkeypatch.setattr("freeadv_fast.data.build.available_backend", lambda: "torchvision")
     return folder.root
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from freeadv_fast.config.schedule import Schedule
 from freeadv_fast.errors import UserError
-from freeadv_fast.schedule import Schedule
 
 
 @pytest.mark.parametrize(

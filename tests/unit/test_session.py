@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 from torch import nn
 
-from freeadv_fast.budget import Budget
+from freeadv_fast.config.budget import Budget
 from freeadv_fast.errors import UserError
-from freeadv_fast.recipes import RECIPES
-from freeadv_fast.session import build_learner, refuse_empty_exchange
+from freeadv_fast.recipes.catalogue import RECIPES
+from freeadv_fast.session.network import build_learner
+from freeadv_fast.session.prepare import refuse_empty_exchange
 
 
 def test_the_attack_grows_over_its_epochs(world):

@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from freeadv_fast import shuffle
-from freeadv_fast.shuffle import Route, Side, global_permutation, philox, places, rows_sent
+from freeadv_fast.distributed import shuffle
+from freeadv_fast.distributed.shuffle import (
+    Route,
+    Side,
+    global_permutation,
+    philox,
+    places,
+    rows_sent,
+)
 
 
 @pytest.mark.parametrize(

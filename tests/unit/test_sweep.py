@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from freeadv_fast import sweep
-from freeadv_fast.config_file import save_config
+from freeadv_fast.config.file import save_config
 from freeadv_fast.errors import UserError
-from freeadv_fast.report import markdown_table, plot_sweep
-from freeadv_fast.runlog import RunFolder, write_json
-from freeadv_fast.signals import Interrupted
+from freeadv_fast.evaluation.report import markdown_table, plot_sweep
+from freeadv_fast.runs.log import RunFolder, write_json
+from freeadv_fast.session.signals import Interrupted
 from freeadv_fast.sweep import Cell, run_sweep, split_arguments
 
 FLAGS = ["--methods", "natural,free", "--eps", "8/255,32/255", "--seeds", "0,1"]

@@ -2,8 +2,8 @@
 
 import pytest
 
+from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.errors import UserError
-from freeadv_fast.threat import Perturbation
 
 
 @pytest.mark.parametrize(

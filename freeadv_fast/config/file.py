@@ -1,0 +1,86 @@
+"""Configs as YAML files: what a run saves and `--config` replays."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from freeadv_fast.config.phases import Phases
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.schedule import Schedule
+from freeadv_fast.config.threat import Perturbation
+from freeadv_fast.errors import UserError
+from freeadv_fast.runs.whole_file import renamed_when_whole
+
+# Where a run is and whether it is being continued do not describe the run itself.
+NOT_SAVED = ("output_dir", "resume")
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Plain YAML types, in field order; perturbations, schedules and phases as users write them."""
+    plain: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, Perturbation | Schedule | Phases):
+            value = str(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        plain[field.name] = value
+    return plain
+
+
+def config_from_dict(plain: dict[str, Any], origin: str = "--config") -> TrainConfig:
+    """Rebuilds a config; fields that are missing keep their defaults.
+
+    Raises:
+        UserError: unknown fields, or a value that the config refuses.
+    """
+    known = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    unknown = sorted(set(plain) - set(known))
+    if unknown:
+        raise UserError(f"{origin}: unknown fields {', '.join(unknown)}")
+    hints = typing.get_type_hints(TrainConfig)
+    values: dict[str, Any] = {}
+    for name, value in plain.items():
+        flag = "--" + name.replace("_", "-")
+        if value is not None and Perturbation in (hints[name], *typing.get_args(hints[name])):
+            value = Perturbation.parse(value, flag)
+        elif hints[name] in (Schedule, Phases):
+            value = hints[name].parse(value)
+        elif isinstance(value, bool) and {"on", "off"} <= set(typing.get_args(hints[name])):
+            value = "on" if value else "off"  # as YAML reads on and off without quotes
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[name] = value
+    try:
+        return TrainConfig(**values)
+    except TypeError as error:  # a string where a number belongs
+        raise UserError(f"{origin}: {error}") from None
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Writes a config so that ``--config PATH`` replays the run."""
+    plain = {k: v for k, v in config_to_dict(config).items() if k not in NOT_SAVED}
+    with renamed_when_whole(path) as partial:
+        partial.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Reads a config that `save_config` wrote.
+
+    Raises:
+        UserError: no such file, not YAML, or not a config of ours.
+    """
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise UserError(f"--config {path}: not a YAML file") from None
+    if not isinstance(plain, dict):
+        raise UserError(f"--config {path}: not a saved configuration")
+    return config_from_dict(plain, f"--config {path}")

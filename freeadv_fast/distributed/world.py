@@ -1,0 +1,239 @@
+"""Processes, devices and the few words they exchange: torchrun's ranks as one `World`.
+
+One process drives one device. Tensors of the training step travel over NCCL (GPUs) or gloo
+(CPUs); decisions of the host (stop, save, who failed) travel over a gloo group of their own, so
+that agreeing on them never waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from freeadv_fast import ops
+from freeadv_fast.distributed.shuffle import PEER_PATIENCE, Exchange, Route
+from freeadv_fast.errors import UserError
+
+T = TypeVar("T")
+
+# After so long a silence a peer is gone. Rank 0's evaluation of a slow network is not silence yet.
+PATIENCE = datetime.timedelta(hours=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among the others.
+
+    Attributes:
+        rank: Index of this process, 0..size-1.
+        size: Number of processes; 1 without torchrun.
+        device: The device this process trains on.
+        host_group: gloo group for host decisions; None when size is 1.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    host_group: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints, logs and writes files."""
+        return self.rank == 0
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sums a tensor over the ranks, in place, on the training device's group."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max_on_host(self, values: list[int]) -> list[int]:
+        """Element-wise maximum over the ranks of small host integers; no GPU is waited for."""
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
+        return [int(value) for value in tensor.tolist()]
+
+    def gather_on_host(self, value: object) -> list[object]:
+        """Every rank's `value` on rank 0, in rank order; an empty list on the other ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[object] = [None] * self.size
+        dist.gather_object(value, values if self.is_main else None, group=self.host_group)
+        return values if self.is_main else []
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Runs `work` on every rank; if it fails on one, no other waits for it.
+
+        Raises:
+            UserError: on every rank, the one of the lowest rank that raised one.
+        """
+        if self.size == 1:
+            return work()
+        value, own_error = None, None
+        try:
+            value = work()
+        except UserError as error:
+            own_error = error
+        if self.max_on_host([int(own_error is not None)])[0]:
+            errors: list[UserError | None] = [None] * self.size
+            dist.all_gather_object(errors, own_error, group=self.host_group)
+            raise next(error for error in errors if error is not None)
+        return value  # type: ignore[return-value]
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Runs `work` on rank 0 and returns its value on every rank.
+
+        Raises:
+            UserError: on every rank, when rank 0's work raised one; so all of them leave. Any
+                other exception is rank 0's own; the others leave with a UserError.
+        """
+        if self.size == 1:
+            return work()
+        box: list[object] = [None]
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                box = [work()]
+            except UserError as error:
+                box = [error]
+            except Exception as error:
+                box, failure = [UserError(f"rank 0 failed: {error}")], error
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
+        if failure is not None:
+            raise failure
+        if isinstance(box[0], UserError):
+            raise box[0]
+        return box[0]  # type: ignore[return-value]
+
+    def shuffle(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        seed: int,
+        step: int,
+        counts: Sequence[int] | None = None,
+        timeout: datetime.timedelta = PEER_PATIENCE,
+    ) -> Exchange:
+        """Exchanges rows with the other ranks in random order, so that batch statistics mix.
+
+        Returns at once, every rank must call it, and `wait` hands over the rows that arrived. On
+        a GPU the exchange runs beside the current stream: what is computed between here and
+        `wait` hides it. On one rank the rows are permuted where they are. Differentiable: where
+        `images` require a gradient, the backward of the result is the way back.
+
+        Args:
+            images: (n, ...) uint8, float16, bfloat16, float32 or float64, contiguous; unchanged
+                until `wait`.
+            labels: (n,) int64, on the same device; they travel with their images.
+            seed: 0..2^63-1, the same on all ranks.
+            step: 0..2^63-1, likewise, such as the number of the update: another step is another
+                permutation, and the same numbers are always the same.
+            counts: Rows of every rank, where they differ; by default all have n.
+            timeout: How long to wait for the others' rows, over gloo; NCCL has the group's.
+
+        Returns:
+            The exchange; ``images, labels = exchange.wait()`` have the shapes that were given.
+            `exchange.bytes_sent` counts the bytes that leave this rank.
+
+        Raises:
+            ValueError: shapes, dtypes, layouts or counts disagree, or seed or step is negative.
+            PeerLost: from here or from `wait`, a rank died or was silent for the time-out.
+
+        Source: Mei et al. 2022, "Fast AdvProp", section 4.2; He et al. 2020, "Momentum Contrast",
+        section 3.3, whose gather-everything this replaces.
+        """
+        route = self._route(len(images), seed, step, counts)
+        return ops.exchange(images, labels, route, self._device_group, timeout)
+
+    def unshuffle(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        seed: int,
+        step: int,
+        counts: Sequence[int] | None = None,
+        timeout: datetime.timedelta = PEER_PATIENCE,
+    ) -> Exchange:
+        """Brings rows back to where `shuffle` took them from: MoCo's features of shuffled keys.
+
+        Args:
+            images: (n, ...) as `shuffle` takes them; any rows in the order of its result.
+            labels: (n,) int64.
+            seed: That of `shuffle`.
+            step: That of `shuffle`.
+            counts: Those of `shuffle`.
+            timeout: How long to wait for the others' rows, over gloo.
+
+        Returns:
+            The exchange, as `shuffle` does.
+
+        Raises:
+            ValueError: as `shuffle`.
+            PeerLost: as `shuffle`.
+        """
+        route = self._route(len(images), seed, step, counts).inverted()
+        return ops.exchange(images, labels, route, self._device_group, timeout)
+
+    def _route(self, count: int, seed: int, step: int, counts: Sequence[int] | None) -> Route:
+        """Where rows go; `counts` of another number of ranks are refused."""
+        counts = [count] * self.size if counts is None else counts
+        if len(counts) != self.size:
+            raise ValueError(f"counts {list(counts)}: expected one for each of {self.size} ranks")
+        return Route(self.rank, tuple(counts), seed, step)
+
+    @property
+    def _device_group(self) -> dist.ProcessGroup | None:
+        """The group over which tensors of the training step travel."""
+        return dist.group.WORLD if self.size > 1 else None
+
+    def barrier(self) -> None:
+        """Waits on the host until every rank is here."""
+        if self.size > 1:
+            dist.barrier(group=self.host_group)
+
+
+def join_world() -> World:
+    """Joins the process group that torchrun describes, or stands alone without it.
+
+    Raises:
+        UserError: more ranks on this machine than GPUs.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        num_gpus = torch.cuda.device_count()
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > num_gpus:
+            raise UserError(
+                f"--nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}: more ranks than GPUs; "
+                f"this machine has {num_gpus}"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if size == 1:
+        return World(0, 1, device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=PATIENCE,
+            device_id=device if device.type == "cuda" else None,
+        )
+    return World(rank, size, device, dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
+def leave_world() -> None:
+    """Destroys the process group, if one was joined."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""What a trained network is worth: attacks, exact accuracy over the ranks, pictures."""

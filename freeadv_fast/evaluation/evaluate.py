@@ -1,0 +1,202 @@
+"""Clean and robust accuracy of a network, summed exactly over the ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from freeadv_fast.config.threat import AnyThreatModel
+from freeadv_fast.data.loader import Batch, Loader
+from freeadv_fast.distributed.world import World
+from freeadv_fast.evaluation.attacks import Attack, is_correct, perturb
+from freeadv_fast.models.normalize import unit_images, with_normalizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a network got right.
+
+    Attributes:
+        clean_accuracy: Fraction of images whose largest logit is the label's.
+        clean_top5: Fraction whose label is among the five largest; None below six classes.
+        robust_accuracy: Attack's name to the fraction that is right on the image and on the points
+            of all restarts.
+        num_images: Images seen, over all ranks.
+        seconds: Wall time, images' decoding included.
+    """
+
+    clean_accuracy: float
+    clean_top5: float | None
+    robust_accuracy: dict[str, float]
+    num_images: int
+    seconds: float
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Loader,
+    attacks: Sequence[Attack | str],
+    threat: AnyThreatModel,
+    *,
+    world: World,
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int = 0,
+    progress: bool = True,
+    label: str = "evaluate",
+) -> Evaluation:
+    """Measures clean accuracy and the accuracy under each attack.
+
+    fp32 without TF32 or autocast, in eval mode; the model's modes are restored. Every rank calls
+    it with its share of the images; no image is padded or counted twice. Random starts are a
+    function of (seed, index of a batch's first image), the same for every attack.
+
+    Args:
+        model: Network of normalised images, not wrapped by DDP, on `world.device`.
+        loader: This rank's share of the images; `Loader.epoch(0)` is read once.
+        attacks: Attacks or their names; may be empty.
+        threat: Radius and step of all attacks.
+        world: The ranks.
+        mean: Per-channel mean that the network's input was normalised with, in [0, 1].
+        std: Per-channel standard deviation, likewise.
+        seed: Seed of the random starts.
+        progress: Draw a bar, on rank 0 of a terminal.
+        label: Text before the bar.
+
+    Returns:
+        The same accuracies on every rank.
+
+    Raises:
+        ValueError: no images.
+    """
+    started = time.perf_counter()
+    parsed = [Attack.parse(attack) for attack in attacks]
+    # Images, right at the first guess, right at the first five, standing after each attack.
+    counts = torch.zeros(3 + len(parsed), dtype=torch.int64, device=world.device)
+    network = with_normalizer(model, mean, std).to(world.device)
+    is_silent = not (progress and world.is_main and sys.stderr.isatty())
+
+    def count() -> None:
+        bar = tqdm(
+            loader.epoch(0), label, loader.num_batches, leave=False, disable=is_silent, unit="batch"
+        )
+        with eval_mode(network), exact_arithmetic(world.device), bar:
+            for batch in bar:
+                counts.add_(count_batch(network, batch, parsed, threat, seed=seed))
+                if not is_silent:
+                    bar.set_postfix_str(_running_text(counts, parsed))
+
+    world.together(count)  # ranks may differ by a minibatch
+    num_images, top1, top5, *standing = world.sum_(counts).tolist()
+    if num_images == 0:
+        raise ValueError("no images to evaluate")
+    return Evaluation(
+        clean_accuracy=top1 / num_images,
+        clean_top5=top5 / num_images if len(loader.classes) > 5 else None,
+        robust_accuracy={
+            str(attack): n / num_images for attack, n in zip(parsed, standing, strict=True)
+        },
+        num_images=num_images,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def count_batch(
+    network: nn.Module,
+    batch: Batch,
+    attacks: Sequence[Attack],
+    threat: AnyThreatModel,
+    *,
+    seed: int,
+) -> Tensor:
+    """Counts one minibatch's successes.
+
+    Args:
+        network: Network of [0, 1] images, in eval mode.
+        batch: (n, H, W, 3) uint8 images and their labels; n may be 0.
+        attacks: The attacks, each from the same random starts.
+        threat: Radius and step.
+        seed: Seed of the random starts.
+
+    Returns:
+        (3 + attacks,) int64: images, top-1 hits, top-5 hits, images standing after each attack.
+    """
+    counts = torch.zeros(3 + len(attacks), dtype=torch.int64, device=batch.images.device)
+    if len(batch.labels) == 0:
+        return counts
+    images, labels = unit_images(batch.images), batch.labels
+    with torch.no_grad():
+        logits = network(images)
+    best5 = logits.topk(min(5, logits.shape[1])).indices
+    counts[0] = len(labels)
+    is_standing = is_correct(logits, labels)
+    counts[1] = is_standing.sum()
+    counts[2] = (best5 == labels[:, None]).any(1).sum()
+    for index, attack in enumerate(attacks):
+        generator = start_generator(seed, int(batch.indices[0]), images.device)
+        perturbed = perturb(
+            network,
+            images,
+            labels,
+            attack=attack,
+            threat=threat,
+            generator=generator,
+            is_standing=is_standing,
+        )
+        counts[3 + index] = (~perturbed.is_fooled).sum()
+    return counts
+
+
+def start_generator(seed: int, first_index: int, device: torch.device) -> torch.Generator:
+    """Source of the random starts of one minibatch: a function of its arguments alone.
+
+    torch's CPU generator keeps 32 bits of a seed; the odd multiplier (Knuth's) moves the indices of
+    neighbouring seeds far apart in them.
+    """
+    return torch.Generator(device).manual_seed((seed * 2654435761 + first_index) % 2**32)
+
+
+def _running_text(counts: Tensor, attacks: Sequence[Attack]) -> str:
+    """Rank 0's accuracies so far, for the progress bar."""
+    num_images, top1, _, *standing = counts.tolist()
+    names = ("clean", *map(str, attacks))
+    return ", ".join(
+        f"{name} {count / max(num_images, 1):.1%}"
+        for name, count in zip(names, (top1, *standing), strict=True)
+    )
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+
+
+@contextlib.contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """fp32 as written: no autocast, no TF32 in products and convolutions.
+
+    Restarts attack the images that still stand, so batch sizes vary, and cuDNN's search for the
+    fastest kernel would run anew for each: it is off too.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    saved = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    matmul.allow_tf32 = cudnn.allow_tf32 = cudnn.benchmark = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = saved

@@ -1,0 +1,490 @@
+"""Pictures and tables of a run: training curves, attacked images, results as text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from torch import Tensor, nn
+
+from freeadv_fast.config.threat import AnyThreatModel
+from freeadv_fast.evaluation.attacks import Attack, perturb
+from freeadv_fast.evaluation.evaluate import eval_mode
+from freeadv_fast.models.normalize import unit_images
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6E6E6E"
+INK = "#222222"
+# Five shades up to BLUE's dark end, evenly spaced in lightness, for severities 1 to 5.
+SEVERITY_COLORS = ("#C6DEF1", "#8FC1E3", "#4F9FD0", "#0072B2", "#00466E")
+# Methods are told apart by colour, mark and dash: 7 colours, and the second round is dashed.
+SWEEP_COLORS = (BLUE, VERMILION, GREEN, ORANGE, "#56B4E9", "#CC79A7", "#8C564B")
+SWEEP_MARKS = "osD^vPX"
+# Methods stand side by side around their radius, this share of the axis apart.
+SWEEP_DODGE = 0.004
+# Empty space between two groups of corruptions, in widths of a corruption.
+GROUP_GAP = 0.45
+
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+
+ACCURACIES = (
+    ("train_clean_accuracy", "training, clean", BLUE, "--"),
+    ("train_adversarial_accuracy", "training, adversarial", VERMILION, "--"),
+    ("holdout_clean_accuracy", "held out, clean", BLUE, "-"),
+    ("holdout_robust_accuracy", "held out, under attack", VERMILION, "-"),
+    ("guard_robust_accuracy", "guard, under attack", ORANGE, "-"),
+    ("guard_alignment", "guard, gradient alignment", GREEN, ":"),
+)
+
+
+def plot_training(log_lines: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Draws loss, accuracies, learning rate and speed over the image passes of a run.
+
+    The guard's gradient alignment, a cosine, is drawn among the accuracies, 1 being 100 %: the two
+    collapse together.
+
+    Args:
+        log_lines: Lines of log.jsonl; a line may lack any key but ``passes``.
+        path: PNG to write.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11.4, 6.2), layout="constrained")
+        loss, accuracy, rate, speed = figure.subplots(2, 2, sharex=True).flat
+        _curve(loss, log_lines, "loss", color=BLUE)
+        loss.set(title="Training loss", ylabel="cross entropy (nats)")
+        for key, label, color, dash in ACCURACIES:
+            _curve(accuracy, log_lines, key, color=color, linestyle=dash, label=label)
+        accuracy.set(title="Accuracy", ylabel="images classified correctly", ylim=(0, 1.02))
+        accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        if accuracy.lines:
+            figure.legend(handles=accuracy.lines, loc="outside right upper")
+        _curve(rate, log_lines, "lr", color=GREY)
+        rate.set(title="Learning rate", ylabel="step size of SGD")
+        _curve(speed, log_lines, "passes_per_second", color=GREEN)
+        speed.set(title="Speed", ylabel="image passes / s")
+        for axes in (rate, speed):
+            axes.set_xlabel("image passes (one image forward and backward)")
+            axes.set_ylim(0, 1.08 * max([*_heights(axes), 1e-9]))
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(MaxNLocator(6))
+            axes.xaxis.set_major_formatter(FuncFormatter(_short_number))
+        _save(figure, path)
+
+
+def _curve(axes: Axes, lines: Sequence[Mapping[str, Any]], key: str, **style: Any) -> None:
+    """Draws one key over passes, with markers where the points are few."""
+    points = {line["passes"]: line[key] for line in lines if line.get(key) is not None}
+    if points:
+        marker = "o" if len(points) <= 30 else None
+        axes.plot(list(points), list(points.values()), marker=marker, markersize=3, **style)
+
+
+def _heights(axes: Axes) -> list[float]:
+    """Every y value drawn so far."""
+    return [float(y) for line in axes.lines for y in np.asarray(line.get_ydata())]
+
+
+def _short_number(value: float, _position: int | None = None) -> str:
+    """1.2M for 1,200,000."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def plot_perturbations(
+    model01: nn.Module,
+    images_u8: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    attack: Attack,
+    threat: AnyThreatModel,
+    path: str | Path,
+    *,
+    num_columns: int = 6,
+    seed: int = 0,
+) -> None:
+    """Draws a column an image: the image, the perturbation, the adversarial image; with labels.
+
+    Args:
+        model01: Network of (N, 3, H, W) pixels in [0, 1]; its modes are restored.
+        images_u8: (N, H, W, 3) uint8 on the network's device; those drawn are evenly spaced.
+        labels: (N,) int64 on the same device.
+        classes: Class names.
+        attack: What to attack with; images that are misclassified already are not attacked.
+        threat: Radius and step.
+        path: PNG to write.
+        num_columns: Images to draw, at most.
+        seed: Seed of the random starts.
+    """
+    chosen = torch.linspace(0, len(labels) - 1, min(num_columns, len(labels))).round().long()
+    chosen = chosen.to(labels.device)
+    images, labels = unit_images(images_u8[chosen]), labels[chosen]
+    generator = torch.Generator(images.device).manual_seed(seed)
+    with eval_mode(model01):
+        adversarial = perturb(
+            model01, images, labels, attack=attack, threat=threat, generator=generator
+        ).images
+        with torch.no_grad():
+            guesses = [model01(batch).argmax(1).tolist() for batch in (images, adversarial)]
+    perturbation = (0.5 + (adversarial - images) * _amplification(threat)).clamp(0, 1)
+    with matplotlib.rc_context(STYLE):
+        size = 1.55
+        figure = Figure(figsize=(size * len(labels) + 0.8, size * 3 + 1.3), layout="constrained")
+        grid = figure.subplots(3, len(labels), squeeze=False)
+        _show_pictures(grid, (images, perturbation, adversarial))
+        _write_labels(grid, labels.tolist(), guesses, classes)
+        figure.suptitle(
+            f"{attack} within {threat.eps}.  Above: the true class.  "
+            "Below: the prediction, green if right, red if wrong.",
+            fontsize=9,
+        )
+        gain = f"perturbation\n(x{_amplification(threat):g}, grey is 0)"
+        for axes, name in zip(grid[:, 0], ("image", gain, "adversarial\nimage"), strict=True):
+            axes.set_ylabel(name, fontsize=9)
+        _save(figure, path)
+
+
+def _show_pictures(grid: np.ndarray, rows: Sequence[Tensor]) -> None:
+    """Shows (N, 3, H, W) pictures in [0, 1], a row of axes each."""
+    for axes_row, pictures in zip(grid, rows, strict=True):
+        for axes, picture in zip(axes_row, pictures.permute(0, 2, 3, 1).cpu(), strict=True):
+            axes.imshow(picture.numpy(), vmin=0, vmax=1, interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            axes.grid(False)
+
+
+def _write_labels(
+    grid: np.ndarray,
+    labels: Sequence[int],
+    guesses: Sequence[Sequence[int]],
+    classes: Sequence[str],
+) -> None:
+    """Writes the true class above each column, the clean and adversarial guesses below."""
+    for (clean, perturbation, adversarial), label, before, after in zip(
+        grid.T, labels, *guesses, strict=True
+    ):
+        clean.set_title(_short_name(classes[label]), loc="center", fontsize=9)
+        for axes, guess in ((clean, before), (adversarial, after)):
+            color = GREEN if guess == label else VERMILION
+            axes.set_xlabel(_short_name(classes[guess]), color=color)
+        if before != label:
+            perturbation.text(
+                0.5,
+                0.5,
+                "not attacked:\nwrong already",
+                transform=perturbation.transAxes,
+                ha="center",
+                va="center",
+                color="white",
+                fontsize=8,
+            )
+
+
+def _amplification(threat: AnyThreatModel) -> float:
+    """The factor that makes a perturbation of size eps span black to white around grey."""
+    return round(0.5 / float(threat.eps)) if threat.eps.levels else 1.0
+
+
+def corruption_table(
+    errors: Mapping[str, Mapping[int, float]], normalized: Mapping[str, float] | None = None
+) -> str:
+    """Lays the errors on a set of corruptions out, a line a corruption.
+
+    Args:
+        errors: Corruption's name to severity to error, a fraction; severities may be missing.
+        normalized: Corruption's name to its error over AlexNet's; None for no such column.
+
+    Returns:
+        Lines joined by newlines, without a last one.
+    """
+    severities = sorted({severity for row in errors.values() for severity in row})
+    rows = []
+    for name, row in errors.items():
+        cells: dict[str, object] = {"error at severity": _readable(name)}
+        cells |= {str(severity): row.get(severity) for severity in severities}
+        cells["mean"] = _mean(row)
+        if normalized is not None:
+            cells["over AlexNet's"] = normalized.get(name)
+        rows.append(cells)
+    return results_table(rows)
+
+
+def plot_corruptions(
+    groups: Mapping[str, Mapping[str, Mapping[int, float]]],
+    path: str | Path,
+    *,
+    title: str,
+    references: Mapping[str, float],
+    starred: Collection[str] = (),
+    footnote: str = "",
+) -> None:
+    """Draws five thin bars a corruption, darker with severity, and a mark at their mean.
+
+    Args:
+        groups: Group's name to corruption's name to severity (1..5) to error, a fraction.
+        path: PNG to write.
+        title: Text above the chart.
+        references: Text to error of each dashed line across the chart.
+        starred: Corruptions whose name gets a star.
+        footnote: Text below the chart.
+    """
+    num_corruptions = sum(map(len, groups.values()))
+    width = max(6.5, 0.66 * num_corruptions + 0.25 * len(groups) + 1.7)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, 4.4), layout="constrained")
+        axes = figure.subplots()
+        axes.set_title(title, pad=22)
+        places: dict[str, float] = {}
+        start = 0.0
+        for group, errors in groups.items():
+            for name, row in errors.items():
+                places[_readable(name) + "*" * (name in starred)] = start
+                _corruption_bars(axes, start, row)
+                start += 1
+            _group_heading(axes, group, start - len(errors), start - 1)
+            start += GROUP_GAP
+        axes.set_xlim(-0.6, start - GROUP_GAP - 0.4)
+        _error_axes(axes, places)
+        _reference_lines(axes, references)
+        _severity_legend(figure)
+        if footnote:
+            axes.set_xlabel(footnote, fontsize=8, color=GREY, loc="left", labelpad=8)
+        _save(figure, path)
+
+
+def _error_axes(axes: Axes, places: Mapping[str, float]) -> None:
+    """Percent upwards, corruptions' names along the bottom."""
+    axes.set(ylim=(0, 1), ylabel="images classified wrongly")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    names, ticks = list(places), list(places.values())
+    axes.set_xticks(ticks, names, rotation=35, ha="right", rotation_mode="anchor")
+    axes.tick_params(axis="x", length=0)
+    axes.grid(visible=False, axis="x")
+    axes.set_axisbelow(True)
+
+
+def _corruption_bars(axes: Axes, center: float, row: Mapping[int, float]) -> None:
+    """Draws the bars of one corruption around `center`, and their mean."""
+    width = 0.8 / len(SEVERITY_COLORS)
+    for severity, error in row.items():
+        left = center + (severity - 1 - len(SEVERITY_COLORS) / 2) * width
+        axes.bar(left, error, width * 0.92, align="edge", color=SEVERITY_COLORS[severity - 1])
+    axes.plot([center - 0.4, center + 0.4], [_mean(row)] * 2, color=INK, linewidth=1.4)
+
+
+def _group_heading(axes: Axes, name: str, first: float, last: float) -> None:
+    """Writes a group's name above its corruptions, over a thin rule."""
+    across = axes.get_xaxis_transform()
+    axes.plot(
+        [first - 0.42, last + 0.42],
+        [1.015, 1.015],
+        transform=across,
+        color=GREY,
+        linewidth=0.8,
+        clip_on=False,
+    )
+    axes.text((first + last) / 2, 1.03, name, transform=across, ha="center", color=GREY, fontsize=8)
+
+
+def _reference_lines(axes: Axes, references: Mapping[str, float]) -> None:
+    """Draws at most two dashed lines across the chart, named on the right, clear of each other."""
+    ascending = sorted(references.items(), key=lambda item: item[1])
+    for (text, error), color, side in zip(
+        reversed(ascending), (INK, VERMILION), ("bottom", "top"), strict=False
+    ):
+        axes.axhline(error, color=color, linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f"{text} {error:.1%}",
+            (1, error),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va=side,
+            color=color,
+            fontsize=8,
+        )
+
+
+def _severity_legend(figure: Figure) -> None:
+    """Names the shades and the mark."""
+    handles: list[Any] = [Patch(color=color) for color in SEVERITY_COLORS]
+    names = ["severity 1", *map(str, range(2, len(SEVERITY_COLORS) + 1))]
+    figure.legend(
+        [*handles, Line2D([], [], color=INK, linewidth=1.4)],
+        [*names, "mean of the corruption"],
+        loc="outside lower center",
+        ncols=len(names) + 1,
+        handlelength=1.1,
+        columnspacing=1.0,
+    )
+
+
+def plot_sweep(cells: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Draws robust and clean accuracy over the radius: a line a method, a dot a run.
+
+    A line goes through the means over the seeds; where there are several, a bar spans one
+    standard deviation (n - 1) to each side. A run that collapsed is a cross.
+
+    Args:
+        cells: Runs: ``method``, ``eps_levels`` (radius in 1/255), ``clean`` and ``robust`` as
+            fractions, ``attack`` (name of the robust one), ``collapsed``. A run without ``robust``
+            is left out.
+        path: PNG to write.
+    """
+    runs = [cell for cell in cells if cell["robust"] is not None]
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    attacks = dict.fromkeys(run["attack"] for run in runs)
+    radii = sorted({float(run["eps_levels"]) for run in runs})
+    gap = SWEEP_DODGE * (radii[-1] - radii[0])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+        robust, clean = figure.subplots(1, 2, sharex=True, sharey=True)
+        for axes, key in ((robust, "robust"), (clean, "clean")):
+            for number, method in enumerate(methods):
+                own = [run for run in runs if run["method"] == method]
+                _sweep_line(axes, own, key, number, gap * (number - (len(methods) - 1) / 2))
+            axes.set_xlabel("radius eps (1/255)")
+            axes.set_xticks(radii, [f"{radius:g}" for radius in radii])
+        robust.set(title=f"Accuracy under {', '.join(attacks)}", ylim=(0, 1))
+        robust.set_ylabel("validation images classified correctly")
+        robust.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        clean.set_title("Accuracy on clean images")
+        _sweep_legend(figure, robust, runs)
+        _save(figure, path)
+
+
+def _sweep_line(
+    axes: Axes, runs: Sequence[Mapping[str, Any]], key: str, number: int, shift: float
+) -> None:
+    """Draws method number `number`: its runs, their means, and the spread over seeds."""
+    color = SWEEP_COLORS[number % len(SWEEP_COLORS)]
+    by_radius: dict[float, list[float]] = {}
+    for run in sorted(runs, key=lambda run: float(run["eps_levels"])):
+        place = run["eps_levels"] + shift
+        by_radius.setdefault(place, []).append(run[key])
+        cross = {"marker": "x", "s": 34, "color": INK, "linewidth": 1.1, "zorder": 5}
+        dot = {"marker": "o", "s": 9, "color": color, "alpha": 0.45, "linewidth": 0}
+        style: dict[str, Any] = cross if run["collapsed"] else dot
+        axes.scatter(place, run[key], clip_on=False, **style)
+    _, caps, bars = axes.errorbar(
+        list(by_radius),
+        [float(np.mean(values)) for values in by_radius.values()],
+        yerr=np.array([np.std(v, ddof=1) if len(v) > 1 else 0 for v in by_radius.values()]),
+        label=runs[0]["method"],
+        color=color,
+        marker=SWEEP_MARKS[number % len(SWEEP_MARKS)],
+        linestyle="-" if number < len(SWEEP_COLORS) else "--",
+        markersize=4,
+        capsize=2.5,
+        elinewidth=1.1,
+        linewidth=1.3,
+        clip_on=False,
+    )
+    for part in (*caps, *bars):
+        part.set_clip_on(False)
+
+
+def _sweep_legend(figure: Figure, axes: Axes, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Names the methods on the right, and what bars and crosses mean."""
+    handles, names = axes.get_legend_handles_labels()
+    if any(run["collapsed"] for run in runs):
+        handles.append(Line2D([], [], color=INK, marker="x", linestyle="none"))
+        names.append("run that collapsed")
+    num_seeds = len({run["seed"] for run in runs})
+    note = f"mean and std of {num_seeds} seeds" if num_seeds > 1 else "one seed"
+    figure.legend(handles, names, loc="outside right upper", title=note, title_fontsize=8)
+
+
+def _readable(name: str) -> str:
+    """jpeg_compression as people write it."""
+    return name.replace("_", " ").replace("jpeg", "JPEG")
+
+
+def _mean(row: Mapping[int, float]) -> float:
+    """Mean over the severities that are there."""
+    return sum(row.values()) / len(row)
+
+
+def _short_name(name: str, limit: int = 17) -> str:
+    """A class name that fits over a picture."""
+    return name if len(name) <= limit else name[: limit - 3] + "..."
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    """Writes a PNG without touching pyplot's global state."""
+    FigureCanvasAgg(figure)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def results_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Lays results out as a plain text table.
+
+    Args:
+        rows: One mapping a line, column title to value. A float is a fraction and is shown in
+            percent; text goes to the left, numbers to the right; a missing value is ``-``.
+
+    Returns:
+        Lines joined by newlines, without a last one; empty for no rows.
+    """
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    if not titles:
+        return ""
+    columns = []
+    for title in titles:
+        values = [row.get(title) for row in rows]
+        cells = [title, *map(_cell, values)]
+        width = max(map(len, cells))
+        is_number = not any(isinstance(value, str) for value in values)
+        cells = [cell.rjust(width) if is_number else cell.ljust(width) for cell in cells]
+        columns.append([cells[0], "-" * width, *cells[1:]])
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+
+
+def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Lays results out as a markdown table, values as in `results_table`.
+
+    Args:
+        rows: One mapping a line, column title to value.
+
+    Returns:
+        Lines joined by newlines, without a last one; empty for no rows.
+    """
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    if not titles:
+        return ""
+    lines = [titles, ["---"] * len(titles)]
+    lines += [[_cell(row.get(title)).replace("|", "\\|") for title in titles] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    """A table's cell as text."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.1%}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,1 @@
+"""Clean accuracy on images that have shifted: ImageNet-C, -R, Stylized, corruptions made here."""

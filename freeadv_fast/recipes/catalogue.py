@@ -1,0 +1,75 @@
+"""Recipes: one row of a paper's table each, as a complete config.
+
+A module a paper; names read data-network-method-m-eps. ``batch_size`` is the paper's global batch:
+when it is not typed, the command line divides it among the ranks (`cli.resolve`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+
+from freeadv_fast.config.method_names import METHODS
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.errors import UserError
+from freeadv_fast.recipes import advprop, digits, fast, free, gradalign, pgd, trades, yopo
+
+RECIPES: dict[str, TrainConfig] = {
+    name: replace(config, recipe=name)
+    for paper in (digits, free, pgd, advprop, gradalign, fast, yopo, trades)
+    for name, config in paper.rows().items()
+}
+
+# The recipe that --data alone selects, by the dataset of the script and the method.
+DEFAULTS: dict[str, dict[str, str]] = {
+    "digits": {method: f"digits-{method}" for method in METHODS},
+    "cifar": {
+        "free": "cifar10-wrn32-free-m8",
+        "natural": "cifar10-wrn32-natural",
+        "fast-advprop": "cifar10-preact18-fast-advprop",
+        "advprop": "cifar10-preact18-advprop",
+        "fgsm": "cifar10-preact18-fgsm-eps8",
+        "fgsm-rs": "cifar10-preact18-fgsm-rs-30ep",
+        "n-fgsm": "cifar10-preact18-n-fgsm-eps8",
+        "gradalign": "cifar10-preact18-gradalign-eps8",
+        "elle": "cifar10-preact18-elle-eps8",
+        "pgd": "cifar10-preact18-pgd10-eps8",
+        "trades": "cifar10-wrn34-trades",
+        "free-trades": "cifar10-wrn34-free-trades-m4",
+        "yopo": "cifar10-preact18-yopo-5-3",
+    },
+    "svhn": {
+        "free": "svhn-preact18-free-m8-eps8",
+        "natural": "svhn-preact18-natural",
+        "fgsm": "svhn-preact18-fgsm-eps8",
+        "fgsm-rs": "svhn-preact18-fgsm-rs-eps8",
+        "n-fgsm": "svhn-preact18-n-fgsm-eps8",
+        "gradalign": "svhn-preact18-gradalign-eps8",
+        "elle": "svhn-preact18-elle-eps8",
+        "pgd": "svhn-preact18-pgd10-eps8",
+    },
+    "imagenet": {
+        "free": "imagenet-rn50-free-m4-eps4",
+        "natural": "imagenet-rn50-natural",
+        "fast-advprop": "imagenet-rn50-fast-advprop",
+        "advprop": "imagenet-rn50-advprop-pgd5-1x",
+        "fgsm-rs": "imagenet-rn50-fgsm-rs-eps4",
+        "pgd": "imagenet-rn50-pgd2-eps4",
+    },
+}
+
+
+def find_recipe(name: str) -> TrainConfig:
+    """The recipe of that name.
+
+    Raises:
+        UserError: no such recipe; the message names the nearest ones.
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.3)
+    raise UserError(
+        f"--recipe {name}: no such recipe"
+        + (f"; did you mean {' or '.join(near)}?" if near else "")
+        + "; python -m freeadv_fast.recipes lists them"
+    )

@@ -1,0 +1,176 @@
+"""Checkpoints: step-exact, atomic, and never the reason that something is lost.
+
+A checkpoint is one file written beside the old one and renamed over it; the old one stays as
+``previous.pt`` until the next save. It holds tensors and plain Python values only, so that
+``torch.load(weights_only=True)`` reads it, here and elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from freeadv_fast.distributed.world import World
+from freeadv_fast.errors import UserError
+from freeadv_fast.models.batch_norm import branch_parameters, without_auxiliary
+from freeadv_fast.models.normalize import plain_network
+
+LAST, PREVIOUS, BEST, DAMAGED = "last.pt", "previous.pt", "best.pt", "damaged.pt"
+
+
+def save_checkpoint(state: dict[str, Any], folder: Path, name: str = LAST) -> None:
+    """Writes ``folder/name`` atomically; a replaced `LAST` stays as `PREVIOUS`.
+
+    Raises:
+        UserError: the file cannot be written (no space left); the old checkpoint is untouched.
+    """
+    buffer = io.BytesIO()  # torch.save to a full disk dies inside its zip writer, without an errno
+    torch.save(state, buffer)
+    path, partial = folder / name, folder / f".{name}.partial"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        if name == LAST and path.exists():
+            os.replace(path, folder / PREVIOUS)
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise UserError(
+            f"--output-dir: cannot save {path}: {error.strerror or error}; "
+            "the checkpoint before it is kept, free some space and add --resume"
+        ) from None
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a checkpoint's bytes are what was written (the zip file's checksums) and load."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None and bool(load_checkpoint(path))
+    except Exception:  # zipfile raises a handful of unrelated types for a damaged file
+        return False
+
+
+def newest_intact(folder: Path) -> Path | None:
+    """The newest checkpoint that can be read, or None when the folder holds none at all.
+
+    A damaged `LAST` is set aside as `DAMAGED`: the next save would push it over the intact one.
+
+    Raises:
+        UserError: checkpoints are there, and every one of them is damaged.
+    """
+    candidates = [folder / LAST, folder / PREVIOUS]
+    present = [path for path in candidates if path.exists()]
+    for path in present:
+        if is_intact(path):
+            if path != present[0]:
+                os.replace(present[0], folder / DAMAGED)
+            return path
+    if present:
+        raise UserError(
+            f"--resume: {present[0]} is damaged and there is no older one; "
+            "start again with another --output-dir"
+        )
+    return None
+
+
+def load_checkpoint(path: Path, flag: str = "--resume") -> dict[str, Any]:
+    """Reads a checkpoint or a bare state dict onto the CPU.
+
+    Raises:
+        UserError: missing, damaged, or holding more than tensors and plain values.
+    """
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises a dozen unrelated types for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{flag} {path}: damaged or not a checkpoint ({reason})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{flag} {path}: not a checkpoint")
+    return state
+
+
+def load_weights(model: nn.Module, state: dict[str, Any], arch: str, origin: str) -> None:
+    """Loads a checkpoint's weights, or those of a bare state dict, into a network.
+
+    Args:
+        model: The network, not wrapped.
+        state: What `load_checkpoint` returned.
+        arch: The network's name, for the message.
+        origin: Flag and path to name when the weights do not fit.
+
+    Raises:
+        UserError: the weights belong to another architecture.
+    """
+    weights = state.get("model", state.get("state_dict", state))
+    if not isinstance(weights, dict):
+        raise UserError(f"{origin}: holds no weights")
+    weights = {str(key).removeprefix("module."): value for key, value in weights.items()}
+    if not branch_parameters(model)[1]:  # inference and other methods use the main branch
+        weights = without_auxiliary(weights)
+    if weights.keys() == plain_network(model).state_dict().keys():
+        model = plain_network(model)  # stock keys, without a per-image standardiser's prefix
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, AttributeError):
+        saved = state.get("arch")
+        belongs = f"holds {saved}" if isinstance(saved, str) else "belongs to another network"
+        raise UserError(f"{origin}: {belongs}, not --arch {arch} with these classes") from None
+
+
+def batch_norm_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The floating-point buffers of a network: batch norm's running statistics."""
+    return {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+
+
+@contextlib.contextmanager
+def averaged_buffers(model: nn.Module, world: World) -> Iterator[None]:
+    """Within the block, running statistics are their mean over the ranks; afterwards each its own.
+
+    Every rank sees other images, so each has statistics of its own (DDP runs with
+    ``broadcast_buffers=False``). What is evaluated and saved is the mean. Training goes on from
+    each rank's own, so that a save in between changes nothing.
+    """
+    if world.size == 1:
+        yield
+        return
+    buffers = list(batch_norm_buffers(model).values())
+    own = [buffer.clone() for buffer in buffers]
+    for buffer in buffers:
+        world.sum_(buffer).div_(world.size)
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, own, strict=True):
+            buffer.copy_(value)
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """State of torch's random generators, for networks that draw (dropout, stochastic depth)."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Continues torch's random generators from a saved state."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

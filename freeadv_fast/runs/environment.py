@@ -1,0 +1,169 @@
+"""Where a run happens: code, versions, hardware and how the extension was built.
+
+`environment()` is what env.json holds; `versions()` is its part that result.json repeats. Both ask
+packages for their metadata and import nothing heavier than torch.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import freeadv_fast
+from freeadv_fast import toolchain
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def build_info() -> dict[str, Any]:
+    """How `freeadv_fast._C` was compiled, or why it is not there.
+
+    Returns:
+        The JSON of the op `freeadv_fast::build_info` (compiler, cxx_standard, torch, cuda,
+        cuda_architectures, nccl) with `extension` naming its file; without the extension
+        ``{"extension": None, "why": <one line>}``.
+    """
+    try:
+        import freeadv_fast._C as extension
+    except ImportError as error:
+        return {"extension": None, "why": _why_no_extension(error)}
+    info: dict[str, Any] = json.loads(torch.ops.freeadv_fast.build_info())
+    return {"extension": Path(extension.__file__).name, **info}
+
+
+def _why_no_extension(error: ImportError) -> str:
+    """One line: what to install, or what is wrong with the file that is there."""
+    if importlib.util.find_spec("freeadv_fast._C") is not None:
+        reason = " ".join(str(error).split())
+        return f"freeadv_fast._C does not load, build it again with `make clean run`: {reason}"
+    missing = toolchain.missing_packages()
+    if missing:
+        return f"freeadv_fast._C needs {' and '.join(missing)}: apt install {' '.join(missing)}"
+    return "freeadv_fast._C was not built: pip install --no-build-isolation -v . says why"
+
+
+def versions() -> dict[str, str | None]:
+    """Versions that decide whether a run can be repeated bit by bit; None where absent."""
+    return {
+        "freeadv_fast": freeadv_fast.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": _installed("torchvision"),
+        "triton": _installed("triton"),
+        "timm": _installed("timm"),
+        "numpy": _installed("numpy"),
+        "dali": _installed("nvidia-dali-cuda130") or _installed("nvidia-dali-cuda120"),
+        "cuda": torch.version.cuda,
+        "cudnn": _cudnn_version(),
+        "nccl": _nccl_version(),
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """The processors a run computes on."""
+    has_gpu = torch.cuda.is_available()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "gpus": gpus if has_gpu else [],
+        "gpu_driver": _gpu_driver() if has_gpu else None,
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def environment(ranks: int = 1) -> dict[str, Any]:
+    """Everything that env.json records about one session of a run.
+
+    Args:
+        ranks: Number of processes of the run.
+    """
+    return {
+        "command": [sys.executable, *sys.argv],
+        "git": git_state(CHECKOUT),
+        "versions": versions(),
+        "hardware": hardware(),
+        "hostname": socket.gethostname(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "ranks": ranks,
+        "build": build_info(),
+        "apex": has_nvidia_apex(),
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of a checkout and whether its files differ from it; None outside of one."""
+    if not (folder / ".git").exists():
+        return None
+    commit = _command_output(["git", "-C", str(folder), "rev-parse", "HEAD"])
+    changes = _command_output(["git", "-C", str(folder), "status", "--porcelain"])
+    return {"commit": commit, "dirty": bool(changes)} if commit else None
+
+
+def has_nvidia_apex() -> bool:
+    """Whether NVIDIA's apex is installed.
+
+    PyPI's package `apex` is an unrelated web toolkit, so the name alone proves nothing, and
+    importing it to find out would run its code. NVIDIA's has a subpackage `optimizers`.
+    """
+    spec = importlib.util.find_spec("apex")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return any(Path(folder, "optimizers", "__init__.py").is_file() for folder in folders)
+
+
+def _installed(distribution: str) -> str | None:
+    """Version of an installed distribution, read without importing it."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cudnn_version() -> str | None:
+    """CuDNN's version as its own integer, such as ``91900``."""
+    if torch.version.cuda is None:
+        return None
+    return str(torch.backends.cudnn.version())
+
+
+def _nccl_version() -> str | None:
+    """Version of the NCCL that torch runs."""
+    if not torch.distributed.is_available() or not torch.distributed.is_nccl_available():
+        return None
+    return ".".join(str(part) for part in torch.cuda.nccl.version())
+
+
+def _gpu_driver() -> str | None:
+    """NVIDIA's driver version; one per machine."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return (_command_output(query) or "").split("\n")[0] or None
+
+
+def _cpu_model() -> str:
+    """The processor's name as Linux reports it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.machine()
+
+
+def _command_output(command: list[str]) -> str | None:
+    """Output of a command that may be missing or fail; None then."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,192 @@
+"""A trained network for use elsewhere: safetensors under stock keys, and what to feed it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from freeadv_fast.errors import UserError
+from freeadv_fast.models.batch_norm import without_auxiliary
+from freeadv_fast.models.normalize import (
+    InputNormalizer,
+    StandardizedNetwork,
+    plain_network,
+    with_normalizer,
+)
+from freeadv_fast.models.zoo import TIMM_PREFIX, build_model, library_options, network_source
+from freeadv_fast.runs.whole_file import renamed_when_whole
+
+PLAIN, NORMALIZED, CONFIG = (
+    "model.safetensors",
+    "model_with_normalizer.safetensors",
+    "config.json",
+)
+
+
+def export_model(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    arch: str,
+    classes: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: int,
+    resize_size: int,
+) -> Path:
+    """Writes three files, each whole or not at all; config.json, written last, explains the others.
+
+    ``model.safetensors`` has the keys of torchvision, timm or `freeadv_fast.models`, whichever
+    defines the network, and takes normalised images; an auxiliary batch norm stays behind.
+    ``model_with_normalizer.safetensors`` has the same tensors under ``model.`` beside
+    ``normalize.mean`` and ``normalize.std`` (1, 3, 1, 1), the layout of RobustBench, and takes
+    pixels in [0, 1].
+
+    Args:
+        model: What `zoo.build_model` returned, on any device; left as it is.
+        folder: Made if missing, such as ``RUN/export``.
+        arch: The network's name.
+        classes: Class names in the order of the logits.
+        mean: Per-channel mean that training subtracted, in [0, 1].
+        std: Per-channel standard deviation that it divided by.
+        image_size: Side of the square images, in pixels.
+        resize_size: Shorter side before the central crop, in pixels; 0 for images as stored.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: {error.strerror or error}") from None
+    plain = without_auxiliary(plain_network(model).state_dict())
+    weights = {key: _stored(value) for key, value in plain.items()}
+    normalizer = InputNormalizer(mean, std).state_dict()
+    wrapped = {f"normalize.{key}": value for key, value in normalizer.items()}
+    wrapped |= {f"model.{key}": value for key, value in weights.items()}
+    metadata = {"format": "pt"}
+    _write(folder / PLAIN, save(weights, metadata))
+    _write(folder / NORMALIZED, save(wrapped, metadata))
+    config = describe(
+        arch,
+        classes,
+        mean,
+        std,
+        image_size,
+        resize_size,
+        per_image=isinstance(model, StandardizedNetwork),
+    )
+    _write(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    return folder
+
+
+def load_exported(folder: str | Path) -> nn.Module:
+    """Rebuilds an exported network.
+
+    Args:
+        folder: What `export_model` wrote.
+
+    Returns:
+        The network in eval mode, on the CPU: (N, 3, H, W) float32 in [0, 1] to (N, classes).
+
+    Raises:
+        UserError: the folder holds no export.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        weights = load_file(folder / NORMALIZED)
+    except OSError as error:
+        raise UserError(f"{folder}: not an export ({error.strerror or error})") from None
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise UserError(f"{folder}: damaged export ({error})") from None
+    model = build_model(
+        config["architecture"],
+        config["num_classes"],
+        image_size=config["image_size"],
+        per_image_standardize=config["per_image_standardization"],
+    )
+    plain = {key.removeprefix("model."): weights[key] for key in weights if key[:6] == "model."}
+    plain_network(model).load_state_dict(plain)
+    return with_normalizer(model, config["mean"], config["std"]).eval()
+
+
+def describe(
+    arch: str,
+    classes: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    image_size: int,
+    resize_size: int,
+    *,
+    per_image: bool,
+) -> dict[str, Any]:
+    """What config.json says; arguments as `export_model`'s."""
+    standardize = " Between them each image is standardised by its own statistics." * per_image
+    return {
+        "architecture": arch,
+        "architecture_source": network_source(arch),
+        "num_classes": len(classes),
+        "class_names": list(classes),
+        "mean": list(mean),
+        "std": list(std),
+        "input_range": [0.0, 1.0],
+        "input_layout": "(N, 3, H, W) float32, RGB",
+        "image_size": image_size,
+        "resize_size": resize_size,
+        "interpolation": "bilinear",
+        "per_image_standardization": per_image,
+        "files": {
+            PLAIN: "the network alone; it takes (pixels - mean) / std." + standardize,
+            NORMALIZED: "normalize.mean, normalize.std and the network under model.; it takes "
+            "pixels in [0, 1]." + standardize,
+        },
+        "load": {
+            PLAIN: [
+                f"model = {_build_line(arch, len(classes), image_size)}",
+                f"model.load_state_dict(safetensors.torch.load_file({PLAIN!r}))",
+                f"logits = model.eval()({_input_line(per_image)})",
+            ],
+            NORMALIZED: [
+                "from freeadv_fast.runs.export import load_exported",
+                "model = load_exported('.')",
+                "logits = model(pixels)",
+            ],
+        },
+    }
+
+
+def _build_line(arch: str, num_classes: int, image_size: int) -> str:
+    """The expression that builds the network of ``model.safetensors``."""
+    source, name = network_source(arch), arch.removeprefix(TIMM_PREFIX)
+    if source == "freeadv_fast":
+        return f"freeadv_fast.models.zoo.build_model({name!r}, {num_classes}, {image_size=})"
+    function = {"torchvision": "torchvision.models.get_model", "timm": "timm.create_model"}[source]
+    options = library_options(arch, num_classes, image_size)
+    return f"{function}({name!r}, {', '.join(f'{k}={v!r}' for k, v in options.items())})"
+
+
+def _input_line(per_image: bool) -> str:
+    """The expression that turns pixels in [0, 1] into the input of ``model.safetensors``."""
+    if per_image:
+        return "freeadv_fast.models.normalize.PerImageStandardizer()(pixels)"
+    return "(pixels - mean) / std"
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """A tensor as safetensors wants it: on the CPU, contiguous, sharing no memory."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    with renamed_when_whole(path) as partial:
+        partial.write_bytes(content)

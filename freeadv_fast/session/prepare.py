@@ -1,0 +1,157 @@
+"""Everything a run needs before its first minibatch: folder, data, network, restored state."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from freeadv_fast.config.budget import Budget
+from freeadv_fast.config.file import config_to_dict, save_config
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.data.build import Loaders, build_phase_loaders
+from freeadv_fast.distributed.world import World
+from freeadv_fast.errors import UserError
+from freeadv_fast.runs.environment import environment
+from freeadv_fast.runs.log import RunFolder, RunLog, write_json
+from freeadv_fast.session.guard import History
+from freeadv_fast.session.method import (
+    build_guard,
+    build_phase_method,
+)
+from freeadv_fast.session.network import build_learner, build_network, resolve_precision
+from freeadv_fast.session.resume import (
+    find_checkpoint,
+    restore,
+    warn_about_changes,
+)
+from freeadv_fast.session.run import Clock, Progress, Run, say
+
+
+def prepare(config: TrainConfig, world: World, own_model: nn.Module | None = None) -> Run | None:
+    """Builds a run, restored from its checkpoint when it is resumed.
+
+    Args:
+        config: The run.
+        world: This process among the others.
+        own_model: The caller's network; the config names one otherwise.
+
+    Returns:
+        None when the run in the folder is finished and there is nothing to do.
+
+    Raises:
+        UserError: data, folder, network or checkpoint cannot be used.
+    """
+    refuse_different_configs(config, world)
+    refuse_empty_exchange(config, world)
+    folder = RunFolder(Path(config.run_folder))
+    precision = resolve_precision(config.precision, world.device)
+    config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
+    if config.resume and world.on_main(folder.result.exists):
+        say(world, f"{folder.root} is finished; its result is in {folder.result}")
+        return None
+    phase_loaders = world.together(lambda: build_phase_loaders(config, world))
+    for line in describe_data(phase_loaders):
+        say(world, line)
+    classes = phase_loaders[-1].train.classes
+    budget = Budget.of(config, [loaders.train.num_batches for loaders in phase_loaders])
+    state = find_checkpoint(config, world, folder) if config.resume else None
+    torch.manual_seed(config.seed)
+    model = own_model or world.together(
+        lambda: build_network(config, classes, is_fresh=state is None)
+    )
+    learner = build_learner(model, config, world, budget)
+    model = learner.network
+    phase = budget.phase_of(state["progress"]["epoch"]) if state else 0
+    history = History.of(state["guard"]) if state else History()
+    learner.lr_at = history.slowed(learner.lr_at, config.m)
+    method = build_phase_method(config, phase, learner, world, len(classes), history)
+    guard = build_guard(config, phase_loaders[phase], method, history, world)
+    torch.manual_seed(config.seed + 1_000_003 * world.rank)  # no dropout mask on two ranks
+    progress, log_bytes = Progress(), 0
+    world.on_main(lambda: folder.claim(config.resume))
+    if state is not None:
+        progress = restore(state, config, world, model, learner, method)
+        log_bytes = int(state["log_bytes"])
+        guard.good = state["good"]
+    record = environment(ranks=world.size)
+    if state is not None:
+        warn_about_changes(folder, record, world)
+    world.on_main(lambda: write_description(folder, config, record))
+    total = num_passes(config, budget, phase_loaders, world)
+    total = min(total, config.max_passes or total)
+    log = RunLog(folder, total, log_bytes, progress.passes, world.is_main)
+    clock = Clock(progress.train_seconds, progress.passes)
+    return Run(
+        config, world, folder, phase_loaders, budget, model, learner, method, guard, progress,
+        clock, log, saved_at=time.monotonic(),
+    )  # fmt: skip
+
+
+def describe_data(phase_loaders: tuple[Loaders, ...]) -> list[str]:
+    """Lines for the user about the data of all phases, none twice."""
+    return list(dict.fromkeys(line for loaders in phase_loaders for line in loaders.describe()))
+
+
+def num_passes(
+    config: TrainConfig, budget: Budget, phase_loaders: tuple[Loaders, ...], world: World
+) -> int:
+    """Image passes for the weights that the whole run will make, over all ranks."""
+    num_images = 0
+    for phase, loaders, span in zip(config.phase_configs, phase_loaders, budget.spans, strict=True):
+        num_minibatches = len(span.updates) // config.m
+        num_images += min(
+            len(span.epochs) * loaders.train.num_images,
+            num_minibatches * phase.batch_size * world.size,
+        )
+    return round(num_images * config.weight_passes)
+
+
+def refuse_different_configs(config: TrainConfig, world: World) -> None:
+    """Every rank must train the same run: ranks that differ would diverge without a word.
+
+    Raises:
+        UserError: on every rank; names the first flag that differs and the rank.
+    """
+    configs = world.gather_on_host(config_to_dict(config))
+
+    def compare() -> None:
+        first, *others = cast(list[dict[str, Any]], configs)
+        for rank, other in enumerate(others, start=1):
+            for name in first:
+                if other[name] != first[name]:
+                    flag = "--" + name.replace("_", "-")
+                    raise UserError(
+                        f"{flag}: rank {rank} has {other[name]}, rank 0 has {first[name]}; start "
+                        "every node with the same flags"
+                    )
+
+    world.on_main(compare)
+
+
+def refuse_empty_exchange(config: TrainConfig, world: World) -> None:
+    """Each rank sends every other one an adversarial image at least.
+
+    Raises:
+        UserError: a rank's adversarial share is smaller than the number of ranks.
+    """
+    if config.method != "fast-advprop" or not config.shuffle:
+        return
+    smallest = min(config.phase_configs, key=lambda phase: phase.batch_size)
+    if smallest.num_adversarial < world.size:
+        raise UserError(
+            f"--batch-size {smallest.batch_size}: {smallest.num_adversarial} adversarial images a "
+            f"rank (--p-adv {config.p_adv:g}) cannot be shuffled over {world.size} ranks; use at "
+            f"least --batch-size {math.ceil(world.size / config.p_adv)}"
+        )
+
+
+def write_description(folder: RunFolder, config: TrainConfig, record: dict[str, Any]) -> None:
+    """Writes config.yaml and env.json."""
+    save_config(config, folder.config)
+    write_json(folder.environment, record)

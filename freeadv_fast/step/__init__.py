@@ -1,0 +1,1 @@
+"""One update on the device: the network in training, its optimizer, sums and recording."""

@@ -1,0 +1,407 @@
+"""The network and everything that turns a loss into its next weights.
+
+Methods speak to a `Learner` in the words of their papers: network input, loss, backward, step.
+Precision, gradient scaling, data parallelism, the learning rate and the meters live behind them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from freeadv_fast import ops
+from freeadv_fast.config.threat import AnyThreatModel, L2ThreatModel, clip_to_pixels_
+from freeadv_fast.models.batch_norm import Branch, DualNetwork
+from freeadv_fast.step.graphs import GraphRunner, Step
+from freeadv_fast.step.meters import Meters, Role
+from freeadv_fast.step.mixing import Labels, cross_entropy_sum, num_hits
+
+
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """How pixels become the network's input.
+
+    Attributes:
+        mean: (3,) float32 on the device, subtracted from pixels in [0, 1].
+        std: (3,) float32 on the device, the divisor.
+        dtype: The network input's dtype.
+        space_to_depth: Whether the input is in the layout of `models.stem.SpaceToDepthConv2d`,
+            (n, 16, H/2 + 3, W/2 + 3), instead of (n, 3, H, W). Its gradient is, too.
+    """
+
+    mean: Tensor
+    std: Tensor
+    dtype: torch.dtype
+    space_to_depth: bool = False
+
+
+class Learner:
+    """A network in training.
+
+    Args:
+        net: The network, wrapped for data parallelism when there are several ranks; a
+            `DualNetwork` inside for methods that name a batch-norm branch.
+        optimizer: Its optimizer.
+        lr_at: Learning rate of an update, by its index.
+        pixels: Input statistics and dtype.
+        precision: bfloat16 and float16 run the network under autocast; float16 adds a gradient
+            scaler. The input's dtype by default.
+        num_ranks: Ranks over which gradients are averaged.
+        attack_scale_at: Share of its full length at which an attack steps, by the index of the
+            update; methods that warm their attack up multiply by it.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_at: Callable[[int], float],
+        pixels: Pixels,
+        precision: torch.dtype | None = None,
+        num_ranks: int = 1,
+        attack_scale_at: Callable[[int], float] = lambda update: 1.0,
+    ) -> None:
+        """Starts at update 0."""
+        device = pixels.mean.device
+        self.net = net
+        self.optimizer = optimizer
+        self.lr_at = lr_at
+        self.pixels = pixels
+        self.precision = precision or pixels.dtype
+        self.num_ranks = num_ranks
+        self.attack_scale_at = attack_scale_at
+        self.updates = 0
+        self.runner: GraphRunner | None = None
+        self._rate: Tensor | None = None
+        self.meters = Meters(device)
+        self.scaler = torch.amp.grad_scaler.GradScaler(
+            device.type, enabled=self.precision is torch.float16
+        )
+
+    def network_input(
+        self, images: Tensor, delta: Tensor | None = None, unit: float = 1.0
+    ) -> Tensor:
+        """The normalised network input at images + delta.
+
+        Args:
+            images: (n, H, W, 3) uint8, or float16 grey levels of images perturbed before.
+            delta: (n, H, W, 3) perturbation in `unit` grey levels; None for none.
+            unit: Grey levels that one unit of `delta` stands for.
+
+        Returns:
+            (n, 3, H, W) in the network's input dtype, channels_last, a leaf; in the stem's layout
+            where `pixels` says so.
+        """
+        return ops.perturb_normalize(
+            images,
+            delta,
+            self.pixels.mean,
+            self.pixels.std,
+            unit=unit,
+            dtype=self.pixels.dtype,
+            space_to_depth=self.pixels.space_to_depth,
+        )
+
+    @property
+    def attack_scale(self) -> float:
+        """Share of its full length at which an attack of this update steps, in 0..1."""
+        return self.attack_scale_at(self.updates)
+
+    @property
+    def module(self) -> nn.Module:
+        """The network inside data parallelism; attack passes go through it."""
+        if isinstance(self.net, DistributedDataParallel):
+            return cast(nn.Module, self.net.module)
+        return self.net
+
+    @property
+    def network(self) -> nn.Module:
+        """The network inside data parallelism and branches: what is saved and evaluated."""
+        module = self.module
+        return module.model if isinstance(module, DualNetwork) else module
+
+    def autocast(self) -> torch.autocast:
+        """The context in which layers run: autocast in half precision, else nothing."""
+        is_half = self.precision in (torch.bfloat16, torch.float16)
+        device = self.pixels.mean.device.type
+        return torch.autocast(device, self.precision if is_half else None, enabled=is_half)
+
+    @functools.cached_property
+    def evaluating(self) -> nn.Module:
+        """The network in eval mode, for attacks that leave batch norm's statistics alone.
+
+        A module tree of its own over the same tensors: nothing is toggled between passes.
+        """
+        return evaluating_tree(self.module)
+
+    def forward(
+        self,
+        x: Tensor,
+        branch: Branch | None = None,
+        *,
+        attack: bool = False,
+        evaluating: bool = False,
+    ) -> Tensor:
+        """Logits at network input `x`, in float32 or float64; autocast in half precision.
+
+        Args:
+            x: (n, 3, H, W) network input.
+            branch: Batch-norm branch of a `DualNetwork`; None for a network without branches.
+            attack: Whether no weight's gradient will be asked for, so that data parallelism has
+                nothing to prepare.
+            evaluating: Whether the network is in eval mode; for attacks as well.
+        """
+        net = self.module if attack else self.net
+        net = self.evaluating if evaluating else net
+        with self.autocast():
+            logits: Tensor = net(x) if branch is None else net(x, branch)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def loss(
+        self,
+        x: Tensor,
+        labels: Labels,
+        global_size: float,
+        *,
+        role: Role,
+        branch: Branch | None = None,
+        weight: float = 1.0,
+    ) -> Tensor:
+        """Cross-entropy at network input `x`: this rank's weighted sum over the global size.
+
+        Data parallelism averages gradients over the ranks, hence the factor `num_ranks`: the
+        update is the gradient of the global mean also when ranks hold different counts.
+
+        Args:
+            x: (n, 3, H, W) network input.
+            labels: (n,) int64, or mixed ones.
+            global_size: Images of the minibatch over all ranks, each counted with its weight.
+            role: What the pass is for; the meters keep roles apart.
+            branch: Batch-norm branch of a `DualNetwork`; None for a network without branches.
+            weight: Of each of these images in the minibatch.
+        """
+        loss_sum = self.cross_entropy(self.forward(x, branch), labels, role=role)
+        return self.share(loss_sum, global_size, weight)
+
+    def cross_entropy(self, logits: Tensor, labels: Labels, *, role: Role) -> Tensor:
+        """Cross-entropy summed over the images of a pass, which the meters count.
+
+        Args:
+            logits: (n, classes). labels: (n,) int64, or mixed ones.
+            role: What the pass is for.
+        """
+        loss_sum = cross_entropy_sum(logits, labels)
+        self.meters.add(role, loss_sum.detach(), num_hits(logits.detach(), labels), len(logits))
+        return loss_sum
+
+    def share(self, loss_sum: Tensor, global_size: float, weight: float = 1.0) -> Tensor:
+        """A sum over this rank's images as its share of the mean over all ranks; see `loss`."""
+        return loss_sum * (weight * self.num_ranks / global_size)
+
+    def input_gradient(
+        self, x: Tensor, labels: Tensor, branch: Branch | None = None, *, towards: bool = False
+    ) -> Tensor:
+        """Gradient of the mean cross-entropy at network input `x`, and of nothing else.
+
+        No weight's gradient is computed, which saves a third of a backward pass's products. fp16's
+        loss scale stays in it: only its sign and its direction mean anything. The mean, because
+        that scale is fitted to the mean training loss: at 2^17, where it arrives after 2,000 good
+        steps, all gradients of a sum over 256 images overflowed.
+
+        Args:
+            x: (n, 3, H, W) network input, a leaf; its own gradient is not set.
+            labels: (n,) int64.
+            branch: Batch-norm branch of a `DualNetwork`; None for a network without branches.
+            towards: Whether ascent should lead towards `labels` (a targeted attack) instead of
+                away from them.
+        """
+        x = x.detach().requires_grad_()
+        loss_sum = F.cross_entropy(self.forward(x, branch, attack=True), labels, reduction="sum")
+        loss = (-loss_sum if towards else loss_sum) / len(x)
+        (gradient,) = torch.autograd.grad(self.scaler.scale(loss), x)
+        return gradient
+
+    def ascend_(
+        self, delta: Tensor, gradient: Tensor, images: Tensor, threat: AnyThreatModel
+    ) -> None:
+        """One attack step, in place: up the loss, into the ball, then into the pixel range.
+
+        The step is along the gradient's sign, or along the gradient in an L2 ball. Clipped images
+        never leave the pixel range, so that no pixel loses its gradient in the next step, as in the
+        PGD of Madry et al. (Free training's step, `ops.sign_ascent_`, does not clip.)
+
+        Args:
+            delta: (n, H, W, 3) float32 in grey levels, within the pixel range; updated.
+            gradient: (n, 3, H, W) at the network's input, as `input_gradient` returns it.
+            images: (n, H, W, 3) uint8.
+            threat: The ball and the step's length.
+        """
+        nonfinite = self.meters.nonfinite_gradients
+        if isinstance(threat, L2ThreatModel):
+            # x = (pixel - mean) / std: the chain rule, where a sign needs none.
+            threat.ascend_(delta, gradient / self.pixels.std.view(-1, 1, 1), nonfinite)
+        else:
+            step, eps = float(threat.step.levels), float(threat.eps.levels)
+            ops.sign_ascent_(delta, gradient, images, nonfinite, step=step, eps=eps)
+        clip_to_pixels_(delta, images)
+
+    def ascend_to_next_input_(
+        self, delta: Tensor, x: Tensor, images: Tensor, *, step: float, eps: float, unit: float
+    ) -> None:
+        """Free training's step on delta along `x`'s gradient; `x` becomes the input at the new one.
+
+        One kernel reads the gradient, moves delta and writes the next network input.
+
+        Args:
+            delta: (n, H, W, 3) perturbation in `unit` grey levels; updated.
+            x: Network input at images + delta, a leaf with a gradient; updated, its gradient gone.
+            images: (n, H, W, 3) uint8.
+            step: Length of the step in grey levels. eps: Radius. unit: Of delta.
+        """
+        assert x.grad is not None  # backward has set it
+        ops.ascend_normalize_(
+            delta,
+            x,
+            x.grad,
+            images,
+            self.pixels.mean,
+            self.pixels.std,
+            self.meters.nonfinite_gradients,
+            step=step,
+            eps=eps,
+            unit=unit,
+        )
+        x.grad = None
+
+    def zero_grad(self) -> None:
+        """Drops the last update's gradients.
+
+        Just before the new ones come: dropped right after the update, their pages went back to the
+        system and were faulted in again, 9 % of a step on a CPU (ResNet-18 at 32 px, 16 images).
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def add_gradients(self, loss: Tensor) -> None:
+        """One backward pass on top of the gradients that are there.
+
+        The sign of every gradient is that of the unscaled loss.
+        """
+        self.scaler.scale(loss).backward()
+
+    def backward(self, loss: Tensor) -> None:
+        """An update's only backward pass: nothing of the last update is left in the gradients."""
+        self.zero_grad()
+        self.add_gradients(loss)
+
+    @contextlib.contextmanager
+    def without_reduction(self) -> Iterator[None]:
+        """Passes in here add to this rank's gradients; the next pass outside sums them all.
+
+        So several backward passes cost one all-reduce. Forward passes belong in here too.
+        """
+        if isinstance(self.net, DistributedDataParallel):
+            with self.net.no_sync():
+                yield
+        else:
+            yield
+
+    def scale_gradients(self, parameters: Sequence[nn.Parameter], factor: float) -> None:
+        """Multiplies the gradients of some parameters, after the last backward pass."""
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
+
+    def update(self, step: Step, *inputs: Any) -> None:
+        """One update: the host's half here, the device's in `step`, as one launch where possible.
+
+        Args:
+            step: Does a whole update, up to `apply_gradients`, and leaves the host nothing to do.
+            *inputs: Its tensors and numbers, all that differs between two updates.
+        """
+        self._set_rate()
+        if self.runner is None:
+            step(*inputs)
+        else:
+            self.runner(step, *inputs)
+        self.updates += 1
+
+    def step(self) -> None:
+        """One optimizer update at this update's learning rate."""
+        self._set_rate()
+        self.apply_gradients()
+        self.updates += 1
+
+    def apply_gradients(self) -> None:
+        """The optimizer's part on the device; fp16 overflows skip it."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def record_with(self, runner: GraphRunner) -> None:
+        """Lets `runner` record updates; the learning rate then lives on the device."""
+        self.runner = runner
+        self._rate = torch.zeros((), device=self.pixels.mean.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate
+
+    def forget_recordings(self) -> None:
+        """Gives their memory back, the gradients that lie in it included."""
+        if self.runner is not None:
+            self.zero_grad()
+            self.runner.forget()
+
+    def _set_rate(self) -> None:
+        """This update's learning rate, where the optimizer reads it; waits for nothing."""
+        rate = self.lr_at(self.updates)
+        if self._rate is not None:
+            self._rate.fill_(rate)
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    @torch.no_grad()
+    def clean_hits(self, images: Tensor, labels: Tensor) -> Tensor:
+        """How many clean images the network classifies right now, in eval mode; a () tensor.
+
+        Changes nothing: batch-norm statistics stay as they are.
+        """
+        was_training = self.module.training
+        self.module.eval()
+        logits = self.forward(self.network_input(images), attack=True)
+        self.module.train(was_training)
+        return (logits.argmax(1) == labels).sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer, scaler and update counter; weights and meters are saved apart."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "updates": self.updates,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a saved state."""
+        own = [(group["fused"], group["lr"]) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, (is_fused, rate) in zip(self.optimizer.param_groups, own, strict=True):
+            # This device's, not those of the machine that saved.
+            group["fused"], group["lr"] = is_fused, rate
+        self.forget_recordings()  # the optimizer's tensors are others now
+        self.scaler.load_state_dict(state["scaler"])
+        self.updates = int(state["updates"])
+
+
+def evaluating_tree(module: nn.Module) -> nn.Module:
+    """A tree of modules in eval mode over the same tensors."""
+    twin = copy.copy(module)
+    twin.training = False
+    twin._modules = {
+        name: child and evaluating_tree(child) for name, child in module._modules.items()
+    }
+    return twin

@@ -1,0 +1,303 @@
+"""Training, from a config to a result: the loop, its checkpoints and its selection.
+
+A batch's way is short: the loader yields it, the method trains on it, the host counts it. What
+needs the device's answer (metrics, finite weights, held-out accuracy) is asked for at logs,
+checkpoints and epoch ends only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from freeadv_fast.config.budget import Budget
+from freeadv_fast.config.file import config_to_dict
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.data.build import build_phase_loaders
+from freeadv_fast.data.loader import Batch
+from freeadv_fast.distributed.world import join_world, leave_world
+from freeadv_fast.errors import UserError
+from freeadv_fast.evaluation.evaluate import evaluate
+from freeadv_fast.runs import checkpoint
+from freeadv_fast.session import rewind
+from freeadv_fast.session.conclude import Result, conclude
+from freeadv_fast.session.guard import CHECK_ATTACK, Count
+from freeadv_fast.session.method import enter_phase
+from freeadv_fast.session.prepare import describe_data, prepare
+from freeadv_fast.session.resume import rank_state, to_cpu
+from freeadv_fast.session.run import Run
+from freeadv_fast.session.signals import Interrupted, StopRequests
+
+
+def train(config: TrainConfig, model: nn.Module | None = None) -> Result | None:
+    """Trains, selects, evaluates and reports a network as a config says.
+
+    Args:
+        config: The whole run. Under torchrun every rank calls this with the same config.
+        model: A network of your own instead of the one that ``config.arch`` names: (n, 3, H, W)
+            normalised images to (n, classes) logits.
+
+    Returns:
+        What result.json holds; None when ``resume`` finds the run finished.
+
+    Raises:
+        UserError: a flag, the data or the output folder is wrong, or the loss became non-finite.
+        Interrupted: a signal asked to stop; everything is saved for ``resume``.
+    """
+    world = join_world()
+    try:
+        run = prepare(config, world, model)
+        if run is None:
+            return None
+        try:
+            with StopRequests() as stop:
+                train_epochs(run, stop)
+                stop.leave_at_once = True
+                return conclude(run)
+        finally:
+            run.log.close()
+    finally:
+        leave_world()
+
+
+def train_epochs(run: Run, stop: StopRequests) -> None:
+    """Trains until the budget is spent; each data epoch ends with a selection and a checkpoint."""
+    progress = run.progress
+    while not run.is_complete:
+        run.clock.start()
+        if train_epoch(run, stop):
+            end_epoch(run)
+        save(run)
+        obey_requests(run, stop)
+        run.clock.pause()
+        progress.train_seconds = run.clock.seconds
+
+
+def train_epoch(run: Run, stop: StopRequests) -> bool:
+    """Trains on what is left of one data epoch, saving in between as often as asked.
+
+    Returns:
+        False when the guard rewound the run: its place in the data is another one now.
+    """
+    config, progress, loader = run.config, run.progress, run.loaders.train
+    run.model.train()
+    batches = loader.epoch(progress.epoch, progress.minibatch)
+    while (batch := run.world.together(lambda: next(batches, None))) is not None:
+        passes = run.method.train_minibatch(batch.images, batch.labels, batch.global_size)
+        progress.minibatch += 1
+        progress.passes += passes.weights
+        progress.attack_passes += passes.attack
+        run.guard.advance(passes)
+        run.log.advance(passes.weights)
+        if progress.minibatch == loader.num_batches or run.is_budget_spent:
+            measure(run, batch)
+            return True
+        check = run.guard.check(run.model, run.loaders.guard) if run.guard.is_due else None
+        if check or progress.minibatch % config.log_every == 0:
+            measure(run, batch)
+            run.log.write(progress.last_line | (check.line if check else {}))
+        if check and rewind.judge(run, check.count):
+            return False
+        obey_requests(run, stop)
+    return True
+
+
+def end_epoch(run: Run) -> None:
+    """Selects among the weights, uncounted in train_seconds; a check of the guard's as well."""
+    progress, loaders = run.progress, run.loaders
+    run.clock.pause()
+    found = select(run)
+    run.log.write(progress.last_line | found)
+    run.clock.start()
+    begins_phase, selected = False, (progress.best_score, progress.best_epoch)
+    if progress.minibatch == loaders.train.num_batches:
+        progress.epoch, progress.minibatch = progress.epoch + 1, 0
+        begins_phase = run.budget.begins_phase(progress.epoch)
+        if begins_phase:  # before the save: it holds a new delta
+            enter_phase(run)
+    if run.guard.is_on and loaders.holdout is not None:
+        num_images = loaders.holdout.num_images
+        standing = round(found["holdout_robust_accuracy"] * num_images)
+        is_rewound = rewind.judge(run, Count(standing, num_images))
+        if begins_phase and is_rewound:  # back in the old phase, and to its selection
+            progress.best_score, progress.best_epoch = selected
+        elif begins_phase:
+            rewind.begin_anew(run)
+
+
+def obey_requests(run: Run, stop: StopRequests) -> None:
+    """Saves when it is time to, and leaves when a signal asked; all ranks together."""
+    is_due = time.monotonic() - run.saved_at >= run.config.checkpoint_every
+    signum, must_save = run.world.max_on_host([stop.received, int(is_due)])
+    if signum or must_save:
+        save(run)
+    if signum:
+        raise Interrupted(signum)
+
+
+def measure(run: Run, batch: Batch) -> None:
+    """Reads the meters into `last_line`, the next line of log.jsonl; waits for the device.
+
+    Raises:
+        UserError: a loss was not finite. (An overflow that fp16's scaler skips is one of the
+            scaled gradients; the loss itself stays finite.)
+    """
+    progress, learner = run.progress, run.learner
+    reading = learner.meters.read(run.world)
+    if reading.nonfinite_losses:
+        refuse_nonfinite(run)
+    line: dict[str, Any] = {
+        "passes": progress.passes,
+        "epoch": progress.epoch,
+        "updates": learner.updates,
+        "loss": reading.loss,
+        "lr": learner.lr_at(learner.updates - 1),
+        "passes_per_second": run.clock.lap(progress.passes),
+        "nonfinite_gradients": reading.nonfinite_gradients,
+    }
+    if progress.attack_passes:
+        line["attack_passes"] = progress.attack_passes
+    for role, accuracy in reading.accuracy.items():
+        line[f"train_{role}_accuracy"] = accuracy
+    if "clean" not in reading.accuracy:
+        hits = learner.clean_hits(batch.images, batch.labels).to(torch.float64)
+        line["train_clean_accuracy"] = run.world.sum_(hits).item() / batch.global_size
+    progress.last_line = line
+
+
+def refuse_nonfinite(run: Run) -> None:
+    """Stops a run whose loss or weights are no longer finite.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
+        f"--lr {run.config.lr:g}: the loss became non-finite in epoch {run.progress.epoch} after "
+        f"{run.progress.passes} passes; start again with a lower --lr (checkpoints saved before "
+        f"are kept in {run.folder.checkpoints})"
+    )
+
+
+def select(run: Run) -> dict[str, float]:
+    """Measures the held-out slice and keeps the weights as best.pt if none were better.
+
+    Methods that seek robustness select by robust accuracy, the others by clean accuracy: natural
+    training's robust accuracy is highest before it has learnt anything.
+
+    Returns:
+        What was measured, for log.jsonl; nothing where no images are held out.
+    """
+    config, progress = run.config, run.progress
+    if run.loaders.holdout is None:
+        return {}
+    attacks = (CHECK_ATTACK,) if run.method.seeks_robustness else ()
+    with checkpoint.averaged_buffers(run.model, run.world):
+        measured = evaluate(
+            run.model,
+            run.loaders.holdout,
+            attacks,
+            run.evaluation_threat,
+            world=run.world,
+            mean=config.pixel_mean,
+            std=config.pixel_std,
+            seed=config.seed,
+            label=f"epoch {progress.epoch} held-out",
+        )
+        found = {"holdout_clean_accuracy": measured.clean_accuracy}
+        if attacks:
+            found["holdout_robust_accuracy"] = measured.robust_accuracy[str(CHECK_ATTACK)]
+        score = found.get("holdout_robust_accuracy", measured.clean_accuracy)
+        if score > progress.best_score:
+            progress.best_score, progress.best_epoch = score, progress.epoch
+            save_best(run)
+    accuracies = [f"clean {measured.clean_accuracy:.1%}"]
+    accuracies += [f"{name} {value:.1%}" for name, value in measured.robust_accuracy.items()]
+    run.log.say(
+        f"epoch {progress.epoch}: held-out {', '.join(accuracies)}, loss "
+        f"{progress.last_line['loss']:.3f}, {progress.last_line['passes_per_second']:.0f} passes/s"
+    )
+    return found
+
+
+def save_best(run: Run) -> None:
+    """Writes best.pt: weights and what they are, nothing to continue from."""
+    refuse_nonfinite_weights(run)
+    state = identity(run) | {"model": run.model.state_dict(), "epoch": run.progress.best_epoch}
+    write(run, state, checkpoint.BEST)
+
+
+def save(run: Run) -> None:
+    """Writes last.pt: everything that makes the next update what it would have been.
+
+    The last good state is in the same file, so that the two are never of different times.
+
+    Rank 0's weights and optimizer stand for all; perturbation, running statistics, generators and
+    sums are each rank's own. Inside ``model`` the running statistics are the ranks' mean.
+    """
+    refuse_nonfinite_weights(run)
+    run.progress.train_seconds = run.clock.seconds
+    rank_states = run.world.gather_on_host(to_cpu(rank_state(run)))
+    good = run.guard.good and rewind.gathered(run.guard.good, run.world)
+    with checkpoint.averaged_buffers(run.model, run.world):
+        state = identity(run) | {
+            "model": run.model.state_dict(),
+            "learner": run.learner.state_dict(),
+            "progress": dataclasses.asdict(run.progress),
+            "guard": run.guard.history.state_dict(),
+            "good": good,
+            "log_bytes": run.log.num_bytes,
+            "ranks": rank_states,
+        }
+        write(run, state, checkpoint.LAST)
+    run.saved_at = time.monotonic()
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What a checkpoint says about itself."""
+    return {
+        "arch": run.config.arch,
+        "classes": list(run.loaders.train.classes),
+        "config": config_to_dict(run.config),
+    }
+
+
+def write(run: Run, state: dict[str, Any], name: str) -> None:
+    """Rank 0 writes; if it cannot, every rank learns why."""
+    run.world.on_main(lambda: checkpoint.save_checkpoint(state, run.folder.checkpoints, name))
+
+
+def refuse_nonfinite_weights(run: Run) -> None:
+    """Keeps a checkpoint of finite weights and statistics from being replaced by one of others."""
+    tensors = [*run.model.parameters(), *checkpoint.batch_norm_buffers(run.model).values()]
+    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+        refuse_nonfinite(run)
+
+
+def dry_run(config: TrainConfig) -> list[str]:
+    """What `train` would do: data, steps and the first minibatch; writes nothing."""
+    world = join_world()
+    try:
+        phase_loaders = build_phase_loaders(config, world)
+        budget = Budget.of(config, [loaders.train.num_batches for loaders in phase_loaders])
+        lines = describe_data(phase_loaders)
+        for number, span in enumerate(budget.spans):
+            phase, loader = config.phase_configs[number], phase_loaders[number].train
+            batch = next(iter(loader.epoch(span.epochs.start)))
+            lines += [f"phase {config.phases[number]}"] if config.phases else []
+            lines += [
+                f"global batch {batch.global_size} = {world.size} ranks x {phase.batch_size}",
+                f"{len(span.epochs)} data epochs x {loader.num_batches} minibatches"
+                + f" x m {config.m}" * (config.m > 1)
+                + f" = {len(span.updates)} updates",
+                f"first minibatch: images {tuple(batch.images.shape)} {batch.images.dtype}, "
+                f"labels {tuple(batch.labels.shape)} {batch.labels.dtype}",
+            ]
+        return [*lines, f"output folder: {os.fspath(Path(config.run_folder))}"]
+    finally:
+        leave_world()
