@@ -27,10 +27,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from freeadv_fast.config.presets import preset_lambda
 from freeadv_fast.models import double_backward
 from freeadv_fast.models.double_backward import FastDoubleBackward
 from freeadv_fast.models.zoo import build_model
-from freeadv_fast.step.alignment import misalignment, preset_lambda
+from freeadv_fast.step.alignment import misalignment
 
 ARCH = "preact-resnet18-gradalign"
 EPS = 8 / 255

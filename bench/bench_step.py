@@ -31,15 +31,16 @@ from floors import PLANS, Floors
 from torch import Tensor, nn
 
 from freeadv_fast.config.budget import Budget
+from freeadv_fast.config.choices import OptimizerName, Switch
 from freeadv_fast.config.method_names import METHODS
-from freeadv_fast.config.run import Switch, TrainConfig
+from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.distributed.world import World
 from freeadv_fast.methods.build import build_method
 from freeadv_fast.methods.fast_advprop import Exchange
 from freeadv_fast.models.zoo import build_model
 from freeadv_fast.session.network import PRECISIONS, build_learner, build_network, resolve_precision
 from freeadv_fast.step import graphs
-from freeadv_fast.step.optim import OptimizerName, build_sgd
+from freeadv_fast.step.optim import build_sgd
 
 COMPETITORS = ("plain", "compiled-free", "eager", "compiled")
 PROVIDERS = (*METHODS, *COMPETITORS)

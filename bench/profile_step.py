@@ -25,7 +25,8 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-from freeadv_fast.config.run import Switch, TrainConfig
+from freeadv_fast.config.choices import Switch
+from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.session.network import PRECISIONS, resolve_precision
 from freeadv_fast.step import graphs
 

@@ -41,11 +41,13 @@ from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
+from freeadv_fast.config.attack import Attack
+from freeadv_fast.config.presets import preset_lambda
 from freeadv_fast.config.threat import Perturbation, ThreatModel
-from freeadv_fast.evaluation.attacks import Attack, is_correct, perturb
+from freeadv_fast.evaluation.attacks import is_correct, perturb
 from freeadv_fast.evaluation.report import BLUE, GREEN, GREY, INK, ORANGE, STYLE, VERMILION
 from freeadv_fast.session.guard import Count, History
-from freeadv_fast.step.alignment import misalignment, preset_lambda
+from freeadv_fast.step.alignment import misalignment
 
 SIZE = 32
 BATCH = 128

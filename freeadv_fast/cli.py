@@ -26,7 +26,8 @@ import yaml
 from freeadv_fast.config.file import config_to_dict, load_config
 from freeadv_fast.config.method_names import Method
 from freeadv_fast.config.phases import Phases
-from freeadv_fast.config.run import CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES, TrainConfig
+from freeadv_fast.config.presets import CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES
+from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.schedule import Schedule
 from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.distributed.shuffle import PeerLost

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from freeadv_fast.distributed import shuffle
 from freeadv_fast.kernels import ascend_normalize as _ascend_normalize
 from freeadv_fast.kernels import batch_norm as _batch_norm
 from freeadv_fast.kernels import perturb_normalize as _perturb_normalize
@@ -256,13 +255,13 @@ def batch_norm_act(
 
 @functools.cache
 def exchange_backend(device_type: str) -> ExchangeBackend:
-    """Which implementation of `exchange` runs on a kind of device.
+    """Which implementation of the exchange runs on a kind of device.
 
     Args:
         device_type: ``cpu`` or ``cuda``.
 
     Returns:
-        "compiled": csrc/shuffle_exchange.cpp. "eager": `shuffle.start_eagerly`, where
+        "compiled": csrc/shuffle_exchange.cpp. "eager": `distributed.shuffle.start_eagerly`, where
         `freeadv_fast._C` was not built, or built without CUDA (env.json says why).
     """
     try:
@@ -275,55 +274,47 @@ def exchange_backend(device_type: str) -> ExchangeBackend:
     return "compiled" if has_kernel else "eager"
 
 
-def exchange(
+def start_exchange(
     images: Tensor,
     labels: Tensor,
-    route: shuffle.Route,
     group: dist.ProcessGroup | None,
+    *,
+    send: list[int],
+    receive: list[int],
+    rank: int,
+    seed: int,
+    step: int,
+    is_inverse: bool,
     timeout: datetime.timedelta,
-) -> shuffle.Exchange:
+) -> Callable[[], tuple[Tensor, Tensor]]:
     """Sends images and their labels to other ranks in random order; returns at once.
 
-    `World.shuffle` is its public face; the formula is told in `freeadv_fast.distributed.shuffle`.
+    The compiled twin of `distributed.shuffle.start_eagerly`, which tells the formula and the
+    errors. Only where `exchange_backend` says "compiled".
 
     Args:
         images: (n, ...) uint8, float16, bfloat16, float32 or float64, contiguous.
         labels: (n,) int64, on the same device.
-        route: Where the rows go; n is its count of this rank.
-        group: The ranks that take part; may be None where nothing leaves any of them.
+        group: The ranks that take part; None where nothing leaves any of them.
+        send: Rows to each rank. receive: Rows from each rank.
+        rank: This rank. seed, step: Name the permutation. is_inverse: Whether it is undone.
         timeout: How long to wait for the others, over gloo.
 
     Returns:
-        The exchange under way. On a GPU it runs on a stream of its own.
-
-    Raises:
-        ValueError: shapes, dtypes, layouts or counts disagree.
-        PeerLost: the process group has already failed.
+        A function that hands over the rows that arrived; on a GPU the current stream waits for
+        them, and the exchange runs on a stream of its own meanwhile.
     """
-    is_compiled = exchange_backend(images.device.type) == "compiled"
-    start = _start_compiled if is_compiled else shuffle.start_eagerly
-    return shuffle.Exchange(images, labels, route, shuffle.Transport(start, group, timeout))
-
-
-def _start_compiled(
-    images: Tensor,
-    labels: Tensor,
-    route: shuffle.Route,
-    group: dist.ProcessGroup | None,
-    timeout: datetime.timedelta,
-) -> Callable[[], shuffle.Rows]:
-    """`shuffle.start_eagerly` in C++; without a message on any rank, no group is named."""
     under_way = torch.ops.freeadv_fast.shuffle_exchange(
         images,
         labels,
-        group.group_name if group is not None and route.num_leaving else "",
-        route.send,
-        route.receive,
-        route.rank,
-        route.seed,
-        route.step,
-        route.is_inverse,
+        group.group_name if group is not None else "",
+        send,
+        receive,
+        rank,
+        seed,
+        step,
+        is_inverse,
         timeout // datetime.timedelta(milliseconds=1),
     )
-    wait: Callable[[], shuffle.Rows] = under_way.wait
+    wait: Callable[[], tuple[Tensor, Tensor]] = under_way.wait
     return wait

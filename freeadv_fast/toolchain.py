@@ -5,6 +5,7 @@ setup.py loads this file by path, before the package and even torch are installe
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -59,6 +60,17 @@ def nvcc_version(cuda_home: Path) -> str | None:
     """The release of `cuda_home`'s nvcc, such as ``13.0``; None when it does not run."""
     match = re.search(r"release (\d+\.\d+)", _output([str(cuda_home / "bin" / "nvcc"), "-V"]))
     return match[1] if match else None
+
+
+def has_nvidia_apex() -> bool:
+    """Whether NVIDIA's apex is installed.
+
+    PyPI's package `apex` is an unrelated web toolkit, so the name alone proves nothing, and
+    importing it to find out would run its code. NVIDIA's has a subpackage `optimizers`.
+    """
+    spec = importlib.util.find_spec("apex")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return any(Path(folder, "optimizers", "__init__.py").is_file() for folder in folders)
 
 
 def _output(command: list[str]) -> str:

@@ -8,7 +8,7 @@ import sys
 import tyro
 
 from freeadv_fast.cli import run_tool
-from freeadv_fast.runs.saved import evaluate_run
+from freeadv_fast.evaluation.saved_run import evaluate_run
 
 
 def main(

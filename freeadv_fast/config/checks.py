@@ -5,17 +5,15 @@ from __future__ import annotations
 import itertools
 import math
 import typing
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from freeadv_fast.config.attack import Attack
+from freeadv_fast.config.fields import RunFields
 from freeadv_fast.config.method_names import ALIGNABLE, DUAL, METHODS, REPLAYING, WARMING
 from freeadv_fast.errors import UserError, blaming
-from freeadv_fast.evaluation.attacks import Attack
-
-if TYPE_CHECKING:
-    from freeadv_fast.config.run import TrainConfig
 
 
-def check(config: TrainConfig) -> None:
+def check(config: RunFields) -> None:
     """Checks every field on its own and against the others.
 
     Raises:
@@ -30,7 +28,7 @@ def check(config: TrainConfig) -> None:
     check_phases(config)
 
 
-def check_method(config: TrainConfig) -> None:
+def check_method(config: RunFields) -> None:
     """Checks the method and its replays.
 
     Raises:
@@ -44,7 +42,7 @@ def check_method(config: TrainConfig) -> None:
         raise UserError(f"--m {config.m}: {config.method} does not replay minibatches; use --m 1")
 
 
-def check_choices(config: TrainConfig) -> None:
+def check_choices(config: RunFields) -> None:
     """A field with choices holds one of them; typed flags always do, a config.yaml may not."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value = getattr(config, name)
@@ -53,7 +51,7 @@ def check_choices(config: TrainConfig) -> None:
             raise UserError(f"--{flag} {value}: choose one of {choices}")
 
 
-def check_values(config: TrainConfig) -> None:
+def check_values(config: RunFields) -> None:
     """Checks sizes, counts, numbers and distances, each on its own.
 
     Raises:
@@ -137,7 +135,7 @@ def check_values(config: TrainConfig) -> None:
             raise UserError(f"{flag} {distance}: larger than the whole pixel range")
 
 
-def check_combinations(config: TrainConfig) -> None:
+def check_combinations(config: RunFields) -> None:
     """Checks what fits the method, and what does not.
 
     Raises:
@@ -175,7 +173,7 @@ def check_combinations(config: TrainConfig) -> None:
         raise UserError(f"--step-size 0: {config.method} needs a step above 0, such as 4/255")
 
 
-def check_shares(config: TrainConfig) -> None:
+def check_shares(config: RunFields) -> None:
     """Checks the two shares of a minibatch.
 
     Raises:
@@ -196,7 +194,7 @@ def check_shares(config: TrainConfig) -> None:
         )
 
 
-def check_phases(config: TrainConfig) -> None:
+def check_phases(config: RunFields) -> None:
     """Checks that the phases fill the run, and each one as a run of its own.
 
     Raises:

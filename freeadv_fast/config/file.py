@@ -14,7 +14,6 @@ from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.schedule import Schedule
 from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.errors import UserError
-from freeadv_fast.runs.whole_file import renamed_when_whole
 
 # Where a run is and whether it is being continued do not describe the run itself.
 NOT_SAVED = ("output_dir", "resume")
@@ -62,15 +61,14 @@ def config_from_dict(plain: dict[str, Any], origin: str = "--config") -> TrainCo
         raise UserError(f"{origin}: {error}") from None
 
 
-def save_config(config: TrainConfig, path: Path) -> None:
-    """Writes a config so that ``--config PATH`` replays the run."""
+def config_to_yaml(config: TrainConfig) -> str:
+    """The text of a config.yaml, so that ``--config PATH`` replays the run."""
     plain = {k: v for k, v in config_to_dict(config).items() if k not in NOT_SAVED}
-    with renamed_when_whole(path) as partial:
-        partial.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    return yaml.safe_dump(plain, sort_keys=False)
 
 
 def load_config(path: Path) -> TrainConfig:
-    """Reads a config that `save_config` wrote.
+    """Reads a config that a run saved.
 
     Raises:
         UserError: no such file, not YAML, or not a config of ours.

@@ -10,7 +10,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from freeadv_fast.config.run import CPU_EVAL_IMAGES, TrainConfig
+from freeadv_fast.config.presets import CPU_EVAL_IMAGES
+from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.data.cifar import CIFAR, load_cifar
 from freeadv_fast.data.cifar import IMAGE_SIZE as CIFAR_SIZE
 from freeadv_fast.data.digits import digits_folder

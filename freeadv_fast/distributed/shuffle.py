@@ -21,7 +21,7 @@ leaves a rank is at most (W-1)/W of its images and labels (gathering everything,
 moves W times as much, and in float32).
 
 This file is the specification, and runs where `freeadv_fast._C` was not built; csrc/ does the same
-in C++ and CUDA, bit for bit. `ops.exchange` picks.
+in C++ and CUDA, bit for bit. `exchange` picks.
 
 Sources: He et al., "Momentum Contrast", 2020, section 3.3 (shuffling BN); Mei et al., "Fast
 AdvProp", 2022, section 4.2. Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
@@ -45,6 +45,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from freeadv_fast import ops
 from freeadv_fast.errors import UserError
 
 
@@ -317,6 +318,58 @@ class _Arrival(torch.autograd.Function):
         """The inverse exchange, itself differentiable."""
         (labels,) = ctx.saved_tensors
         return Exchange(gradient.contiguous(), labels, *ctx.back).wait()[0], None
+
+
+def exchange(
+    images: Tensor,
+    labels: Tensor,
+    route: Route,
+    group: dist.ProcessGroup | None,
+    timeout: datetime.timedelta,
+) -> Exchange:
+    """Sends images and their labels to other ranks in random order; returns at once.
+
+    `World.shuffle` is its public face.
+
+    Args:
+        images: (n, ...) uint8, float16, bfloat16, float32 or float64, contiguous.
+        labels: (n,) int64, on the same device.
+        route: Where the rows go; n is its count of this rank.
+        group: The ranks that take part; may be None where nothing leaves any of them.
+        timeout: How long to wait for the others, over gloo.
+
+    Returns:
+        The exchange under way. On a GPU it runs on a stream of its own.
+
+    Raises:
+        ValueError: shapes, dtypes, layouts or counts disagree.
+        PeerLost: the process group has already failed.
+    """
+    is_compiled = ops.exchange_backend(images.device.type) == "compiled"
+    start = start_compiled if is_compiled else start_eagerly
+    return Exchange(images, labels, route, Transport(start, group, timeout))
+
+
+def start_compiled(
+    images: Tensor,
+    labels: Tensor,
+    route: Route,
+    group: dist.ProcessGroup | None,
+    timeout: datetime.timedelta,
+) -> Callable[[], Rows]:
+    """`start_eagerly` in C++; without a message on any rank, no group is named."""
+    return ops.start_exchange(
+        images,
+        labels,
+        group if route.num_leaving else None,
+        send=route.send,
+        receive=route.receive,
+        rank=route.rank,
+        seed=route.seed,
+        step=route.step,
+        is_inverse=route.is_inverse,
+        timeout=timeout,
+    )
 
 
 def start_eagerly(

@@ -16,8 +16,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from freeadv_fast import ops
-from freeadv_fast.distributed.shuffle import PEER_PATIENCE, Exchange, Route
+from freeadv_fast.distributed.shuffle import PEER_PATIENCE, Exchange, Route, exchange
 from freeadv_fast.errors import UserError
 
 T = TypeVar("T")
@@ -152,7 +151,7 @@ class World:
         section 3.3, whose gather-everything this replaces.
         """
         route = self._route(len(images), seed, step, counts)
-        return ops.exchange(images, labels, route, self._device_group, timeout)
+        return exchange(images, labels, route, self._device_group, timeout)
 
     def unshuffle(
         self,
@@ -182,7 +181,7 @@ class World:
             PeerLost: as `shuffle`.
         """
         route = self._route(len(images), seed, step, counts).inverted()
-        return ops.exchange(images, labels, route, self._device_group, timeout)
+        return exchange(images, labels, route, self._device_group, timeout)
 
     def _route(self, count: int, seed: int, step: int, counts: Sequence[int] | None) -> Route:
         """Where rows go; `counts` of another number of ranks are refused."""

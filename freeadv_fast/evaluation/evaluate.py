@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from freeadv_fast.config.attack import Attack
 from freeadv_fast.config.threat import AnyThreatModel
 from freeadv_fast.data.loader import Batch, Loader
 from freeadv_fast.distributed.world import World
-from freeadv_fast.evaluation.attacks import Attack, is_correct, perturb
+from freeadv_fast.evaluation.attacks import is_correct, perturb
 from freeadv_fast.models.normalize import unit_images, with_normalizer
 
 

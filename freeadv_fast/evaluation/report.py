@@ -17,8 +17,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 from torch import Tensor, nn
 
+from freeadv_fast.config.attack import Attack
 from freeadv_fast.config.threat import AnyThreatModel
-from freeadv_fast.evaluation.attacks import Attack, perturb
+from freeadv_fast.evaluation.attacks import perturb
 from freeadv_fast.evaluation.evaluate import eval_mode
 from freeadv_fast.models.normalize import unit_images
 

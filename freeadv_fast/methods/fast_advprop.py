@@ -31,11 +31,12 @@ import torch
 from torch import Tensor
 
 from freeadv_fast import ops
+from freeadv_fast.config.choices import Mix
 from freeadv_fast.config.threat import ThreatModel
 from freeadv_fast.methods.passes import Passes
 from freeadv_fast.models.batch_norm import branch_parameters
 from freeadv_fast.step.learner import Learner
-from freeadv_fast.step.mixing import Mix, mix
+from freeadv_fast.step.mixing import mix
 
 
 class Exchange(Protocol):

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from freeadv_fast.config.choices import Mix
 from freeadv_fast.methods.passes import Passes
 from freeadv_fast.step.learner import Learner
-from freeadv_fast.step.mixing import Labels, Mix, mix
+from freeadv_fast.step.mixing import Labels, mix
 
 
 class Natural:

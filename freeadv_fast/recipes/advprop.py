@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from freeadv_fast.config.choices import Mix
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.schedule import Schedule
 from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.recipes.free import CIFAR10, IMAGENET
-from freeadv_fast.step.mixing import Mix
 
 # Tables 1 to 6: 256 clean and 64 adversarial images on 4 GPUs, so groups of 64 and 16; 105 epochs
 # of the natural budget; pixels in [-1, 1]; eps 1.

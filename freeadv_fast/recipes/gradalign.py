@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+from freeadv_fast.config.presets import preset_lambda
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.schedule import Schedule
 from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.recipes.free import CIFAR10
 from freeadv_fast.recipes.pgd import pgd_fields
-from freeadv_fast.step.alignment import preset_lambda
 
 # PreActResNet-18 without a final batch norm, pixels in [0, 1]; attacks of step eps / 4 with 10
 # restarts. House numbers are not mirrored, and their attack grows over 5 epochs.

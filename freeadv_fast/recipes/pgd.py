@@ -6,7 +6,8 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from freeadv_fast.config.run import AttackStart, TrainConfig
+from freeadv_fast.config.choices import AttackStart
+from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.recipes.free import CIFAR10, CIFAR100, IMAGENET
 

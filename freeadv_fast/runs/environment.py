@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-import freeadv_fast
 from freeadv_fast import toolchain
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -55,7 +54,7 @@ def _why_no_extension(error: ImportError) -> str:
 def versions() -> dict[str, str | None]:
     """Versions that decide whether a run can be repeated bit by bit; None where absent."""
     return {
-        "freeadv_fast": freeadv_fast.__version__,
+        "freeadv_fast": _installed("freeadv-fast"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": _installed("torchvision"),
@@ -97,7 +96,7 @@ def environment(ranks: int = 1) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "ranks": ranks,
         "build": build_info(),
-        "apex": has_nvidia_apex(),
+        "apex": toolchain.has_nvidia_apex(),
     }
 
 
@@ -108,17 +107,6 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     commit = _command_output(["git", "-C", str(folder), "rev-parse", "HEAD"])
     changes = _command_output(["git", "-C", str(folder), "status", "--porcelain"])
     return {"commit": commit, "dirty": bool(changes)} if commit else None
-
-
-def has_nvidia_apex() -> bool:
-    """Whether NVIDIA's apex is installed.
-
-    PyPI's package `apex` is an unrelated web toolkit, so the name alone proves nothing, and
-    importing it to find out would run its code. NVIDIA's has a subpackage `optimizers`.
-    """
-    spec = importlib.util.find_spec("apex")
-    folders = (spec.submodule_search_locations if spec else None) or []
-    return any(Path(folder, "optimizers", "__init__.py").is_file() for folder in folders)
 
 
 def _installed(distribution: str) -> str | None:

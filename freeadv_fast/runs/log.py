@@ -15,6 +15,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from freeadv_fast.config.file import config_to_yaml
+from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.errors import UserError
 from freeadv_fast.runs.whole_file import renamed_when_whole
 
@@ -23,6 +25,12 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
     """Writes a JSON file whole or not at all."""
     with renamed_when_whole(path) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Writes a config so that ``--config PATH`` replays the run, whole or not at all."""
+    with renamed_when_whole(path) as partial:
+        partial.write_text(config_to_yaml(config), encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

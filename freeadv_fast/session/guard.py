@@ -31,11 +31,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from freeadv_fast.config.attack import Attack
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.threat import AnyThreatModel
 from freeadv_fast.data.loader import Batch, Loader
 from freeadv_fast.distributed.world import World
-from freeadv_fast.evaluation.attacks import Attack, ascend, cross_entropy, is_correct, random_point
+from freeadv_fast.evaluation.attacks import ascend, cross_entropy, is_correct, random_point
 from freeadv_fast.evaluation.evaluate import eval_mode, exact_arithmetic, start_generator
 from freeadv_fast.methods.passes import Passes
 from freeadv_fast.models.normalize import unit_images, with_normalizer

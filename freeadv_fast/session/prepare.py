@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from freeadv_fast.config.budget import Budget
-from freeadv_fast.config.file import config_to_dict, save_config
+from freeadv_fast.config.file import config_to_dict
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.data.build import Loaders, build_phase_loaders
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError
 from freeadv_fast.runs.environment import environment
-from freeadv_fast.runs.log import RunFolder, RunLog, write_json
+from freeadv_fast.runs.log import RunFolder, RunLog, save_config, write_json
 from freeadv_fast.session.guard import History
 from freeadv_fast.session.method import (
     build_guard,

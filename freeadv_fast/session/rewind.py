@@ -11,7 +11,7 @@ import copy
 import dataclasses
 from typing import Any
 
-from freeadv_fast.config.run import OnCollapse
+from freeadv_fast.config.choices import OnCollapse
 from freeadv_fast.distributed.world import World
 from freeadv_fast.session.guard import GOOD_SHARE, MAX_COLLAPSES, Count, History
 from freeadv_fast.session.method import build_own_method

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from freeadv_fast.config.attack import Attack
 from freeadv_fast.config.budget import Budget
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.threat import AnyThreatModel
 from freeadv_fast.data.build import Loaders
 from freeadv_fast.distributed.world import World
-from freeadv_fast.evaluation.attacks import Attack
 from freeadv_fast.methods.build import TrainingMethod
 from freeadv_fast.runs.log import RunFolder, RunLog
 from freeadv_fast.session.guard import Guard

@@ -10,34 +10,11 @@ and training minimises l(x + delta, y) + lambda Omega with an FGSM delta.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-# lambda = at_zero * growth^(eps / 8), eps in grey levels (1/255): the authors' values for
-# CIFAR-10, 0.02 * 10^(eps/8), and SVHN, 6.25/4 * 1.6^(eps/8).
-LAMBDA_PRESETS = {"cifar10": (0.02, 10.0), "svhn": (6.25 / 4, 1.6)}
-
 # 1/|g| enters the derivative and is summed over activations in float32, which ends at 3.4e38.
 SMALLEST_GRADIENT = 1e-28
-
-
-def preset_lambda(dataset: str, eps_levels: float) -> float:
-    """The authors' weight of the regulariser.
-
-    Args:
-        dataset: A key of `LAMBDA_PRESETS`.
-        eps_levels: Radius of the L-infinity ball in grey levels (1/255), at least 0.
-
-    Returns:
-        lambda: for CIFAR-10 0.2 at 8/255 and 2.0 at 16/255, for SVHN 2.5 at 8/255.
-
-    Raises:
-        KeyError: there is no preset for `dataset`.
-    """
-    at_zero, growth = LAMBDA_PRESETS[dataset]
-    return at_zero * math.pow(growth, eps_levels / 8)
 
 
 def misalignment(g1: Tensor, g2: Tensor) -> Tensor:

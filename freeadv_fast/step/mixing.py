@@ -9,13 +9,13 @@ device, so that a checkpoint of the generators continues them.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Mix = Literal["none", "mixup", "cutmix"]
+from freeadv_fast.config.choices import Mix
 
 # ImageNet's values: Zhang et al. 2018 (section 3.1, 0.2 to 0.4), Yun et al. 2019 (section 4.1, 1).
 DEFAULT_ALPHA: dict[Mix, float] = {"mixup": 0.2, "cutmix": 1.0}

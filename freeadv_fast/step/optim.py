@@ -5,16 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
+from freeadv_fast.config.choices import Decay, OptimizerName
 from freeadv_fast.errors import UserError
-from freeadv_fast.runs.environment import has_nvidia_apex
-
-Decay = Literal["all", "kernels", "no-bn"]
-OptimizerName = Literal["sgd", "sgd-foreach", "apex-sgd"]
+from freeadv_fast.toolchain import has_nvidia_apex
 
 BUILD_APEX = (
     "build https://github.com/NVIDIA/apex with APEX_CPP_EXT=1 APEX_CUDA_EXT=1, or use "

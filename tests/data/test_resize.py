@@ -14,9 +14,9 @@ import pytest
 import torchvision.transforms as transforms
 from PIL import Image
 
-from freeadv_fast.data import resize
 from freeadv_fast.data.index import index_images
-from freeadv_fast.data.resize import BAD_LIST, Resizing, resize_file, resize_folder
+from freeadv_fast.data.resize import copies as resize
+from freeadv_fast.data.resize.copies import BAD_LIST, Resizing, resize_file, resize_folder
 from freeadv_fast.errors import UserError
 
 

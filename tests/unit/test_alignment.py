@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from freeadv_fast.step.alignment import SMALLEST_GRADIENT, misalignment, preset_lambda
+from freeadv_fast.config.presets import preset_lambda
+from freeadv_fast.step.alignment import SMALLEST_GRADIENT, misalignment
 
 
 @pytest.fixture(autouse=True)

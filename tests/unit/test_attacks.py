@@ -8,16 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from freeadv_fast.config.attack import Attack
 from freeadv_fast.config.threat import L2ThreatModel, Perturbation, ThreatModel
 from freeadv_fast.errors import UserError
-from freeadv_fast.evaluation.attacks import (
-    Attack,
-    ascend,
-    is_correct,
-    margin,
-    perturb,
-    random_point,
-)
+from freeadv_fast.evaluation.attacks import ascend, is_correct, margin, perturb, random_point
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,11 @@ import torch
 
 from freeadv_fast import cli
 from freeadv_fast.cli import parse, resolve
-from freeadv_fast.config.file import config_to_dict, load_config, save_config
+from freeadv_fast.config.file import config_to_dict, load_config
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.errors import UserError
 from freeadv_fast.recipes.catalogue import RECIPES
+from freeadv_fast.runs.log import save_config
 
 
 def parsed(line):

@@ -10,17 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from freeadv_fast.config.file import save_config
+from freeadv_fast.config.attack import Attack
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.threat import Perturbation, ThreatModel
 from freeadv_fast.data.loader import Batch
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError
-from freeadv_fast.evaluation.attacks import Attack
+from freeadv_fast.evaluation import saved_run
 from freeadv_fast.evaluation.evaluate import evaluate
+from freeadv_fast.evaluation.saved_run import evaluate_run
 from freeadv_fast.models.zoo import build_model
-from freeadv_fast.runs import saved as saved_run
-from freeadv_fast.runs.saved import evaluate_run, export_run, load_run
+from freeadv_fast.runs.log import save_config
+from freeadv_fast.runs.saved import export_run, load_run
 
 MEAN, STD = (0.5, 0.4, 0.6), (0.2, 0.25, 0.3)
 THREAT = ThreatModel(Perturbation.parse("2/255"), Perturbation.parse("1/255"))

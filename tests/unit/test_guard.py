@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from freeadv_fast.config.attack import Attack
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.threat import Perturbation, ThreatModel
 from freeadv_fast.data.build import build_loaders
 from freeadv_fast.data.loader import Batch
 from freeadv_fast.errors import UserError
-from freeadv_fast.evaluation.attacks import Attack
 from freeadv_fast.evaluation.evaluate import count_batch, eval_mode
 from freeadv_fast.methods.passes import Passes
 from freeadv_fast.models.normalize import unit_images

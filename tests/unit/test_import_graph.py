@@ -9,15 +9,26 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "freeadv_fast"
 LONGEST_LAUNCH_SCRIPT = 40
 
-# Lower modules, and the modules of ours that each may import.
-FOUNDATION = {
-    "errors": set(),
-    "config/threat": {"freeadv_fast.errors"},
-    "config/method_names": set(),
-    "config/phases": {"freeadv_fast.errors"},
-    "config/schedule": {"freeadv_fast.errors"},
-    "toolchain": set(),
-}
+# The house from top to bottom, as ARCHITECTURE.md draws it: imports run downwards only.
+FLOORS = (
+    "sweep",
+    "cli",
+    "training",
+    "session",
+    "evaluation",
+    "methods",
+    "recipes",
+    "data",
+    "runs",
+    "step",
+    "models",
+    "config",
+    "distributed",
+    "ops",
+    "errors",
+    "toolchain",
+)
+NUM_DOORS = 18
 NOT_FOR_METHODS = {"data", "runs", "distributed", "evaluation", "session", "cli"}
 
 
@@ -92,15 +103,130 @@ def test_ops_is_the_only_door_to_compiled_code(path):
     assert not found
 
 
-@pytest.mark.parametrize("module", FOUNDATION)
-def test_foundation_imports_nothing_above_it(module):
-    allowed = FOUNDATION[module]
-    found = {
-        name
-        for name in ours(PACKAGE / f"{module}.py")
-        if not any(is_within(name, a) for a in allowed)
+def floor_of(module: str) -> str:
+    """The package, or the module at the top, that a module of ours belongs to."""
+    return module.split(".")[1]
+
+
+def module_name(path: Path) -> str:
+    """A file's module; a package's `__init__` goes by the package's name."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_script(path: Path) -> bool:
+    """A `__main__` is a script like those of launch/: it uses the command line, nothing uses it."""
+    return path.name == "__main__.py"
+
+
+def imported_files() -> dict[str, set[str]]:
+    """Every module of ours but the scripts and the front door, and the files that it imports."""
+    paths = [path for path in files("freeadv_fast") if not is_script(path)]
+    modules = {module_name(path) for path in paths}
+    graph = {}
+    for path in paths:
+        if path == PACKAGE / "__init__.py":
+            continue
+        named = {name for name in ours(path) if not is_compiled(name)}
+        # `from a import b` names a and a.b; where a.b is a file, a's own __init__ is not asked.
+        files_of = {name for name in named if name in modules}
+        parents = {name.rpartition(".")[0] for name in files_of}
+        attributes = {name.rpartition(".")[0] for name in named if name not in modules}
+        graph[module_name(path)] = {
+            name for name in files_of if name not in parents or name in attributes
+        }
+    return graph
+
+
+def is_compiled(name: str) -> bool:
+    """Whether a module comes from kernels/ or csrc/, to which `ops` is the door."""
+    return any(is_within(name, f"freeadv_fast.{built}") for built in ("kernels", "_C"))
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """A path from a node back to itself; empty where there is none."""
+    done: set[str] = set()
+
+    def visit(node: str, trail: list[str]) -> list[str]:
+        if node in trail:
+            return [*trail[trail.index(node) :], node]
+        if node in done:
+            return []
+        for following in sorted(graph.get(node, ())):
+            cycle = visit(following, [*trail, node])
+            if cycle:
+                return cycle
+        done.add(node)
+        return []
+
+    return next((cycle for node in sorted(graph) if (cycle := visit(node, []))), [])
+
+
+def test_cycles_are_found():
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a", "b", "c", "a"]
+    assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_graph_sees_the_house():
+    graph = imported_files()
+    assert "freeadv_fast.step.learner" in graph["freeadv_fast.methods.free"]
+    assert "freeadv_fast.config.fields" in graph["freeadv_fast.config.checks"]
+    assert len(graph) > 100
+
+
+def test_no_file_imports_itself_over_others():
+    assert find_cycle(imported_files()) == []
+
+
+def test_imports_run_downwards():
+    order = {floor: level for level, floor in enumerate(FLOORS)}
+    upwards = {
+        f"{module} -> {name}"
+        for module, names in imported_files().items()
+        for name in names
+        if name != "freeadv_fast"
+        and floor_of(module) != floor_of(name)
+        and order[floor_of(module)] > order[floor_of(name)]
     }
-    assert not found
+    assert not upwards
+
+
+def test_nothing_within_uses_the_front_door():
+    users = {module for module, names in imported_files().items() if "freeadv_fast" in names}
+    assert not users
+
+
+def test_the_floors_are_those_on_disk_and_in_the_architecture():
+    assert {path.stem for path in tracked_entries() if path.stem != "__init__"} == set(FLOORS)
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    drawn = text.partition("## Floors")[2].split("```")[1].split("\n")
+    assert [line.split()[0].rstrip("/") for line in drawn if line[:1].strip()] == list(FLOORS)
+
+
+def tracked_entries() -> list[Path]:
+    """What stands in freeadv_fast/, without what builds leave there."""
+    return [
+        path
+        for path in sorted(PACKAGE.iterdir())
+        if path.suffix in ("", ".py") and path.name not in ("__pycache__", "kernels")
+    ]
+
+
+def test_the_house_has_at_most_eighteen_doors():
+    assert len([*tracked_entries(), *PACKAGE.glob("py.typed")]) <= NUM_DOORS
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in files("freeadv_fast") if path.name == "__init__.py"], ids=shown
+)
+def test_packages_hand_names_on_and_define_nothing(path):
+    """Docstring, imports, `__all__`; the front door has its version and hands on lazily."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        assert isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.Expr | ast.If)
+        if isinstance(node, ast.Assign) and path.parent != PACKAGE:
+            assert [target.id for target in node.targets] == ["__all__"]
+        if isinstance(node, ast.If):
+            assert ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 @pytest.mark.parametrize("path", files("freeadv_fast") + files("kernels"), ids=shown)

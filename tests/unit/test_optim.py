@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from freeadv_fast.config.budget import Budget
-from freeadv_fast.config.file import config_to_dict, load_config, save_config
+from freeadv_fast.config.file import config_to_dict, load_config
 from freeadv_fast.errors import UserError
 from freeadv_fast.recipes.catalogue import RECIPES
 from freeadv_fast.runs import checkpoint
-from freeadv_fast.runs.log import RunFolder
+from freeadv_fast.runs.log import RunFolder, save_config
 from freeadv_fast.session.network import build_learner
 from freeadv_fast.session.resume import find_checkpoint
 from freeadv_fast.step.optim import build_sgd, is_capturable, load_apex_sgd, parameter_groups

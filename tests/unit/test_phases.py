@@ -8,12 +8,13 @@ import pytest
 from freeadv_fast import cli
 from freeadv_fast.cli import parse, resolve
 from freeadv_fast.config.budget import Budget
-from freeadv_fast.config.file import load_config, save_config
+from freeadv_fast.config.file import load_config
 from freeadv_fast.config.phases import Phase, Phases
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.data.build import build_phase_loaders
 from freeadv_fast.errors import UserError
 from freeadv_fast.recipes.catalogue import RECIPES
+from freeadv_fast.runs.log import save_config
 
 WONG = RECIPES["imagenet-rn50-fgsm-rs-eps2"]
 THREE = "0-4:16:36,4-7:24:24,7-10:32:20"

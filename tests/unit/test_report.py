@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from freeadv_fast.config.attack import Attack
 from freeadv_fast.config.threat import Perturbation, ThreatModel
-from freeadv_fast.evaluation.attacks import Attack
 from freeadv_fast.evaluation.report import plot_perturbations, plot_training, results_table
 
 

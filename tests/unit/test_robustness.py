@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from freeadv_fast.config.file import save_config
-from freeadv_fast.config.run import CPU_EVAL_IMAGES, TrainConfig
+from freeadv_fast.config.presets import CPU_EVAL_IMAGES
+from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.shifts import robustness
 from freeadv_fast.evaluation.shifts.corruptions import CORRUPTIONS
@@ -25,7 +25,7 @@ from freeadv_fast.evaluation.shifts.imagenet_c import (
     describe_means,
 )
 from freeadv_fast.evaluation.shifts.robustness import evaluate_robustness
-from freeadv_fast.runs.log import RunFolder
+from freeadv_fast.runs.log import RunFolder, save_config
 from freeadv_fast.runs.saved import SavedRun
 
 # Not in the order of the colour channels, nor is any set's: names must decide, not places.

@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 
 from freeadv_fast import sweep
-from freeadv_fast.config.file import save_config
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.report import markdown_table, plot_sweep
-from freeadv_fast.runs.log import RunFolder, write_json
+from freeadv_fast.runs.log import RunFolder, save_config, write_json
 from freeadv_fast.session.signals import Interrupted
 from freeadv_fast.sweep import Cell, run_sweep, split_arguments
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from freeadv_fast.config.run import CPU_EVAL_IMAGES
+from freeadv_fast.config.presets import CPU_EVAL_IMAGES
 from freeadv_fast.distributed.world import World, join_world, leave_world
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.evaluate import Evaluation

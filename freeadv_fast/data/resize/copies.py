@@ -24,7 +24,6 @@ from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import tyro
 from PIL import Image
 from tqdm import tqdm
 
@@ -273,32 +272,3 @@ def write_bad_list(resizing: Resizing, bad: dict[str, str]) -> None:
     lines = [f"{resizing.source / file}\t{reason}\n" for file, reason in sorted(bad.items())]
     with renamed_when_whole(path) as partial:
         partial.write_bytes(os.fsencode("".join(lines)))
-
-
-def main(
-    source: tyro.conf.Positional[str],
-    target: tyro.conf.Positional[str],
-    size: int,
-    workers: int | None = None,
-    quality: int = 95,
-) -> int:
-    """Makes a smaller copy of an ImageFolder; the same command goes on after an interruption.
-
-    Args:
-        source: Folder that holds train/ and val/ with one folder a class in each.
-        target: Folder of the copy.
-        size: Shorter side of the copies in pixels: 160 to train at 128 px, 352 for 224 px.
-        workers: Processes that resize. Default: one a processor.
-        quality: JPEG quality of the copies, 1 to 100.
-    """
-    report = resize_folder(source, target, size=size, quality=quality, workers=workers)
-    outcomes = [f"{count:,} {outcome}" for outcome, count in sorted(report.counts.items())]
-    bad_list = f" (left out, listed in {Path(target) / BAD_LIST})" if report.bad else ""
-    print(f"{target}: {', '.join(outcomes) or 'no images'}{bad_list}")
-    return 0
-
-
-if __name__ == "__main__":
-    from freeadv_fast.cli import run_tool
-
-    raise SystemExit(run_tool(main))

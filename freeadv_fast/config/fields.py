@@ -1,0 +1,404 @@
+"""The fields of a run, one docstring each, and what follows from them.
+
+The docstring under a field is its `--help` text. `run.TrainConfig` adds what makes a field's value
+sure to be meant: reading, scaling, checking.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from fractions import Fraction
+from typing import Self
+
+from freeadv_fast.config.choices import (
+    AttackStart,
+    Augment,
+    Decay,
+    Mix,
+    Norm,
+    Normalization,
+    OnCollapse,
+    OptimizerName,
+    Precision,
+    RegThrough,
+    Switch,
+)
+from freeadv_fast.config.method_names import DUAL, REPLAYING, SECOND_ORDER, UNRECORDABLE, Method
+from freeadv_fast.config.phases import Phases
+from freeadv_fast.config.presets import PIXEL_STATISTICS, preset_lambda
+from freeadv_fast.config.schedule import Schedule
+from freeadv_fast.config.threat import AnyThreatModel, L2ThreatModel, Perturbation, ThreatModel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFields:
+    """What a run is described by; `TrainConfig` is the one to use."""
+
+    recipe: str = "custom"
+    """Name of the recipe that this run started from; recorded in result.json."""
+
+    # The algorithm.
+    method: Method = "free"
+    """free: Algorithm 1 of "Adversarial Training for Free!". natural: ordinary training. fgsm,
+    fgsm-rs, n-fgsm: one attack step from the image, from a point of the ball, from wider noise.
+    gradalign, elle: fgsm with a term against catastrophic overfitting. pgd: K attack steps.
+    trades, free-trades: clean accuracy against the distance of predictions. yopo: K passes with n
+    cheap steps each. fast-advprop, advprop: adversarial examples that improve clean accuracy,
+    through an auxiliary batch norm; with and without reuse of the attack's gradients."""
+    m: int = 4
+    """Minibatch replays: forward-backward passes on each minibatch before the next one is read.
+    The number of epochs is divided by m, so that the cost does not depend on it."""
+    eps: Perturbation = Perturbation.parse("4/255")
+    """Radius of the L-infinity ball around each image, such as 4/255. Natural training only uses
+    it to attack the trained network."""
+    step_size: Perturbation | None = None
+    """Length of one ascent step on the perturbation, such as 4/255. Default: the paper's; eps for
+    free and the single-step methods, 1.25 eps for fgsm-rs, 2.5 eps / K for pgd and trades, eps / 4
+    for yopo."""
+    attack_steps: int = 1
+    """Steps K of the attack in each update: pgd, trades, AdvProp's PGD-K (Fast AdvProp's is 1);
+    K of yopo."""
+    attack_start: AttackStart = "uniform"
+    """Where the attack starts: at a uniform point of the ball, or zero, at the image itself."""
+    attack_warmup: float = 0.0
+    """Epochs over which the attack grows from nothing: the step of fgsm, fgsm-rs, n-fgsm and
+    gradalign, the ball and the step of pgd. GradAlign's SVHN recipes take 5."""
+    noise_radius: float = 2.0
+    """Radius of n-fgsm's noise in units of eps."""
+    reg_lambda: float | None = None
+    """Weight of gradalign's or elle's term. Default: gradalign's value for CIFAR-10 at this eps,
+    and 4000 for elle."""
+    reg_every: int = 2
+    """Updates from one of gradalign's terms to the next; the weight grows as much."""
+    reg_through: RegThrough = "second"
+    """Gradients that gradalign differentiates: the second, as the authors' code does, or both, as
+    the paper's text says."""
+    reg_adaptive: bool = True
+    """elle's weight falls from --reg-lambda until the loss stops being linear (ELLE-A)."""
+    trades_beta: float = 6.0
+    """Weight of the distance between clean and adversarial predictions in trades."""
+    yopo_inner: int = 3
+    """Steps n through the first layer in each of yopo's K passes."""
+    norm: Norm = "linf"
+    """Ball of pgd and trades: linf or l2."""
+    p_adv: float = 0.2
+    """Share of each minibatch that Fast AdvProp and decoupled AdvProp attack; the rest is the
+    clean share."""
+    decoupled: bool = False
+    """AdvProp attacks the share --p-adv and trains on the rest as it is, instead of training on
+    every image clean and attacked."""
+    noise_weight: float = 0.5
+    """Weight of an image of Fast AdvProp's noise pass; a clean image weighs 1."""
+    adv_weight: float = 0.5
+    """Weight of an adversarial image of Fast AdvProp and AdvProp; a clean image weighs 1."""
+    sync_speed: bool = True
+    """Divide each parameter's gradient by the images that it saw (Fast AdvProp, section 4.3)
+    instead of by all images."""
+    shuffle: bool = True
+    """Shuffle Fast AdvProp's adversarial images over batch-norm groups and ranks, so that labels do
+    not leak from the noise pass."""
+
+    # The data.
+    data: str = "digits"
+    """ImageFolder with train/ and val/ (one folder a class), or cifar10:FOLDER, cifar100:FOLDER
+    (the official python files), svhn:FOLDER (the official .mat files), digits (embedded real
+    handwritten digits), or synthetic:CLASSES (random pixels, for benchmarks only)."""
+    image_size: int = 224
+    """Side of the square images that the network sees, in pixels; with --phases, the last one's."""
+    resize_size: int | None = None
+    """Shorter side to which evaluation images are resized before the central crop; 0 for none: the
+    crop is cut out of the stored image. Default: image-size * 256/224."""
+    augment: Augment = "random-resized-crop"
+    """Training crops: random-resized-crop (with flip, torchvision's distribution), pad-crop-flip,
+    pad-crop (without flip, for digits and letters),
+    or none (the evaluation's resize and central crop)."""
+    crop_padding: int = 4
+    """Pixels of zero padding on each side before the random crop of pad-crop and pad-crop-flip."""
+    mix: Mix = "none"
+    """Mix pairs of clean training images: mixup, cutmix or none (natural and the AdvProps)."""
+    mix_alpha: float | None = None
+    """Both parameters of the Beta distribution of the mixture. Default: 0.2 mixup, 1 cutmix."""
+    workers: int = 4
+    """Threads (DALI) or processes (torchvision) that decode images, per rank."""
+    max_bad_fraction: float = 0.001
+    """Share of the image files that may be empty, truncated or not images. They are listed and
+    left out; above this share the run refuses to start."""
+    holdout_images: int | None = None
+    """Training images held out to choose the best checkpoint by robust accuracy; 0 for none.
+    Default: 1000, at most a tenth of the training images; without a GPU 400 are attacked."""
+
+    # The network.
+    arch: str = "resnet50"
+    """Network by name: torchvision's and timm's names, wrn-32-10, wrn-34-10, preact-resnet18,
+    preact-resnet18-gradalign."""
+    normalization: Normalization = "imagenet"
+    """Pixel statistics of the network's input. symmetric: mean and std 0.5. per-image: each image
+    by its own mean and standard deviation, inside the network."""
+    bn_group: int | None = None
+    """Images that share batch-norm statistics. 64 reproduces the paper's 4-GPU run on one GPU.
+    Default: the whole minibatch of a rank."""
+    aux_bn_group: int = 16
+    """Images that share statistics in the auxiliary batch norm. 16 beside a main group of 64
+    reproduces Fast AdvProp's 4-GPU run."""
+    precision: Precision = "auto"
+    """Arithmetic of the network: auto is bf16 on GPUs that have it, fp16 on older ones and fp32 on
+    a CPU. Weights, loss and statistics are fp32 in any case."""
+    fuse: Switch = "auto"
+    """Batch norm, residual addition and ReLU as one kernel, and a 7x7 stem as a 4x4 convolution in
+    space-to-depth layout. auto: both on a GPU with Triton, the stem alone for free training on a
+    CPU, neither for methods with second derivatives."""
+    graphs: Switch = "auto"
+    """One CUDA graph launch per update: auto is on for free and natural training on one GPU."""
+    init_from: str | None = None
+    """Weights to start from: a checkpoint of ours or a plain state dict. Nothing else is read."""
+
+    # The optimizer.
+    epochs: float = 90
+    """Passes over the data; for the methods that promise natural training's price, its budget:
+    free-m makes ceil(epochs / m) passes, Fast AdvProp epochs / (1 + p_adv K), AdvProp
+    epochs / (K + 2)."""
+    steps: int | None = None
+    """Budget in optimizer updates, whatever m; replaces --epochs (the CIFAR recipes: 80000).
+    The last minibatch is replayed to its end."""
+    batch_size: int = 256
+    """Images per minibatch on each rank (GPU), Fast AdvProp's two shares together. The global size
+    is printed at the start. With --phases, the last one's."""
+    phases: Phases = Phases()
+    """Image and batch size by epochs of the natural budget, such as
+    0-6:128:512,6-12:224:224,12-15:288:128 (epochs:side:batch on each rank); none for one of each.
+    The best weights are chosen anew in each phase; the last one's side is evaluated."""
+    phase_data: tuple[str, ...] = ()
+    """Folders that hold the training images of each phase, separated by commas, such as smaller
+    copies of --data, whose validation images are evaluated. Default: --data for every phase."""
+    lr: float = 0.1
+    """Peak learning rate of SGD."""
+    schedule: Schedule = Schedule.parse("every:30")
+    """Learning rate over the run. every:30 divides it by 10 each ceil(30/m) data epochs; at:30,60
+    at these epochs of the natural budget; steps:40000,60000 at these updates; linear:0.4 rises
+    from 0 to --lr at 40 % of the updates and falls back to 0; piecewise:0=0,1=1,6=0.1 draws lines
+    between these factors of --lr at these epochs of the natural budget; constant."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 1e-4
+    """L2 penalty on the weights."""
+    decay: Decay = "all"
+    """Parameters under weight decay: all, only convolution and linear kernels, or no-bn for all but
+    batch norm's."""
+    optimizer: OptimizerName = "sgd"
+    """The code that computes SGD's update: sgd is torch's, fused on a GPU; sgd-foreach torch's
+    foreach operations; apex-sgd the kernel of NVIDIA's apex, where that is installed. The last two
+    are for comparison, and no CUDA graph holds them."""
+    max_passes: int | None = None
+    """Stop after this many images forwarded and backwarded for the weights, over all ranks, at the
+    next minibatch boundary. The schedule stays that of --epochs; evaluation follows."""
+
+    # The run.
+    seed: int = 0
+    """Seed of weights, order, crops and evaluation starts."""
+    output_dir: str | None = None
+    """Folder of this run. Default: runs/METHOD-DATA-ARCH-mM-epsE-seedS."""
+    resume: bool = False
+    """Continue the run in --output-dir from its newest intact checkpoint."""
+    checkpoint_every: float = 600
+    """Seconds between checkpoints within an epoch; each epoch's end saves one too."""
+    log_every: int = 50
+    """Minibatches between two lines of log.jsonl."""
+
+    # The guard against catastrophic overfitting, for the methods that seek robustness.
+    guard_every: int | None = None
+    """Minibatches between two checks of robust accuracy and gradient alignment on held-out images;
+    0 for none. Default: as many as keep the checks at 1 % of the passes."""
+    guard_images: int | None = None
+    """Held-out images of a check, evenly spaced over them. Default: 64, or all where there are
+    fewer."""
+    on_collapse: OnCollapse = "stop"
+    """What follows when robust accuracy collapses. Each goes back to the last good state; stop ends
+    the training there, restore goes on at half the learning rate (the same run would collapse the
+    same way), gradalign goes on with GradAlign. A third collapse stops the run in any case."""
+
+    # The evaluation.
+    eval_attacks: tuple[str, ...] = ("pgd-10", "pgd-50")
+    """Attacks on the trained network, such as pgd-50 (50 steps), pgd-50-10 (10 restarts) or
+    cw-100 (margin loss), separated by commas."""
+    eval_step: Perturbation = Perturbation.parse("1/255")
+    """Step of the evaluation's attacks."""
+    eval_images: int | None = None
+    """Validation images to attack, evenly spaced over the set. Default: all; 400 without a GPU."""
+
+    def phase_config(self, number: int) -> Self:
+        """A phase as a run of its own, on its own training images.
+
+        Its evaluation resizes in the proportion of the run's --resize-size, or by default.
+        """
+        phase, resize = self.phases[number], self.resize_size
+        if phase.image_size != self.image_size:
+            resize = round(resize * phase.image_size / self.image_size) if resize else None
+        return dataclasses.replace(
+            self,
+            data=self.phase_data[number] if self.phase_data else self.data,
+            image_size=phase.image_size,
+            resize_size=resize,
+            batch_size=phase.batch_size,
+            phases=Phases(),
+            phase_data=(),
+        )
+
+    @property
+    def phase_configs(self) -> tuple[Self, ...]:
+        """Each phase as a run of its own; without --phases the run itself."""
+        if not self.phases:
+            return (self,)
+        return tuple(self.phase_config(number) for number in range(len(self.phases)))
+
+    @property
+    def phase_ends(self) -> tuple[int, ...]:
+        """The data epoch at which each phase ends; the last is `data_epochs`."""
+        ends = [phase.end for phase in self.phases] or [self.epochs]
+        return tuple(self._data_epochs_of(end) for end in ends)
+
+    @property
+    def is_second_order(self) -> bool:
+        """Whether training differentiates a gradient, or may come to do so after a collapse."""
+        return self.method in SECOND_ORDER or self.on_collapse == "gradalign"
+
+    @property
+    def is_recordable(self) -> bool:
+        """Whether an update can become a CUDA graph; mixtures are drawn on the host."""
+        return self.method not in UNRECORDABLE and self.mix == "none"
+
+    @property
+    def can_pack_input(self) -> bool:
+        """Whether the network's input may be in space-to-depth layout.
+
+        Not where something else than the stem reads it as an image: per-image standardisation, L2
+        steps, mixtures, YOPO's first layer.
+        """
+        return (
+            self.normalization != "per-image"
+            and self.norm == "linf"
+            and self.mix == "none"
+            and self.method != "yopo"
+        )
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether the network has an auxiliary batch norm."""
+        return self.method in DUAL
+
+    @property
+    def is_split(self) -> bool:
+        """Whether a minibatch is divided into a clean and an adversarial share."""
+        return self.method == "fast-advprop" or (self.method == "advprop" and self.decoupled)
+
+    @property
+    def num_adversarial(self) -> int:
+        """Adversarial images of a rank's minibatch: round(p_adv * batch), or all of them."""
+        return round(self.p_adv * self.batch_size) if self.is_split else self.batch_size
+
+    @property
+    def cost(self) -> float:
+        """Epochs of the budget that one pass over the data takes; --epochs is divided by it.
+
+        The papers that promise the price of natural training count so: m for free-m, 1 + p_adv K
+        for Fast AdvProp and decoupled AdvProp, K + 2 for AdvProp. The others' epochs are passes
+        over the data.
+        """
+        if self.method in REPLAYING:
+            return self.m
+        if self.method not in DUAL:
+            return 1
+        return 1 + self.p_adv * self.attack_steps if self.is_split else 2 + self.attack_steps
+
+    @property
+    def weight_passes(self) -> float:
+        """Passes per image of the data whose gradient moves the weights."""
+        match self.method:
+            case "trades" | "free-trades":
+                return 2 * self.m
+            case "elle":  # three points for the linearity of the loss
+                return 4
+            case "yopo":
+                return self.attack_steps
+            case "fast-advprop":
+                return self.cost
+            case "advprop":
+                return 1 if self.decoupled else 2
+        return self.m
+
+    @property
+    def threat(self) -> AnyThreatModel:
+        """The training threat model; the step is the paper's unless given.
+
+        Free AT, GradAlign and N-FGSM step by eps, FGSM-RS by 1.25 eps, YOPO by eps / 4; 2.5 eps / K
+        (Madry et al.'s code for MNIST, TRADES' 2/255 at eps 8/255 and K 10) lets PGD reach every
+        point of the ball.
+        """
+        share = Fraction(1)
+        match self.method:
+            case "fgsm-rs":
+                share = Fraction(5, 4)
+            case "pgd" | "trades":
+                share = Fraction(5, 2 * self.attack_steps)
+            case "yopo":
+                share = Fraction(1, 4)
+        step = self.step_size or Perturbation(self.eps.levels * share)
+        kind = L2ThreatModel if self.norm == "l2" else ThreatModel
+        return kind(self.eps, step)
+
+    @property
+    def evaluation_threat(self) -> AnyThreatModel:
+        """The ball of training, walked in steps of --eval-step."""
+        kind = L2ThreatModel if self.norm == "l2" else ThreatModel
+        return kind(self.eps, self.eval_step)
+
+    @property
+    def term_weight(self) -> float:
+        """lambda of GradAlign's or ELLE's term."""
+        if self.reg_lambda is not None:
+            return self.reg_lambda
+        if self.method == "elle":
+            return 4000.0  # lambda_max of ELLE-A, Abad Rocamora et al. 2024
+        return preset_lambda("cifar10", float(self.eps.levels))
+
+    @property
+    def data_epochs(self) -> int:
+        """Passes over the data that --epochs pays for."""
+        return self._data_epochs_of(self.epochs)
+
+    def _data_epochs_of(self, epochs: float) -> int:
+        """Passes over the data that so many epochs of the natural budget pay for; at least one.
+
+        Free AT's code: ceil(epochs / m). Fast AdvProp, tables 1 and 4: epochs / cost to the nearest
+        number, halves down (105 at 1 + 1/9, 1.2, 1 + 1/3, 1.5 are 94, 87, 79, 70).
+        """
+        if self.method in REPLAYING:
+            return math.ceil(epochs / self.m)
+        return max(1, math.ceil(epochs / self.cost - 0.5 - 1e-9))
+
+    @property
+    def evaluation_resize(self) -> int:
+        """Shorter side of an evaluation image before the central crop, in pixels; 0: as stored."""
+        if self.resize_size is None:
+            return round(self.image_size * 256 / 224)
+        return self.resize_size
+
+    @property
+    def pixel_mean(self) -> tuple[float, ...]:
+        """Per-channel mean subtracted from pixels in [0, 1]."""
+        return PIXEL_STATISTICS[self.normalization][0]
+
+    @property
+    def pixel_std(self) -> tuple[float, ...]:
+        """Per-channel standard deviation that divides pixels in [0, 1]."""
+        return PIXEL_STATISTICS[self.normalization][1]
+
+    @property
+    def run_folder(self) -> str:
+        """The output folder, or the name that says what the run is."""
+        if self.output_dir is not None:
+            return self.output_dir
+        data = self.data.rstrip("/").rsplit("/", 1)[-1].replace(":", "-")
+        eps = f"{float(self.eps.levels):g}"
+        replays = f"-m{self.m}" if self.method in REPLAYING else ""
+        return f"runs/{self.method}-{data}-{self.arch}{replays}-eps{eps}-seed{self.seed}"
