@@ -17,7 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from freeadv_fast import cli
+from freeadv_fast.cli.flags import flag_name, parse, parse_with_tyro, value_of
+from freeadv_fast.cli.resolve import resolve
+from freeadv_fast.cli.run import guard
 from freeadv_fast.config.file import config_to_dict, load_config
 from freeadv_fast.config.method_names import DUAL
 from freeadv_fast.config.run import TrainConfig
@@ -122,13 +124,13 @@ def run_sweep(arguments: Sequence[str], train: Train = train) -> int:
     Returns:
         0; 2 when a flag is wrong or a cell failed; 128 + its number after a signal.
     """
-    return cli.guard(lambda: _sweep(list(arguments), train))
+    return guard(lambda: _sweep(list(arguments), train))
 
 
 def _sweep(arguments: list[str], train: Train) -> int:
     """`run_sweep` with its mistakes raised."""
     own, flags = split_arguments(arguments)
-    sweep = cli.parse_with_tyro(Sweep, own, Sweep())
+    sweep = parse_with_tyro(Sweep, own, Sweep())
     refuse_bad_flags(sweep, flags)
     planned = plan(sweep, flags)
     root = Path(sweep.output_dir)
@@ -157,7 +159,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
         if argument == "--":
             return own, flags + arguments[index + 1 :]
         if argument.startswith("--"):
-            target = own if cli.flag_name(argument) in names else flags
+            target = own if flag_name(argument) in names else flags
         target.append(argument)
     return own, flags
 
@@ -166,11 +168,11 @@ def refuse_bad_flags(sweep: Sweep, flags: list[str]) -> None:
     """Raises UserError for what no cell could be run with."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--nproc-per-node: a sweep runs in one process; start it without torchrun")
-    typed = {cli.flag_name(flag) for flag in flags if flag.startswith("--")}
+    typed = {flag_name(flag) for flag in flags if flag.startswith("--")}
     for name in typed & DECIDED_HERE.keys():
         flag = "--" + name.replace("_", "-")
         raise UserError(f"{flag}: a sweep sets it for each cell; use {DECIDED_HERE[name]}")
-    is_embedded = cli.value_of(flags, "--data") in (None, "digits")
+    is_embedded = value_of(flags, "--data") in (None, "digits")
     dataset = "digits" if is_embedded else sweep.dataset
     for method in sweep.methods.split(","):
         if method not in DEFAULTS[dataset]:
@@ -214,8 +216,8 @@ def configure(sweep: Sweep, cell: Cell, flags: list[str]) -> tuple[TrainConfig, 
     folder = Path(sweep.output_dir) / cell.name
     arguments = [*flags, "--method", cell.method, "--eps", cell.eps, "--seed", str(cell.seed)]
     arguments += ["--output-dir", str(folder)]
-    command, typed = cli.parse(arguments, cell.method, sweep.dataset)  # type: ignore[arg-type]
-    config, remarks = cli.resolve(command.run, typed)
+    command, typed = parse(arguments, cell.method, sweep.dataset)  # type: ignore[arg-type]
+    config, remarks = resolve(command.run, typed)
     return dataclasses.replace(config, resume=folder.exists()), remarks
 
 

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from freeadv_fast import cli
-from freeadv_fast.cli import parse, resolve
+from freeadv_fast.cli import run as cli
+from freeadv_fast.cli.flags import parse
+from freeadv_fast.cli.resolve import resolve
 from freeadv_fast.config.file import config_to_dict, load_config
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.errors import UserError

@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
-from freeadv_fast import cli
-from freeadv_fast.cli import parse, resolve
+from freeadv_fast.cli import run as cli
+from freeadv_fast.cli.flags import parse
+from freeadv_fast.cli.resolve import resolve
 from freeadv_fast.config.budget import Budget
 from freeadv_fast.config.file import load_config
 from freeadv_fast.config.phases import Phase, Phases

@@ -1,0 +1,185 @@
+"""What was typed: a recipe first, flags on top of it, unknown ones with the nearest name."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from freeadv_fast.config.file import load_config
+from freeadv_fast.config.method_names import Method
+from freeadv_fast.config.phases import Phases
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.schedule import Schedule
+from freeadv_fast.config.threat import Perturbation
+from freeadv_fast.errors import UserError
+from freeadv_fast.recipes.catalogue import DEFAULTS, RECIPES, find_recipe
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandLine:
+    """A training run. Without --data it trains on embedded real images."""
+
+    run: tyro.conf.OmitArgPrefixes[TrainConfig]
+    config: str | None = None
+    """Replay a saved run: path of its config.yaml. Flags beside it win."""
+    dry_run: bool = False
+    """Print the resolved configuration, the steps and the first minibatch's shapes, and stop."""
+
+
+def parse(arguments: list[str], method: Method, dataset: str) -> tuple[CommandLine, set[str]]:
+    """Reads a command line on top of its recipe.
+
+    Args:
+        arguments: Without the program's name.
+        method: The script's method.
+        dataset: Whose recipes the user's own data are trained with.
+
+    Returns:
+        The command and the names of the fields that were typed (or come from --config).
+
+    Raises:
+        UserError: unknown flags (with the nearest name), bad values.
+    """
+    fields = [*dataclasses.fields(TrainConfig), *dataclasses.fields(CommandLine)]
+    refuse_unknown_flags(arguments, [field.name for field in fields])
+    for flag in ("--eps", "--step-size", "--eval-step"):  # here, so that the message names it
+        Perturbation.parse(value_of(arguments, flag) or "0", flag)
+    typed = {flag_name(argument) for argument in arguments if argument.startswith("--")}
+    config_path = value_of(arguments, "--config")
+    recipe = value_of(arguments, "--recipe")
+    if config_path is not None:
+        base = load_config(Path(config_path))
+        typed |= {field.name for field in dataclasses.fields(TrainConfig)}
+    elif recipe is not None:
+        base = find_recipe(recipe)
+    else:
+        is_embedded = value_of(arguments, "--data") in (None, "digits")
+        if str(value_of(arguments, "--data")).startswith("svhn:"):
+            dataset = "svhn"
+        defaults = DEFAULTS["digits" if is_embedded else dataset]
+        base = RECIPES[defaults.get(value_of(arguments, "--method") or method, defaults[method])]
+    command = parse_with_tyro(CommandLine, arguments, CommandLine(base))
+    for field, part in (("image_size", "side"), ("batch_size", "batch")):
+        if config_path is None and command.run.phases and field in typed:
+            flag = "--" + field.replace("_", "-")
+            raise UserError(f"{flag}: each of the --phases has its own {part}; leave out {flag}")
+    if config_path is None and "data" not in typed and base.data != "digits":
+        raise UserError(f"--data: recipe {base.recipe} needs it; give the folder of its images")
+    return command, typed
+
+
+def parse_with_tyro(target: Callable[..., T], arguments: list[str], default: T | None = None) -> T:
+    """tyro's parser, its boxed complaints turned into one-line user errors.
+
+    Args:
+        target: The class or function to call with what was typed.
+        arguments: Without the program's name.
+        default: An instance whose fields are the defaults.
+    """
+    complaint = io.StringIO()
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(  # type: ignore[no-any-return]
+                target,
+                args=arguments,
+                config=(tyro.conf.FlagCreatePairsOff,),
+                registry=value_registry(),
+                **options,
+            )
+    except SystemExit as leaving:
+        if leaving.code in (0, None):  # --help
+            raise
+        cause: BaseException | None = leaving
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise UserError(first_sentence(complaint.getvalue())) from None
+
+
+def first_sentence(box: str) -> str:
+    """The message inside a box that tyro drew, as one line."""
+    words = []
+    for line in box.splitlines()[1:]:
+        text = line.strip(" │|")
+        if not text or set(text) <= set("─-╰╯╭╮"):
+            break
+        words.append(text)
+    message = " ".join(words).removeprefix("Error parsing ")
+    return message or "the command line cannot be read; see --help"
+
+
+def value_registry() -> tyro.constructors.ConstructorRegistry:
+    """How tyro reads and shows our own types: 4/255, every:30, pgd-10,pgd-50."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    def spec(kind: type, metavar: str, read: Callable[[str], Any]) -> Any:
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=metavar,
+            instance_from_str=lambda words: read(words[0]),
+            is_instance=lambda value: isinstance(value, kind),
+            str_from_instance=lambda value: [
+                ",".join(value) if isinstance(value, tuple) else str(value)
+            ],
+        )
+
+    @registry.primitive_rule
+    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+        if info.type is Perturbation or info.type == Perturbation | None:
+            return spec(Perturbation, "K/255", Perturbation.parse)
+        if info.type is Schedule:
+            return spec(Schedule, "SCHEDULE", Schedule.parse)
+        if info.type is Phases:
+            return spec(Phases, "PHASES", Phases.parse)
+        if info.type == tuple[str, ...]:
+            return spec(tuple, "NAME,NAME", lambda text: tuple(text.split(",")))
+        return None
+
+    return registry
+
+
+def refuse_unknown_flags(arguments: list[str], names: Iterable[str]) -> None:
+    """Names the nearest flag for one that does not exist.
+
+    Args:
+        arguments: Without the program's name.
+        names: The fields or parameters that flags set; a positional ``run`` is none.
+
+    Raises:
+        UserError: an argument starts with ``--`` and is no flag of ours.
+    """
+    known = {"--" + name.replace("_", "-") for name in names if name != "run"}
+    known |= {f"--no-{flag[2:]}" for flag in known}
+    for argument in arguments:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if argument.startswith("--") and flag not in known | {"--help"}:
+            near = difflib.get_close_matches(flag, sorted(known), n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]}?" if near else "; see --help"
+            raise UserError(f"{argument.partition('=')[0]}: no such flag{hint}")
+
+
+def flag_name(argument: str) -> str:
+    """The field that a flag sets: ``--batch-size=8`` sets ``batch_size``."""
+    name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
+    return name.removeprefix("no_")
+
+
+def value_of(arguments: list[str], flag: str) -> str | None:
+    """The value typed after a flag, if any."""
+    for index, argument in enumerate(arguments):
+        if argument == flag and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(flag + "="):
+            return argument.partition("=")[2]
+    return None

@@ -1,0 +1,90 @@
+"""What was not typed: steps that follow the radius, a batch over the ranks, a CPU's limits."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+
+from freeadv_fast.config.presets import CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.threat import Perturbation
+from freeadv_fast.recipes.catalogue import RECIPES
+
+
+def resolve(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str]]:
+    """Settles what depends on the machine and was not typed.
+
+    Args:
+        config: Recipe and flags.
+        typed: Fields that the user typed; they stay.
+
+    Returns:
+        The config to train with, and a remark a line about what was settled.
+    """
+    config, remarks = with_scaled_steps(config, typed)
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.phases and num_ranks > 1 and "phases" not in typed:
+        config = dataclasses.replace(config, phases=config.phases.divided(num_ranks))
+        remarks.append(
+            f"recipe batches over {num_ranks} ranks: {config.phases} (--phases sets them per rank)"
+        )
+    elif not config.phases and num_ranks > 1 and "batch_size" not in typed:
+        share = max(2, config.batch_size // num_ranks)
+        remarks.append(
+            f"recipe batch {config.batch_size} over {num_ranks} ranks: {share} per rank "
+            "(--batch-size sets it per rank)"
+        )
+        config = with_batch_size(config, share, typed)
+    if not torch.cuda.is_available() and config.eps.levels:
+        if "eval_attacks" not in typed and config.eval_attacks != CPU_EVAL_ATTACKS:
+            full = ",".join(config.eval_attacks)
+            config = dataclasses.replace(config, eval_attacks=CPU_EVAL_ATTACKS)
+            remarks.append(f"no GPU: evaluating with pgd-20 only; all: --eval-attacks {full}")
+        if "eval_images" not in typed:
+            config = dataclasses.replace(config, eval_images=CPU_EVAL_IMAGES)
+            remarks.append(
+                f"no GPU: attacking at most {CPU_EVAL_IMAGES} validation images; "
+                "more: --eval-images N, or launch/evaluate.py afterwards"
+            )
+    return config, remarks
+
+
+def with_scaled_steps(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str]]:
+    """The config with steps that fit a typed --eps or --norm; a recipe's were made for its own.
+
+    In an L2 ball, where a recipe's steps mean nothing, 2.5 eps / K (`TrainConfig.threat`) and for
+    evaluations eps / 8, the same for K = 20.
+    """
+    recipe = RECIPES.get(config.recipe)
+    if recipe is None or not recipe.eps.levels or not {"eps", "norm"} & typed:
+        return config, []
+    share = config.eps.levels / recipe.eps.levels
+    is_l2 = config.norm != recipe.norm
+    changes: dict[str, Any] = {}
+    if "step_size" not in typed and config.step_size is not None:
+        changes["step_size"] = None if is_l2 else Perturbation(config.step_size.levels * share)
+    if "eval_step" not in typed:
+        levels = config.eps.levels / 8 if is_l2 else config.eval_step.levels * share
+        changes["eval_step"] = Perturbation(levels)
+    changes = {name: value for name, value in changes.items() if value != getattr(config, name)}
+    if not changes:
+        return config, []
+    config = dataclasses.replace(config, **changes)
+    flags = {name: f"--{name.replace('_', '-')}" for name in changes}
+    return config, [
+        f"for --eps {config.eps}: "
+        + ", ".join(
+            f"{flag} {getattr(config, name) or config.threat.step}" for name, flag in flags.items()
+        )
+    ]
+
+
+def with_batch_size(config: TrainConfig, size: int, typed: set[str]) -> TrainConfig:
+    """The config with another batch; a group that was not typed shrinks with it."""
+    group = config.aux_bn_group
+    if "aux_bn_group" not in typed and config.is_split:
+        group = max(2, min(group, round(config.p_adv * size)))
+    return dataclasses.replace(config, batch_size=size, aux_bn_group=group)

@@ -1,0 +1,115 @@
+"""From a command line to an exit status: one line for every mistake.
+
+`run_training` is the body of every training script in launch/, `run_tool` of every other one.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+import yaml
+
+from freeadv_fast.cli.flags import parse, parse_with_tyro, refuse_unknown_flags
+from freeadv_fast.cli.resolve import resolve
+from freeadv_fast.config.file import config_to_dict
+from freeadv_fast.config.method_names import Method
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.distributed.shuffle import PeerLost
+from freeadv_fast.errors import UserError
+from freeadv_fast.session.signals import Interrupted
+
+
+def run_training(method: Method, dataset: str, argv: Sequence[str] | None = None) -> int:
+    """Parses a command line, trains, and returns the process's exit status.
+
+    Args:
+        method: The script's method; --method changes it.
+        dataset: ``imagenet`` or ``cifar``: whose recipe --data alone selects. Without --data the
+            embedded recipe of the method is used.
+        argv: Arguments; those of the process by default.
+    """
+
+    def work() -> int:
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        command, typed = parse(arguments, method, dataset)
+        from freeadv_fast.training import dry_run, train  # seconds of imports that --help can spare
+
+        config, remarks = resolve(command.run, typed)
+        if is_main_rank():
+            print_plan(config, remarks, is_embedded="data" not in typed and config.data == "digits")
+        if command.dry_run:
+            for line in dry_run(config):
+                if is_main_rank():
+                    print(line)
+            return 0
+        train(config)
+        return 0
+
+    return guard(work)
+
+
+def run_tool(function: Callable[..., int]) -> int:
+    """Runs a script whose flags are a function's arguments; mistakes get one line.
+
+    Args:
+        function: Returns the exit status; its docstring and annotations make the help.
+    """
+    names = inspect.signature(function).parameters
+
+    def work() -> int:
+        arguments = sys.argv[1:]
+        refuse_unknown_flags(arguments, names)
+        return parse_with_tyro(function, arguments)
+
+    return guard(work)
+
+
+def guard(work: Callable[[], int]) -> int:
+    """Runs `work`; a user's mistake becomes one line and status 2, a signal 128 + its number."""
+    try:
+        return work()
+    except UserError as error:
+        # Each rank that waits for a lost peer says so: rank 0 may be the peer.
+        if is_main_rank() or isinstance(error, PeerLost):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except Interrupted as interrupted:
+        saved = "everything is saved, continue with --resume"
+        if not interrupted.is_saved:
+            saved = "at once; --resume continues from the last checkpoint"
+        if is_main_rank():
+            print(f"stopped by {interrupted}; {saved}", file=sys.stderr, flush=True)
+        return 128 + interrupted.signum
+    except KeyboardInterrupt:  # before or after training, when nothing needs saving
+        return 128 + signal.SIGINT
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: --output-dir: {error.strerror}; free some space and add --resume",
+              file=sys.stderr, flush=True)  # fmt: skip
+        return 2
+
+
+def is_main_rank() -> bool:
+    """Whether this process speaks for all; known before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_plan(config: TrainConfig, remarks: list[str], is_embedded: bool) -> None:
+    """Prints what will be done, before anything is."""
+    if is_embedded:
+        print("no --data: training on embedded real handwritten digits (32 px); "
+              "--data FOLDER trains on yours")  # fmt: skip
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    print(yaml.safe_dump(config_to_dict(config), sort_keys=False).rstrip())
+    sizes = [phase.batch_size for phase in config.phase_configs]
+    batches = ", then ".join(f"{size * num_ranks} = {num_ranks} x {size}" for size in sizes)
+    print(f"global batch {batches}, output folder {config.run_folder}")
+    for remark in remarks:
+        print(remark)
+    sys.stdout.flush()
