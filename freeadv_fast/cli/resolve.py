@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
 
 import torch
 
 from freeadv_fast.config.presets import CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES
+from freeadv_fast.config.read import flag_of
 from freeadv_fast.config.run import TrainConfig
-from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.recipes.catalogue import RECIPES
 
 
@@ -24,7 +23,7 @@ def resolve(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str
     Returns:
         The config to train with, and a remark a line about what was settled.
     """
-    config, remarks = with_scaled_steps(config, typed)
+    remarks = followed_steps(config, typed)
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if config.phases and num_ranks > 1 and "phases" not in typed:
         config = dataclasses.replace(config, phases=config.phases.divided(num_ranks))
@@ -52,34 +51,17 @@ def resolve(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str
     return config, remarks
 
 
-def with_scaled_steps(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str]]:
-    """The config with steps that fit a typed --eps or --norm; a recipe's were made for its own.
-
-    In an L2 ball, where a recipe's steps mean nothing, 2.5 eps / K (`TrainConfig.threat`) and for
-    evaluations eps / 8, the same for K = 20.
-    """
+def followed_steps(config: TrainConfig, typed: set[str]) -> list[str]:
+    """A remark on the steps that followed a typed --eps or --norm; a recipe's fit its own."""
     recipe = RECIPES.get(config.recipe)
-    if recipe is None or not recipe.eps.levels or not {"eps", "norm"} & typed:
-        return config, []
-    share = config.eps.levels / recipe.eps.levels
-    is_l2 = config.norm != recipe.norm
-    changes: dict[str, Any] = {}
-    if "step_size" not in typed and config.step_size is not None:
-        changes["step_size"] = None if is_l2 else Perturbation(config.step_size.levels * share)
-    if "eval_step" not in typed:
-        levels = config.eps.levels / 8 if is_l2 else config.eval_step.levels * share
-        changes["eval_step"] = Perturbation(levels)
-    changes = {name: value for name, value in changes.items() if value != getattr(config, name)}
-    if not changes:
-        return config, []
-    config = dataclasses.replace(config, **changes)
-    flags = {name: f"--{name.replace('_', '-')}" for name in changes}
-    return config, [
-        f"for --eps {config.eps}: "
-        + ", ".join(
-            f"{flag} {getattr(config, name) or config.threat.step}" for name, flag in flags.items()
-        )
+    if recipe is None or not {"eps", "norm"} & typed:
+        return []
+    said = [
+        f"{flag_of(name)} {getattr(config, name) or config.threat.step}"
+        for name in ("step_size", "eval_step")
+        if name not in typed and getattr(config, name) != getattr(recipe, name)
     ]
+    return [f"for --eps {config.eps}: {', '.join(said)}"] if said else []
 
 
 def with_batch_size(config: TrainConfig, size: int, typed: set[str]) -> TrainConfig:

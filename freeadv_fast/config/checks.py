@@ -10,6 +10,7 @@ from typing import Literal
 from freeadv_fast.config.attack import Attack
 from freeadv_fast.config.fields import RunFields
 from freeadv_fast.config.method_names import ALIGNABLE, DUAL, METHODS, REPLAYING, WARMING
+from freeadv_fast.config.read import field_types, flag_of
 from freeadv_fast.errors import UserError, blaming
 
 
@@ -44,11 +45,11 @@ def check_method(config: RunFields) -> None:
 
 def check_choices(config: RunFields) -> None:
     """A field with choices holds one of them; typed flags always do, a config.yaml may not."""
-    for name, hint in typing.get_type_hints(type(config)).items():
+    for name, hint in field_types().items():
         value = getattr(config, name)
         if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
-            flag, choices = name.replace("_", "-"), ", ".join(typing.get_args(hint))
-            raise UserError(f"--{flag} {value}: choose one of {choices}")
+            choices = ", ".join(typing.get_args(hint))
+            raise UserError(f"{flag_of(name)} {value}: choose one of {choices}")
 
 
 def check_values(config: RunFields) -> None:

@@ -30,6 +30,8 @@ from freeadv_fast.config.presets import PIXEL_STATISTICS, preset_lambda
 from freeadv_fast.config.schedule import Schedule
 from freeadv_fast.config.threat import AnyThreatModel, L2ThreatModel, Perturbation, ThreatModel
 
+DEFAULT_EPS = Perturbation.parse("4/255")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFields:
@@ -49,7 +51,7 @@ class RunFields:
     m: int = 4
     """Minibatch replays: forward-backward passes on each minibatch before the next one is read.
     The number of epochs is divided by m, so that the cost does not depend on it."""
-    eps: Perturbation = Perturbation.parse("4/255")
+    eps: Perturbation = DEFAULT_EPS
     """Radius of the L-infinity ball around each image, such as 4/255. Natural training only uses
     it to attack the trained network."""
     step_size: Perturbation | None = None
@@ -221,10 +223,19 @@ class RunFields:
     eval_attacks: tuple[str, ...] = ("pgd-10", "pgd-50")
     """Attacks on the trained network, such as pgd-50 (50 steps), pgd-50-10 (10 restarts) or
     cw-100 (margin loss), separated by commas."""
-    eval_step: Perturbation = Perturbation.parse("1/255")
-    """Step of the evaluation's attacks."""
+    eval_step: Perturbation = Perturbation.parse("1/255").chosen_in(DEFAULT_EPS, "linf")
+    """Step of the evaluation's attacks. Default: the recipe's, in proportion to --eps."""
     eval_images: int | None = None
     """Validation images to attack, evenly spaced over the set. Default: all; 400 without a GPU."""
+
+    def as_recipe(self, name: str) -> Self:
+        """The same run under a recipe's name; its steps are those chosen for its ball."""
+        return dataclasses.replace(
+            self,
+            recipe=name,
+            step_size=self.step_size and self.step_size.chosen_in(self.eps, self.norm),
+            eval_step=self.eval_step.chosen_in(self.eps, self.norm),
+        )
 
     def phase_config(self, number: int) -> Self:
         """A phase as a run of its own, on its own training images.

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from freeadv_fast.config.phases import Phases
+from freeadv_fast.config.read import field_types
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.schedule import Schedule
 from freeadv_fast.config.threat import Perturbation
@@ -38,27 +39,15 @@ def config_from_dict(plain: dict[str, Any], origin: str = "--config") -> TrainCo
     Raises:
         UserError: unknown fields, or a value that the config refuses.
     """
-    known = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    unknown = sorted(set(plain) - set(known))
+    plain = dict(plain)
+    unknown = sorted(set(plain) - {field.name for field in dataclasses.fields(TrainConfig)})
     if unknown:
         raise UserError(f"{origin}: unknown fields {', '.join(unknown)}")
-    hints = typing.get_type_hints(TrainConfig)
-    values: dict[str, Any] = {}
+    hints = field_types()
     for name, value in plain.items():
-        flag = "--" + name.replace("_", "-")
-        if value is not None and Perturbation in (hints[name], *typing.get_args(hints[name])):
-            value = Perturbation.parse(value, flag)
-        elif hints[name] in (Schedule, Phases):
-            value = hints[name].parse(value)
-        elif isinstance(value, bool) and {"on", "off"} <= set(typing.get_args(hints[name])):
-            value = "on" if value else "off"  # as YAML reads on and off without quotes
-        elif isinstance(value, list):
-            value = tuple(value)
-        values[name] = value
-    try:
-        return TrainConfig(**values)
-    except TypeError as error:  # a string where a number belongs
-        raise UserError(f"{origin}: {error}") from None
+        if isinstance(value, bool) and {"on", "off"} <= set(typing.get_args(hints[name])):
+            plain[name] = "on" if value else "off"  # as YAML reads on and off without quotes
+    return TrainConfig(**plain)
 
 
 def config_to_yaml(config: TrainConfig) -> str:

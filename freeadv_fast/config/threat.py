@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import torch
 
+from freeadv_fast.config.choices import Norm
 from freeadv_fast.errors import UserError
 
 INT8_MAX = 127
@@ -24,9 +25,14 @@ class Perturbation:
 
     Attributes:
         levels: The distance in grey levels, that is in units of 1/255 of the pixel range.
+        chosen_for: Of a step that a recipe chose: radius in grey levels and norm of its ball.
+            In another ball `in_ball` makes it another step. None of one that the user wrote.
     """
 
     levels: Fraction
+    chosen_for: tuple[Fraction, Norm] | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
 
     @classmethod
     def parse(cls, text: str | float | Perturbation, flag: str = "--eps") -> Perturbation:
@@ -55,7 +61,7 @@ class Perturbation:
                 f"{flag} {text}: {size}; did you mean {text}/255? "
                 f"(an L2 radius is written {float(value * 255):g}/255)"
             )
-        return cls(value * 255)
+        return cls(unrounded(value * 255))
 
     def __str__(self) -> str:
         """The form users write: ``4/255``, or ``2.5/255``."""
@@ -67,9 +73,37 @@ class Perturbation:
         """A share of the distance; 1 is the same one, exactly."""
         return self if share == 1 else Perturbation(self.levels * Fraction(share))
 
+    def chosen_in(self, eps: Perturbation, norm: Norm) -> Perturbation:
+        """The same distance, as the step that was chosen for a ball."""
+        return dataclasses.replace(self, chosen_for=(eps.levels, norm))
+
+    def in_ball(self, eps: Perturbation, norm: Norm) -> Perturbation | None:
+        """This step where the ball is the one given: in proportion to its radius.
+
+        None where nothing can be said: a step of one norm means nothing in another. A step that
+        the user wrote stays what it is, and so does any at radius 0.
+        """
+        if self.chosen_for in (None, (eps.levels, norm)) or not eps.levels:
+            return self
+        radius, chosen_norm = self.chosen_for  # type: ignore[misc]  # None is ruled out above
+        if norm != chosen_norm:
+            return None
+        if not radius:
+            return self
+        return Perturbation(self.levels * eps.levels / radius).chosen_in(eps, norm)
+
     def __float__(self) -> float:
         """The distance as a fraction of the pixel range, for attacks on images in [0, 1]."""
         return float(self.levels / 255)
+
+
+def unrounded(levels: Fraction) -> Fraction:
+    """The short fraction that a float was computed from: Python's 8/255 is 7.9999999999999995/255.
+
+    Only within the rounding of a double; 0.0157, which somebody wrote so, stays 4.0035/255.
+    """
+    short = levels.limit_denominator(1000)
+    return short if abs(short - levels) <= levels * Fraction(1, 2**51) else levels
 
 
 @dataclasses.dataclass(frozen=True)

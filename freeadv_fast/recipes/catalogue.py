@@ -7,7 +7,6 @@ when it is not typed, the command line divides it among the ranks (`cli.resolve`
 from __future__ import annotations
 
 import difflib
-from dataclasses import replace
 
 from freeadv_fast.config.method_names import METHODS
 from freeadv_fast.config.run import TrainConfig
@@ -15,7 +14,7 @@ from freeadv_fast.errors import UserError
 from freeadv_fast.recipes import advprop, digits, fast, free, gradalign, pgd, trades, yopo
 
 RECIPES: dict[str, TrainConfig] = {
-    name: replace(config, recipe=name)
+    name: config.as_recipe(name)
     for paper in (digits, free, pgd, advprop, gradalign, fast, yopo, trades)
     for name, config in paper.rows().items()
 }

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
 
-from freeadv_fast import data
+from freeadv_fast.data import build
 from freeadv_fast.data import folder_torchvision
 from freeadv_fast.data.build import build_loaders, build_val_loader
 from freeadv_fast.errors import UserError
@@ -273,7 +273,7 @@ def test_workers_collect_nothing_of_their_parents(
 
 
 def test_without_dali_one_line_says_so(use_backend, build_tree, config, world_of, capsys):
-    data._announce_once.cache_clear()
+    build._announce_once.cache_clear()
     settings = config(build_tree())
     use_backend("dali")
     lines = build_loaders(settings, world_of()).describe()
