@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from freeadv_fast.cli.flags import flag_name, parse, parse_with_tyro, value_of
+from freeadv_fast.cli.flags import flag_name, parse, parse_with_tyro, share_of, value_of
 from freeadv_fast.cli.resolve import resolve
 from freeadv_fast.cli.run import guard
 from freeadv_fast.config.file import config_to_dict, load_config
@@ -55,7 +55,7 @@ WITHOUT_EFFECT = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Methods x radii x seeds. Every other flag, such as --data or --epochs, goes to each cell."""
+    """Methods x radii x seeds. Every other flag goes to each cell whose method reads it."""
 
     methods: str = "natural,free"
     """Training methods, separated by commas; each with its own recipe of the dataset."""
@@ -214,7 +214,8 @@ def plan(sweep: Sweep, flags: list[str]) -> list[tuple[Cell, TrainConfig | None]
 def configure(sweep: Sweep, cell: Cell, flags: list[str]) -> tuple[TrainConfig, list[str]]:
     """A cell's config as its training script would make it, and remarks for the user."""
     folder = Path(sweep.output_dir) / cell.name
-    arguments = [*flags, "--method", cell.method, "--eps", cell.eps, "--seed", str(cell.seed)]
+    arguments = share_of(flags, cell.method, sweep.methods.split(","))
+    arguments += ["--method", cell.method, "--eps", cell.eps, "--seed", str(cell.seed)]
     arguments += ["--output-dir", str(folder)]
     command, typed = parse(arguments, cell.method, sweep.dataset)  # type: ignore[arg-type]
     config, remarks = resolve(command.run, typed)

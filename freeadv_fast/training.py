@@ -8,7 +8,6 @@ checkpoints and epoch ends only.
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -17,44 +16,53 @@ import torch
 from torch import nn
 
 from freeadv_fast.config.budget import Budget
-from freeadv_fast.config.file import config_to_dict
+from freeadv_fast.config.file import config_to_dict, config_to_yaml
 from freeadv_fast.config.run import TrainConfig
-from freeadv_fast.data.build import build_phase_loaders
+from freeadv_fast.data.build import Loaders, build_phase_loaders
 from freeadv_fast.data.loader import Batch
 from freeadv_fast.distributed.world import join_world, leave_world
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.evaluate import evaluate
 from freeadv_fast.runs import checkpoint
+from freeadv_fast.runs.environment import environment
+from freeadv_fast.runs.log import RunFolder, labelled
 from freeadv_fast.session import rewind
-from freeadv_fast.session.conclude import Result, conclude
+from freeadv_fast.session.conclude import conclude
 from freeadv_fast.session.guard import CHECK_ATTACK, Count
 from freeadv_fast.session.method import enter_phase
-from freeadv_fast.session.prepare import describe_data, prepare
+from freeadv_fast.session.network import build_learner, build_network
+from freeadv_fast.session.prepare import prepare, with_precision
+from freeadv_fast.session.result import Result, read_result
 from freeadv_fast.session.resume import rank_state, to_cpu
 from freeadv_fast.session.run import Run
 from freeadv_fast.session.signals import Interrupted, StopRequests
+from freeadv_fast.session.start import start_lines
 
 
-def train(config: TrainConfig, model: nn.Module | None = None) -> Result | None:
+def train(config: TrainConfig, model: nn.Module | None = None) -> Result:
     """Trains, selects, evaluates and reports a network as a config says.
 
     Args:
         config: The whole run. Under torchrun every rank calls this with the same config.
-        model: A network of your own instead of the one that ``config.arch`` names: (n, 3, H, W)
-            normalised images to (n, classes) logits.
+        model: A network of your own in place of the one that ``config.arch`` names: (n, 3, H, W)
+            float32 images, normalised by ``config.normalization``, to (n, classes) float32 logits.
+            A copy of it is trained; once the run is finished the module itself holds the weights
+            that were evaluated, and keeps its class, device and mode. Before that it is unchanged.
 
     Returns:
-        What result.json holds; None when ``resume`` finds the run finished.
+        What result.json holds, and the evaluated network as `Result.model`; of a finished run that
+        ``resume`` finds, what it came to.
 
     Raises:
-        UserError: a flag, the data or the output folder is wrong, or the loss became non-finite.
+        UserError: a flag, the data, the network or the output folder is wrong, or the loss became
+            non-finite; a `ValueError` with one line.
         Interrupted: a signal asked to stop; everything is saved for ``resume``.
     """
     world = join_world()
     try:
         run = prepare(config, world, model)
         if run is None:
-            return None
+            return read_result(RunFolder(Path(config.run_folder)), model)
         try:
             with StopRequests() as stop:
                 train_epochs(run, stop)
@@ -169,6 +177,7 @@ def measure(run: Run, batch: Batch) -> None:
         hits = learner.clean_hits(batch.images, batch.labels).to(torch.float64)
         line["train_clean_accuracy"] = run.world.sum_(hits).item() / batch.global_size
     progress.last_line = line
+    run.log.tell(line, run.clock.seconds)
 
 
 def refuse_nonfinite(run: Run) -> None:
@@ -280,24 +289,31 @@ def refuse_nonfinite_weights(run: Run) -> None:
 
 
 def dry_run(config: TrainConfig) -> list[str]:
-    """What `train` would do: data, steps and the first minibatch; writes nothing."""
+    """What `train` would do: its config, its start and the first minibatches; writes nothing."""
     world = join_world()
     try:
+        config = with_precision(config, world)
         phase_loaders = build_phase_loaders(config, world)
         budget = Budget.of(config, [loaders.train.num_batches for loaders in phase_loaders])
-        lines = describe_data(phase_loaders)
-        for number, span in enumerate(budget.spans):
-            phase, loader = config.phase_configs[number], phase_loaders[number].train
-            batch = next(iter(loader.epoch(span.epochs.start)))
-            lines += [f"phase {config.phases[number]}"] if config.phases else []
-            lines += [
-                f"global batch {batch.global_size} = {world.size} ranks x {phase.batch_size}",
-                f"{len(span.epochs)} data epochs x {loader.num_batches} minibatches"
-                + f" x m {config.m}" * (config.m > 1)
-                + f" = {len(span.updates)} updates",
-                f"first minibatch: images {tuple(batch.images.shape)} {batch.images.dtype}, "
-                f"labels {tuple(batch.labels.shape)} {batch.labels.dtype}",
-            ]
-        return [*lines, f"output folder: {os.fspath(Path(config.run_folder))}"]
+        network = build_network(config, phase_loaders[-1].train.classes, is_fresh=True)
+        learner = build_learner(network, config, world, budget)
+        machine = environment(world.size)
+        return [
+            config_to_yaml(config).rstrip(),
+            *start_lines(config, world, phase_loaders, budget, learner, machine),
+            *first_minibatches(budget, phase_loaders),
+        ]
     finally:
         leave_world()
+
+
+def first_minibatches(budget: Budget, phase_loaders: tuple[Loaders, ...]) -> list[str]:
+    """The shapes and types of each phase's first minibatch."""
+    lines = []
+    for span, loaders in zip(budget.spans, phase_loaders, strict=True):
+        batch = next(iter(loaders.train.epoch(span.epochs.start)))
+        lines.append(
+            f"images {tuple(batch.images.shape)} {batch.images.dtype}, "
+            f"labels {tuple(batch.labels.shape)} {batch.labels.dtype}"
+        )
+    return labelled("minibatch", lines)

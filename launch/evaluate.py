@@ -8,7 +8,7 @@ import sys
 import tyro
 
 from freeadv_fast.cli import run_tool
-from freeadv_fast.evaluation.saved_run import evaluate_run
+from freeadv_fast.evaluation.subject import evaluate
 
 
 def main(
@@ -31,8 +31,8 @@ def main(
         data: Other validation images, as the training script's --data.
         checkpoint: best, last, or a path.
     """
-    threat = {"eps": eps, "step": step, "attacks": attacks and attacks.split(",")}
-    evaluate_run(run, data=data, num_images=eval_images, checkpoint=checkpoint, **threat)
+    threat = {"eps": eps, "step": step, "attacks": attacks}
+    evaluate(run, data=data, num_images=eval_images, checkpoint=checkpoint, **threat)
     return 0
 
 

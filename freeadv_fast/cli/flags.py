@@ -6,18 +6,21 @@ import contextlib
 import dataclasses
 import difflib
 import io
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
 from freeadv_fast.config.file import load_config
+from freeadv_fast.config.method_fields import NEUTRAL, READERS, readers_in_words, reads
 from freeadv_fast.config.method_names import Method
 from freeadv_fast.config.phases import Phases
+from freeadv_fast.config.read import flag_of
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.schedule import Schedule
 from freeadv_fast.config.threat import Perturbation
+from freeadv_fast.config.written import as_typed
 from freeadv_fast.errors import UserError
 from freeadv_fast.recipes.catalogue import DEFAULTS, RECIPES, find_recipe
 
@@ -47,34 +50,88 @@ def parse(arguments: list[str], method: Method, dataset: str) -> tuple[CommandLi
         The command and the names of the fields that were typed (or come from --config).
 
     Raises:
-        UserError: unknown flags (with the nearest name), bad values.
+        UserError: unknown flags (with the nearest name), bad values, flags that the method does not
+            read.
     """
     fields = [*dataclasses.fields(TrainConfig), *dataclasses.fields(CommandLine)]
     refuse_unknown_flags(arguments, [field.name for field in fields])
     for flag in ("--eps", "--step-size", "--eval-step"):  # here, so that the message names it
         Perturbation.parse(value_of(arguments, flag) or "0", flag)
     typed = {flag_name(argument) for argument in arguments if argument.startswith("--")}
-    config_path = value_of(arguments, "--config")
-    recipe = value_of(arguments, "--recipe")
-    if config_path is not None:
-        base = load_config(Path(config_path))
-        typed |= {field.name for field in dataclasses.fields(TrainConfig)}
-    elif recipe is not None:
-        base = find_recipe(recipe)
-    else:
-        is_embedded = value_of(arguments, "--data") in (None, "digits")
-        if str(value_of(arguments, "--data")).startswith("svhn:"):
-            dataset = "svhn"
-        defaults = DEFAULTS["digits" if is_embedded else dataset]
-        base = RECIPES[defaults.get(value_of(arguments, "--method") or method, defaults[method])]
+    base = implied_config(arguments, method, dataset)
     command = parse_with_tyro(CommandLine, arguments, CommandLine(base))
+    refuse_unread_flags(command.run, typed)
+    if command.config is not None:
+        return command, typed | {field.name for field in dataclasses.fields(TrainConfig)}
     for field, part in (("image_size", "side"), ("batch_size", "batch")):
-        if config_path is None and command.run.phases and field in typed:
-            flag = "--" + field.replace("_", "-")
+        if command.run.phases and field in typed:
+            flag = flag_of(field)
             raise UserError(f"{flag}: each of the --phases has its own {part}; leave out {flag}")
-    if config_path is None and "data" not in typed and base.data != "digits":
+    if "data" not in typed and base.data != "digits":
         raise UserError(f"--data: recipe {base.recipe} needs it; give the folder of its images")
     return command, typed
+
+
+def implied_config(arguments: list[str], method: Method, dataset: str) -> TrainConfig:
+    """What flags are on top of: --config's run, --recipe's, or that of --data and --method.
+
+    Args:
+        arguments: Without the program's name; only these four flags are looked at.
+        method: The script's method.
+        dataset: Whose recipes the user's own data are trained with.
+
+    Raises:
+        UserError: no such config or recipe.
+    """
+    config_path, recipe = value_of(arguments, "--config"), value_of(arguments, "--recipe")
+    if config_path is not None:
+        return load_config(Path(config_path))
+    if recipe is not None:
+        return find_recipe(recipe)
+    data = value_of(arguments, "--data") or "digits"
+    if data == "digits" or data.startswith("svhn:"):
+        dataset = data.partition(":")[0]
+    defaults = DEFAULTS[dataset]
+    return RECIPES[defaults.get(value_of(arguments, "--method") or method, defaults[method])]
+
+
+def refuse_unread_flags(config: TrainConfig, typed: set[str]) -> None:
+    """Names the methods that read a flag which the chosen one does not.
+
+    Args:
+        config: The run. typed: The fields whose flags were typed.
+
+    Raises:
+        UserError: a flag of other methods, set to something else than what this one does anyway.
+    """
+    for name in READERS:
+        value = getattr(config, name)
+        is_read = reads(config.method, name, config.on_collapse)
+        if name in typed and not is_read and value != NEUTRAL.get(name):
+            raise UserError(
+                f"{as_typed(name, value)}: {config.method} does not read it; "
+                f"for {readers_in_words(name)}"
+            )
+
+
+def share_of(arguments: list[str], method: str, methods: Sequence[str]) -> list[str]:
+    """One method's share of flags that were typed for several: without those of the others.
+
+    Args:
+        arguments: Without the program's name.
+        method: One of `methods`.
+        methods: A flag that none of them reads stays, for `parse` to refuse it.
+    """
+    on_collapse = value_of(arguments, "--on-collapse") or "stop"
+    kept: list[str] = []
+    is_kept = True
+    for argument in arguments:
+        if argument.startswith("--"):
+            readers = [name for name in methods if reads(name, flag_name(argument), on_collapse)]
+            is_kept = method in readers or not readers
+        if is_kept:
+            kept.append(argument)
+    return kept
 
 
 def parse_with_tyro(target: Callable[..., T], arguments: list[str], default: T | None = None) -> T:

@@ -12,13 +12,10 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-import yaml
-
 from freeadv_fast.cli.flags import parse, parse_with_tyro, refuse_unknown_flags
+from freeadv_fast.cli.help import asks_for_help, help_page, print_page
 from freeadv_fast.cli.resolve import resolve
-from freeadv_fast.config.file import config_to_dict
 from freeadv_fast.config.method_names import Method
-from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.distributed.shuffle import PeerLost
 from freeadv_fast.errors import UserError
 from freeadv_fast.session.signals import Interrupted
@@ -36,12 +33,16 @@ def run_training(method: Method, dataset: str, argv: Sequence[str] | None = None
 
     def work() -> int:
         arguments = list(sys.argv[1:] if argv is None else argv)
+        if asks_for_help(arguments):
+            if is_main_rank():
+                print_page(help_page(arguments, method, dataset))
+            return 0
         command, typed = parse(arguments, method, dataset)
-        from freeadv_fast.training import dry_run, train  # seconds of imports that --help can spare
+        from freeadv_fast.training import dry_run, train  # seconds of imports that --help spares
 
         config, remarks = resolve(command.run, typed)
         if is_main_rank():
-            print_plan(config, remarks, is_embedded="data" not in typed and config.data == "digits")
+            print_remarks(remarks, is_embedded="data" not in typed and config.data == "digits")
         if command.dry_run:
             for line in dry_run(config):
                 if is_main_rank():
@@ -100,16 +101,11 @@ def is_main_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def print_plan(config: TrainConfig, remarks: list[str], is_embedded: bool) -> None:
-    """Prints what will be done, before anything is."""
+def print_remarks(remarks: list[str], is_embedded: bool) -> None:
+    """Prints what was settled without being typed, before anything is done."""
     if is_embedded:
         print("no --data: training on embedded real handwritten digits (32 px); "
               "--data FOLDER trains on yours")  # fmt: skip
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    print(yaml.safe_dump(config_to_dict(config), sort_keys=False).rstrip())
-    sizes = [phase.batch_size for phase in config.phase_configs]
-    batches = ", then ".join(f"{size * num_ranks} = {num_ranks} x {size}" for size in sizes)
-    print(f"global batch {batches}, output folder {config.run_folder}")
     for remark in remarks:
         print(remark)
     sys.stdout.flush()

@@ -9,8 +9,10 @@ from typing import Literal
 
 from freeadv_fast.config.attack import Attack
 from freeadv_fast.config.fields import RunFields
-from freeadv_fast.config.method_names import ALIGNABLE, DUAL, METHODS, REPLAYING, WARMING
+from freeadv_fast.config.method_fields import NEUTRAL, READERS
+from freeadv_fast.config.method_names import ALIGNABLE, METHODS, REPLAYING
 from freeadv_fast.config.read import field_types, flag_of
+from freeadv_fast.config.written import as_typed
 from freeadv_fast.errors import UserError, blaming
 
 
@@ -142,12 +144,10 @@ def check_combinations(config: RunFields) -> None:
     Raises:
         UserError: names the flag and the fix.
     """
-    if config.attack_warmup and config.method not in WARMING:
-        raise UserError(
-            f"--attack-warmup {config.attack_warmup:g}: not for {config.method}; leave it out"
-        )
-    if config.norm != "linf" and config.method not in ("pgd", "trades"):
-        raise UserError(f"--norm {config.norm}: only for pgd and trades; leave it out")
+    for name, neutral in NEUTRAL.items():
+        value = getattr(config, name)
+        if value != neutral and config.method not in READERS[name]:
+            raise UserError(f"{as_typed(name, value)}: not for {config.method}; leave it out")
     if config.on_collapse == "gradalign" and (
         config.method not in ALIGNABLE or config.norm != "linf"
     ):
@@ -166,8 +166,6 @@ def check_combinations(config: RunFields) -> None:
         )
     for name in config.eval_attacks:  # a misspelt one should not be found after training
         Attack.parse(name)
-    if config.mix != "none" and config.method not in ("natural", *DUAL):
-        raise UserError(f"--mix {config.mix}: not for {config.method}; leave it out")
     if config.method != "natural" and config.threat.eps.levels == 0:
         raise UserError(f"--eps 0: {config.method} needs a radius above 0, such as 4/255")
     if config.method != "natural" and config.threat.step.levels == 0:

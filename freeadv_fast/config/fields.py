@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from fractions import Fraction
 from typing import Self
 
@@ -38,7 +39,8 @@ class RunFields:
     """What a run is described by; `TrainConfig` is the one to use."""
 
     recipe: str = "custom"
-    """Name of the recipe that this run started from; recorded in result.json."""
+    """Row of a paper's table to start from; `python -m freeadv_fast.recipes` lists them. Default:
+    what --data and --method imply."""
 
     # The algorithm.
     method: Method = "free"
@@ -412,4 +414,5 @@ class RunFields:
         data = self.data.rstrip("/").rsplit("/", 1)[-1].replace(":", "-")
         eps = f"{float(self.eps.levels):g}"
         replays = f"-m{self.m}" if self.method in REPLAYING else ""
-        return f"runs/{self.method}-{data}-{self.arch}{replays}-eps{eps}-seed{self.seed}"
+        arch = re.sub(r"^custom \((.+)\)$", r"custom-\1", self.arch)  # so named by `models.own`
+        return f"runs/{self.method}-{data}-{arch}{replays}-eps{eps}-seed{self.seed}"

@@ -13,11 +13,21 @@ from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.errors import UserError
 from freeadv_fast.recipes import advprop, digits, fast, free, gradalign, pgd, trades, yopo
 
-RECIPES: dict[str, TrainConfig] = {
-    name: config.as_recipe(name)
-    for paper in (digits, free, pgd, advprop, gradalign, fast, yopo, trades)
-    for name, config in paper.rows().items()
+# Each paper's recipes by name.
+PAPERS: dict[str, dict[str, TrainConfig]] = {
+    title: {name: config.as_recipe(name) for name, config in paper.rows().items()}
+    for title, paper in {
+        "The embedded digits, in no paper": digits,
+        "Adversarial Training for Free! (Shafahi et al. 2019)": free,
+        "PGD training (Madry et al. 2018), as Shafahi et al. 2019 report it": pgd,
+        "Fast AdvProp (Mei et al. 2022)": advprop,
+        "GradAlign (Andriushchenko and Flammarion 2020), figure 1": gradalign,
+        "Fast is better than free (Wong et al. 2020)": fast,
+        "You Only Propagate Once (Zhang et al. 2019)": yopo,
+        "TRADES (Zhang et al. 2019)": trades,
+    }.items()
 }
+RECIPES = {name: config for rows in PAPERS.values() for name, config in rows.items()}
 
 # The recipe that --data alone selects, by the dataset of the script and the method.
 DEFAULTS: dict[str, dict[str, str]] = {
@@ -58,8 +68,12 @@ DEFAULTS: dict[str, dict[str, str]] = {
 }
 
 
-def find_recipe(name: str) -> TrainConfig:
+def find_recipe(name: str, flag: str = "--recipe") -> TrainConfig:
     """The recipe of that name.
+
+    Args:
+        name: What the user wrote.
+        flag: The flag to name when there is none.
 
     Raises:
         UserError: no such recipe; the message names the nearest ones.
@@ -68,7 +82,7 @@ def find_recipe(name: str) -> TrainConfig:
         return RECIPES[name]
     near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.3)
     raise UserError(
-        f"--recipe {name}: no such recipe"
+        f"{flag} {name}: no such recipe"
         + (f"; did you mean {' or '.join(near)}?" if near else "")
         + "; python -m freeadv_fast.recipes lists them"
     )

@@ -139,6 +139,13 @@ def batch_norm_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: b for name, b in model.named_buffers() if b.is_floating_point()}
 
 
+def average_buffers_(model: nn.Module, world: World) -> None:
+    """Replaces running statistics by their mean over the ranks."""
+    if world.size > 1:
+        for buffer in batch_norm_buffers(model).values():
+            world.sum_(buffer).div_(world.size)
+
+
 @contextlib.contextmanager
 def averaged_buffers(model: nn.Module, world: World) -> Iterator[None]:
     """Within the block, running statistics are their mean over the ranks; afterwards each its own.
@@ -152,8 +159,7 @@ def averaged_buffers(model: nn.Module, world: World) -> Iterator[None]:
         return
     buffers = list(batch_norm_buffers(model).values())
     own = [buffer.clone() for buffer in buffers]
-    for buffer in buffers:
-        world.sum_(buffer).div_(world.size)
+    average_buffers_(model, world)
     try:
         yield
     finally:

@@ -20,6 +20,7 @@ from freeadv_fast.models.normalize import (
     plain_network,
     with_normalizer,
 )
+from freeadv_fast.models.own import adopt, class_of, is_own, refuse_unnamed_network
 from freeadv_fast.models.zoo import TIMM_PREFIX, build_model, library_options, network_source
 from freeadv_fast.runs.whole_file import renamed_when_whole
 
@@ -52,7 +53,7 @@ def export_model(
     Args:
         model: What `zoo.build_model` returned, on any device; left as it is.
         folder: Made if missing, such as ``RUN/export``.
-        arch: The network's name.
+        arch: The network's name, ``custom (Net)`` for a network of the user's own.
         classes: Class names in the order of the logits.
         mean: Per-channel mean that training subtracted, in [0, 1].
         std: Per-channel standard deviation that it divided by.
@@ -88,17 +89,21 @@ def export_model(
     return folder
 
 
-def load_exported(folder: str | Path) -> nn.Module:
+def load_export(folder: str | Path, *, model: nn.Module | None = None) -> nn.Module:
     """Rebuilds an exported network.
 
     Args:
-        folder: What `export_model` wrote.
+        folder: What `export_model` wrote, such as ``RUN/export``.
+        model: Your own network where the run trained one: a module of the same class and shapes,
+            of which a copy takes the weights.
 
     Returns:
-        The network in eval mode, on the CPU: (N, 3, H, W) float32 in [0, 1] to (N, classes).
+        The network in eval mode, on the CPU: (N, 3, H, W) float32 pixels in [0, 1] to (N, classes)
+        float32 logits. Children `normalize` and `model`.
 
     Raises:
-        UserError: the folder holds no export.
+        UserError: the folder holds no export, a damaged one, or one of another network; a
+            `ValueError` with one line.
     """
     folder = Path(folder)
     try:
@@ -108,15 +113,19 @@ def load_exported(folder: str | Path) -> nn.Module:
         raise UserError(f"{folder}: not an export ({error.strerror or error})") from None
     except (json.JSONDecodeError, SafetensorError) as error:
         raise UserError(f"{folder}: damaged export ({error})") from None
-    model = build_model(
-        config["architecture"],
-        config["num_classes"],
-        image_size=config["image_size"],
-        per_image_standardize=config["per_image_standardization"],
-    )
+    arch, num_classes, size = (config[k] for k in ("architecture", "num_classes", "image_size"))
+    standardize = config["per_image_standardization"]
+    if model is None:
+        refuse_unnamed_network(arch)
+        built = build_model(arch, num_classes, image_size=size, per_image_standardize=standardize)
+    else:
+        built = adopt(model, num_classes, image_sizes=[size], per_image_standardize=standardize)
     plain = {key.removeprefix("model."): weights[key] for key in weights if key[:6] == "model."}
-    plain_network(model).load_state_dict(plain)
-    return with_normalizer(model, config["mean"], config["std"]).eval()
+    try:
+        plain_network(built).load_state_dict(plain)
+    except RuntimeError:
+        raise UserError(f"{folder}: holds the weights of {arch}, another network") from None
+    return with_normalizer(built, config["mean"], config["std"]).eval()
 
 
 def describe(
@@ -133,7 +142,7 @@ def describe(
     standardize = " Between them each image is standardised by its own statistics." * per_image
     return {
         "architecture": arch,
-        "architecture_source": network_source(arch),
+        "architecture_source": "custom" if is_own(arch) else network_source(arch),
         "num_classes": len(classes),
         "class_names": list(classes),
         "mean": list(mean),
@@ -151,13 +160,14 @@ def describe(
         },
         "load": {
             PLAIN: [
-                f"model = {_build_line(arch, len(classes), image_size)}",
+                _build_line(arch, len(classes), image_size),
                 f"model.load_state_dict(safetensors.torch.load_file({PLAIN!r}))",
                 f"logits = model.eval()({_input_line(per_image)})",
             ],
             NORMALIZED: [
-                "from freeadv_fast.runs.export import load_exported",
-                "model = load_exported('.')",
+                "import freeadv_fast",
+                *([_build_line(arch, len(classes), image_size)] if is_own(arch) else []),
+                f"model = freeadv_fast.load_export('.'{', model=model' if is_own(arch) else ''})",
                 "logits = model(pixels)",
             ],
         },
@@ -165,13 +175,17 @@ def describe(
 
 
 def _build_line(arch: str, num_classes: int, image_size: int) -> str:
-    """The expression that builds the network of ``model.safetensors``."""
+    """The line that builds the network of ``model.safetensors``."""
+    if is_own(arch):
+        return f"# model: the module that was trained, your own {class_of(arch)}"
     source, name = network_source(arch), arch.removeprefix(TIMM_PREFIX)
     if source == "freeadv_fast":
-        return f"freeadv_fast.models.zoo.build_model({name!r}, {num_classes}, {image_size=})"
+        return (
+            f"model = freeadv_fast.models.zoo.build_model({name!r}, {num_classes}, {image_size=})"
+        )
     function = {"torchvision": "torchvision.models.get_model", "timm": "timm.create_model"}[source]
     options = library_options(arch, num_classes, image_size)
-    return f"{function}({name!r}, {', '.join(f'{k}={v!r}' for k, v in options.items())})"
+    return f"model = {function}({name!r}, {', '.join(f'{k}={v!r}' for k, v in options.items())})"
 
 
 def _input_line(per_image: bool) -> str:

@@ -7,8 +7,11 @@ Only rank 0 writes. Nothing here is called within a step: metrics are read from 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,20 @@ from freeadv_fast.config.file import config_to_yaml
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.errors import UserError
 from freeadv_fast.runs.whole_file import renamed_when_whole
+
+LABEL_WIDTH = 12
+
+# Training that is timed before its rate is said. What comes before the first reading is not: cuDNN
+# tries its algorithms, Triton compiles, updates are recorded.
+SECONDS_OF_RATE = 10.0
+SECONDS_BETWEEN_LINES = 60.0
+
+# What the bar and the lines show of a reading: the word, the key in log.jsonl, the form.
+SHOWN = (
+    ("loss", "loss", ".3f"),
+    ("clean", "train_clean_accuracy", ".1%"),
+    ("adversarial", "train_adversarial_accuracy", ".1%"),
+)
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
@@ -37,6 +54,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object."""
     record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return record
+
+
+def labelled(label: str, lines: Sequence[str]) -> list[str]:
+    """Lines beside a label in the first column; none of no lines."""
+    labels = [label] + [""] * (len(lines) - 1)
+    return [f"{a:<{LABEL_WIDTH}}{b}" for a, b in zip(labels, lines, strict=False)]
 
 
 class RunFolder:
@@ -78,12 +101,53 @@ class RunFolder:
             )
 
 
+class Forecast:
+    """How long passes will take. A pass over larger images takes longer, as it has more pixels.
+
+    Attributes:
+        total: Passes of the whole run.
+
+    Args:
+        phases: Passes of each phase, and the pixels of an image in it.
+    """
+
+    def __init__(self, phases: Sequence[tuple[int, int]]) -> None:
+        """Adds the passes up."""
+        self._phases = phases
+        self.total = sum(passes for passes, _ in phases)
+
+    def seconds_left(self, done: int, now: int, rate: float) -> float:
+        """Seconds of training from some passes on.
+
+        Args:
+            done: Passes from which on to count.
+            now: Passes at which the rate was measured.
+            rate: Passes a second there.
+        """
+        pixels_now, pixels_left, end = 1, 0, 0
+        for passes, pixels in self._phases:
+            if end < now:
+                pixels_now = pixels
+            end += passes
+            pixels_left += pixels * min(passes, max(0, end - done))
+        return pixels_left / pixels_now / rate
+
+
+def duration(seconds: float) -> str:
+    """A length of time in its two largest units: ``4 h 15 min``, ``1 min 20 s``, ``45 s``."""
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    hours, minutes_of_hour = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes_of_hour} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 class RunLog:
-    """log.jsonl, TensorBoard and, on a terminal, a progress bar.
+    """log.jsonl, TensorBoard and, on a terminal, a progress bar; elsewhere a line every minute.
 
     Args:
         folder: The run's folder.
-        total_passes: Image passes of the whole run, for the bar.
+        forecast: Image passes of the whole run, for the bar and the time left.
         log_bytes: Length of log.jsonl at the checkpoint that is resumed; lines after it belong to
             work that will be done again, so the file is cut there.
         passes: Image passes done before.
@@ -91,18 +155,24 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: RunFolder, total_passes: int, log_bytes: int, passes: int, is_writer: bool
+        self, folder: RunFolder, forecast: Forecast, log_bytes: int, passes: int, is_writer: bool
     ) -> None:
         """Opens the files."""
         self.is_writer = is_writer
         if not is_writer:
             return
+        self.forecast = forecast
+        self.resumed_at = passes
+        self.first_reading: tuple[int, float] | None = None
+        self.is_rate_said = False
+        self.has_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+        self.said_at = time.monotonic()
         self.file = folder.log.open("a+b")
         self.file.truncate(min(log_bytes, self.file.seek(0, os.SEEK_END)))
         self.file.seek(0, os.SEEK_END)
         self.board = SummaryWriter(str(folder.root), purge_step=passes or None)
         self.bar = tqdm(
-            total=total_passes,
+            total=forecast.total,
             initial=passes,
             unit=" passes",
             unit_scale=True,
@@ -129,14 +199,48 @@ class RunLog:
         for name, value in line.items():
             if isinstance(value, int | float) and name != "passes":
                 self.board.add_scalar(name, value, line["passes"])
-        shown = {
-            "loss": ("loss", ".3f"),
-            "clean": ("train_clean_accuracy", ".1%"),
-            "adversarial": ("train_adversarial_accuracy", ".1%"),
-        }
-        self.bar.set_postfix(
-            {word: format(line[key], form) for word, (key, form) in shown.items() if key in line}
-        )
+        self.bar.set_postfix(shown(line))
+
+    def tell(self, line: dict[str, Any], train_seconds: float) -> None:
+        """Says how training goes: its rate, once, and without a terminal a line every minute.
+
+        Args:
+            line: A new reading, as `write` takes it.
+            train_seconds: Seconds of training until then, without evaluation.
+        """
+        if not self.is_writer:
+            return
+        if not self.is_rate_said:
+            self.say_rate(line["passes"], train_seconds)
+        if not self.has_terminal and time.monotonic() - self.said_at >= SECONDS_BETWEEN_LINES:
+            self.said_at = time.monotonic()
+            self.say(self.minute_line(line))
+
+    def say_rate(self, passes: int, train_seconds: float) -> None:
+        """Says the rate and what it means as soon as it is known, unless the end is near."""
+        if self.first_reading is None:
+            self.first_reading = passes, train_seconds
+            return
+        seconds = train_seconds - self.first_reading[1]
+        if seconds < SECONDS_OF_RATE:
+            return
+        self.is_rate_said = True
+        rate = (passes - self.first_reading[0]) / seconds
+        left = self.forecast.seconds_left(passes, passes, rate)
+        if left < SECONDS_OF_RATE:
+            return
+        whole = duration(self.forecast.seconds_left(0, passes, rate))
+        still = f", {duration(left)} left" if self.resumed_at else ""
+        text = f"{rate:,.0f} passes/s: {whole} of training{still}"
+        self.say(*labelled("rate", [text]))
+
+    def minute_line(self, line: dict[str, Any]) -> str:
+        """A reading as a line of a log file."""
+        passes, rate, total = line["passes"], line["passes_per_second"], self.forecast.total
+        words = [f"{passes:,} of {total:,} passes ({passes / total:.1%})"]
+        words += [f"{word} {value}" for word, value in shown(line).items()]
+        left = self.forecast.seconds_left(passes, passes, rate)
+        return ", ".join([*words, f"{rate:,.0f} passes/s", f"{duration(left)} left"])
 
     def say(self, text: str) -> None:
         """Prints a line without tearing the bar."""
@@ -150,6 +254,11 @@ class RunLog:
             self.bar.close()
             self.file.close()
             self.board.close()
+
+
+def shown(line: dict[str, Any]) -> dict[str, str]:
+    """What users see of a reading, as far as it is there."""
+    return {word: format(line[key], form) for word, key, form in SHOWN if key in line}
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

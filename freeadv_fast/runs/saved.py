@@ -10,6 +10,8 @@ from torch import nn
 from freeadv_fast.config.file import load_config
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.errors import UserError
+from freeadv_fast.models.normalize import with_normalizer
+from freeadv_fast.models.own import adopt, refuse_unnamed_network
 from freeadv_fast.models.zoo import build_model
 from freeadv_fast.runs.checkpoint import BEST, LAST, load_checkpoint, load_weights
 from freeadv_fast.runs.export import export_model
@@ -25,7 +27,7 @@ class SavedRun:
         config: The config it was made with.
         checkpoint: The file that the weights are from.
         classes: Class names; a label is an index into this list.
-        model: The network, on the CPU, in training mode.
+        model: The network of normalised images, on the CPU, in training mode.
     """
 
     folder: RunFolder
@@ -34,17 +36,34 @@ class SavedRun:
     classes: list[str]
     model: nn.Module
 
+    @property
+    def network(self) -> nn.Module:
+        """`model` behind its normaliser, in eval mode.
 
-def load_run(run_folder: str | Path, checkpoint: str = "best") -> SavedRun:
+        (n, 3, H, W) float32 pixels in [0, 1] to (n, classes) float32 logits.
+        """
+        config = self.config
+        return with_normalizer(self.model, config.pixel_mean, config.pixel_std).eval()
+
+
+def load_run(
+    run_folder: str | Path, checkpoint: str = "best", *, model: nn.Module | None = None
+) -> SavedRun:
     """Rebuilds a run's network from its folder.
 
     Args:
         run_folder: The run's output folder.
         checkpoint: ``best`` (``last`` where no held-out images selected one), ``last``, or the
             path of a checkpoint.
+        model: Your own network where the run trained one: a module of the same class and shapes,
+            of which a copy takes the weights.
+
+    Returns:
+        The run; its `network` takes pixels.
 
     Raises:
-        UserError: not a run's folder, no such checkpoint, or a damaged or foreign one.
+        UserError: not a run's folder, no such checkpoint, a damaged or foreign one, or weights that
+            belong to another network; a `ValueError` with one line.
     """
     folder = RunFolder(Path(run_folder))
     if not folder.config.is_file():
@@ -55,14 +74,22 @@ def load_run(run_folder: str | Path, checkpoint: str = "best") -> SavedRun:
     classes = state.get("classes")
     if not isinstance(classes, list):
         raise UserError(f"--checkpoint {path}: no class names; not a checkpoint of a run")
-    model = build_model(
-        config.arch,
-        len(classes),
-        image_size=config.image_size,
-        per_image_standardize=config.normalization == "per-image",
+    built = _build(config, len(classes), model)
+    load_weights(built, state, config.arch, f"--checkpoint {path}")
+    return SavedRun(folder, config, path, classes, built)
+
+
+def _build(config: TrainConfig, num_classes: int, own: nn.Module | None) -> nn.Module:
+    """The run's network, with any weights: the one that its config names, or a copy of `own`."""
+    standardize = config.normalization == "per-image"
+    if own is not None:
+        return adopt(
+            own, num_classes, image_sizes=[config.image_size], per_image_standardize=standardize
+        )
+    refuse_unnamed_network(config.arch)
+    return build_model(
+        config.arch, num_classes, image_size=config.image_size, per_image_standardize=standardize
     )
-    load_weights(model, state, config.arch, f"--checkpoint {path}")
-    return SavedRun(folder, config, path, classes, model)
 
 
 def _checkpoint_path(folder: RunFolder, checkpoint: str) -> Path:
@@ -74,7 +101,11 @@ def _checkpoint_path(folder: RunFolder, checkpoint: str) -> Path:
 
 
 def export_run(
-    run_folder: str | Path, output_dir: str | Path | None = None, checkpoint: str = "best"
+    run_folder: str | Path,
+    output_dir: str | Path | None = None,
+    checkpoint: str = "best",
+    *,
+    model: nn.Module | None = None,
 ) -> Path:
     """Exports a run's network again.
 
@@ -82,6 +113,7 @@ def export_run(
         run_folder: The run's output folder.
         output_dir: Folder to write; ``export`` in the run's folder by default.
         checkpoint: ``best``, ``last`` or a path.
+        model: Your own network where the run trained one, as for `load_run`.
 
     Returns:
         The folder written.
@@ -89,7 +121,7 @@ def export_run(
     Raises:
         UserError: no such run or checkpoint.
     """
-    run = load_run(run_folder, checkpoint)
+    run = load_run(run_folder, checkpoint, model=model)
     return export_model(
         run.model,
         output_dir or run.folder.export,

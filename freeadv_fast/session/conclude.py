@@ -3,62 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from freeadv_fast.data.build import build_val_loader
 from freeadv_fast.evaluation import report
 from freeadv_fast.evaluation.evaluate import Evaluation, evaluate
 from freeadv_fast.models.normalize import with_normalizer
+from freeadv_fast.models.own import hand_back
 from freeadv_fast.runs import checkpoint, export
 from freeadv_fast.runs.environment import hardware, versions
 from freeadv_fast.runs.log import read_log, write_json
+from freeadv_fast.session.result import Result
 from freeadv_fast.session.run import Run
 
 NUM_PICTURED = 6
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What result.json holds; accuracies are fractions.
-
-    Attributes:
-        epochs: Data epochs trained. passes: Forward-backward image passes for the weights, over
-            all ranks. attack_passes: Those for a perturbation alone.
-        train_seconds: Training loop with its checkpoints, over all sessions; no evaluation.
-        robust_accuracy: Accuracy under each attack at `eps`, by the attack's name.
-        num_eval_images: Validation images that the accuracies are over; they selected nothing.
-        holdout_images: Training images held out to select the weights.
-        best_epoch: The epoch the evaluated weights are from; -1 is the last one.
-        collapse: Null, or the last collapse that the guard saw: ``detected_at_passes``, ``epoch``
-            (with its fraction), ``robust_accuracy_before`` and ``_after`` (held-out images under
-            PGD-10), ``action`` (stop, restore or gradalign), ``restores`` (rewinds to a good state
-            so far, this one included), ``rewound_to_update``.
-    """
-
-    recipe: str
-    method: str
-    dataset: str
-    arch: str
-    m: int
-    eps: str
-    epochs: float
-    passes: int
-    attack_passes: int
-    train_seconds: float
-    passes_per_second: float
-    clean_accuracy: float
-    clean_top5_accuracy: float | None
-    robust_accuracy: dict[str, float]
-    attack_step: str
-    num_eval_images: int
-    holdout_images: int
-    best_epoch: int
-    collapse: dict[str, Any] | None
-    seed: int
-    ranks: int
-    precision: str
-    device: str
-    versions: dict[str, Any]
 
 
 def conclude(run: Run) -> Result:
@@ -75,20 +32,22 @@ def conclude(run: Run) -> Result:
         if state["epoch"] >= run.budget.spans[run.phase].epochs.start:
             checkpoint.load_weights(run.model, state, config.arch, str(best))
             best_epoch = state["epoch"]
-    with checkpoint.averaged_buffers(run.model, world):
-        measured = evaluate(
-            run.model,
-            run.loaders.val,
-            run.attacks,
-            run.evaluation_threat,
-            world=world,
-            mean=config.pixel_mean,
-            std=config.pixel_std,
-            seed=config.seed,
-            label="validation",
-        )
-        result = describe(run, measured, best_epoch)
-        world.on_main(lambda: leave_behind(run, result))
+    checkpoint.average_buffers_(run.model, world)  # no rank trains on
+    measured = evaluate(
+        run.model,
+        run.loaders.val,
+        run.attacks,
+        run.evaluation_threat,
+        world=world,
+        mean=config.pixel_mean,
+        std=config.pixel_std,
+        seed=config.seed,
+        label="validation",
+    )
+    result = describe(run, measured, best_epoch)
+    world.on_main(lambda: leave_behind(run, result))
+    if run.own_model is not None:
+        hand_back(run.model, run.own_model)
     for line in summary(result):
         run.log.say(line)
     run.log.say(f"wrote {run.folder.result}, {run.folder.plots}, {run.folder.export}")
@@ -99,7 +58,7 @@ def leave_behind(run: Run, result: Result) -> None:
     """Writes pictures, export and, last of all, result.json."""
     draw(run)
     write_export(run)
-    write_json(run.folder.result, dataclasses.asdict(result))
+    write_json(run.folder.result, result.record())
 
 
 def describe(run: Run, measured: Evaluation, best_epoch: int) -> Result:
@@ -132,6 +91,8 @@ def describe(run: Run, measured: Evaluation, best_epoch: int) -> Result:
         precision=str(run.learner.precision).removeprefix("torch."),
         device=(processors["gpus"] or [processors["cpu"]])[0],
         versions=versions(),
+        folder=run.folder.root,
+        load_model=lambda: with_normalizer(run.model, config.pixel_mean, config.pixel_std).eval(),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError, blaming
 from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
 from freeadv_fast.models.fused import fuse_batch_norms
+from freeadv_fast.models.own import adopt
 from freeadv_fast.models.stem import use_space_to_depth
 from freeadv_fast.models.zoo import build_model, check_image_size
 from freeadv_fast.runs import checkpoint
@@ -27,18 +29,28 @@ from freeadv_fast.step.optim import build_sgd, is_capturable
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_network(config: TrainConfig, classes: list[str], is_fresh: bool) -> nn.Module:
-    """The network that the config names, with its first weights unless a checkpoint brings them."""
-    model = build_model(
-        config.arch,
-        len(classes),
-        image_size=config.image_size,
-        per_image_standardize=config.normalization == "per-image",
-        bn_group=config.bn_group,
-    )
-    for phase in config.phases:
-        with blaming(f"--phases {phase}"):
-            check_image_size(model, config.arch, len(classes), phase.image_size)
+def build_network(
+    config: TrainConfig, classes: list[str], *, is_fresh: bool, own: nn.Module | None = None
+) -> nn.Module:
+    """The network that the config names, or a copy of the caller's own.
+
+    Args:
+        config: The run. classes: Of its data.
+        is_fresh: Whether no checkpoint brings the weights.
+        own: The caller's network, in place of the one that ``config.arch`` names.
+    """
+    options: dict[str, Any] = {
+        "per_image_standardize": config.normalization == "per-image",
+        "bn_group": config.bn_group,
+    }
+    if own is not None:
+        sizes = [phase.image_size for phase in config.phase_configs]
+        model = adopt(own, len(classes), image_sizes=sizes, **options)
+    else:
+        model = build_model(config.arch, len(classes), image_size=config.image_size, **options)
+        for phase in config.phases:
+            with blaming(f"--phases {phase}"):
+                check_image_size(model, config.arch, len(classes), phase.image_size)
     if config.init_from is not None and is_fresh:
         state = checkpoint.load_checkpoint(Path(config.init_from), "--init-from")
         checkpoint.load_weights(model, state, config.arch, f"--init-from {config.init_from}")

@@ -14,11 +14,13 @@ from torch import nn
 from freeadv_fast.config.budget import Budget
 from freeadv_fast.config.file import config_to_dict
 from freeadv_fast.config.run import TrainConfig
-from freeadv_fast.data.build import Loaders, build_phase_loaders
+from freeadv_fast.data.build import build_phase_loaders
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError
+from freeadv_fast.models.own import arch_of, freeze_unused, refuse_unnamed_network
 from freeadv_fast.runs.environment import environment
-from freeadv_fast.runs.log import RunFolder, RunLog, save_config, write_json
+from freeadv_fast.runs.log import Forecast, RunFolder, RunLog, save_config, write_json
+from freeadv_fast.session.cost import costs_of, until
 from freeadv_fast.session.guard import History
 from freeadv_fast.session.method import (
     build_guard,
@@ -31,6 +33,7 @@ from freeadv_fast.session.resume import (
     warn_about_changes,
 )
 from freeadv_fast.session.run import Clock, Progress, Run, say
+from freeadv_fast.session.start import start_lines
 
 
 def prepare(config: TrainConfig, world: World, own_model: nn.Module | None = None) -> Run | None:
@@ -39,7 +42,7 @@ def prepare(config: TrainConfig, world: World, own_model: nn.Module | None = Non
     Args:
         config: The run.
         world: This process among the others.
-        own_model: The caller's network; the config names one otherwise.
+        own_model: The caller's network, of which a copy is trained; the config names one otherwise.
 
     Returns:
         None when the run in the folder is finished and there is nothing to do.
@@ -47,24 +50,24 @@ def prepare(config: TrainConfig, world: World, own_model: nn.Module | None = Non
     Raises:
         UserError: data, folder, network or checkpoint cannot be used.
     """
+    config = naming_own_network(config, own_model)
     refuse_different_configs(config, world)
     refuse_empty_exchange(config, world)
     folder = RunFolder(Path(config.run_folder))
-    precision = resolve_precision(config.precision, world.device)
-    config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
+    config = with_precision(config, world)
     if config.resume and world.on_main(folder.result.exists):
         say(world, f"{folder.root} is finished; its result is in {folder.result}")
         return None
     phase_loaders = world.together(lambda: build_phase_loaders(config, world))
-    for line in describe_data(phase_loaders):
-        say(world, line)
     classes = phase_loaders[-1].train.classes
     budget = Budget.of(config, [loaders.train.num_batches for loaders in phase_loaders])
     state = find_checkpoint(config, world, folder) if config.resume else None
     torch.manual_seed(config.seed)
-    model = own_model or world.together(
-        lambda: build_network(config, classes, is_fresh=state is None)
+    model = world.together(
+        lambda: build_network(config, classes, is_fresh=state is None, own=own_model)
     )
+    if own_model is not None and (unused := freeze_unused(model, config.image_size)):
+        say(world, f"not in the network's output, left as they are: {', '.join(unused)}")
     learner = build_learner(model, config, world, budget)
     model = learner.network
     phase = budget.phase_of(state["progress"]["epoch"]) if state else 0
@@ -83,33 +86,34 @@ def prepare(config: TrainConfig, world: World, own_model: nn.Module | None = Non
     if state is not None:
         warn_about_changes(folder, record, world)
     world.on_main(lambda: write_description(folder, config, record))
-    total = num_passes(config, budget, phase_loaders, world)
-    total = min(total, config.max_passes or total)
-    log = RunLog(folder, total, log_bytes, progress.passes, world.is_main)
+    for line in start_lines(config, world, phase_loaders, budget, learner, record):
+        say(world, line)
+    costs = until(config.max_passes, costs_of(config, budget, phase_loaders, world.size))
+    forecast = Forecast([(cost.passes.weights, cost.config.image_size**2) for cost in costs])
+    log = RunLog(folder, forecast, log_bytes, progress.passes, world.is_main)
     clock = Clock(progress.train_seconds, progress.passes)
     return Run(
         config, world, folder, phase_loaders, budget, model, learner, method, guard, progress,
-        clock, log, saved_at=time.monotonic(),
+        clock, log, saved_at=time.monotonic(), own_model=own_model,
     )  # fmt: skip
 
 
-def describe_data(phase_loaders: tuple[Loaders, ...]) -> list[str]:
-    """Lines for the user about the data of all phases, none twice."""
-    return list(dict.fromkeys(line for loaders in phase_loaders for line in loaders.describe()))
+def with_precision(config: TrainConfig, world: World) -> TrainConfig:
+    """The config with the precision that its ``auto`` means here."""
+    precision = resolve_precision(config.precision, world.device)
+    return dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
 
 
-def num_passes(
-    config: TrainConfig, budget: Budget, phase_loaders: tuple[Loaders, ...], world: World
-) -> int:
-    """Image passes for the weights that the whole run will make, over all ranks."""
-    num_images = 0
-    for phase, loaders, span in zip(config.phase_configs, phase_loaders, budget.spans, strict=True):
-        num_minibatches = len(span.updates) // config.m
-        num_images += min(
-            len(span.epochs) * loaders.train.num_images,
-            num_minibatches * phase.batch_size * world.size,
-        )
-    return round(num_images * config.weight_passes)
+def naming_own_network(config: TrainConfig, own_model: nn.Module | None) -> TrainConfig:
+    """The config as it is recorded: a network of the caller's own is what it says it is.
+
+    Raises:
+        UserError: the config is that of a run with such a network, and none was handed over.
+    """
+    if own_model is not None:
+        return dataclasses.replace(config, arch=arch_of(own_model))
+    refuse_unnamed_network(config.arch)
+    return config
 
 
 def refuse_different_configs(config: TrainConfig, world: World) -> None:

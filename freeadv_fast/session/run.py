@@ -75,7 +75,13 @@ class Clock:
 
 @dataclasses.dataclass
 class Run:
-    """A run in progress: what the training loop reads and moves forward."""
+    """A run in progress: what the training loop reads and moves forward.
+
+    Attributes:
+        model: The network in training. own_model: The caller's module, of which it is a copy; None
+            where the config names the network.
+        saved_at: When the last checkpoint was written, in seconds of `time.monotonic`.
+    """
 
     config: TrainConfig
     world: World
@@ -90,6 +96,7 @@ class Run:
     clock: Clock
     log: RunLog
     saved_at: float
+    own_model: nn.Module | None = None
 
     @property
     def phase(self) -> int:

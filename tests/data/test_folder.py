@@ -15,8 +15,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional
 
-from freeadv_fast.data import build
-from freeadv_fast.data import folder_torchvision
+from freeadv_fast.data import build, folder_torchvision
 from freeadv_fast.data.build import build_loaders, build_val_loader
 from freeadv_fast.errors import UserError
 

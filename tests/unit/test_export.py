@@ -15,7 +15,7 @@ import freeadv_fast.models.zoo
 from freeadv_fast.errors import UserError
 from freeadv_fast.models.normalize import with_normalizer
 from freeadv_fast.models.zoo import build_model
-from freeadv_fast.runs.export import export_model, load_exported
+from freeadv_fast.runs.export import export_model, load_export
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES = [f"digit {i}" for i in range(10)]
@@ -59,7 +59,7 @@ def test_plain_file_loads_into_the_stock_network(tmp_path, arch, build):
 @pytest.mark.parametrize("arch", ["resnet18", "preact-resnet18", "timm/vit_tiny_patch16_224"])
 def test_normalised_file_takes_pixels(tmp_path, arch):
     model = trained(arch)
-    loaded = load_exported(export(model, tmp_path, arch))
+    loaded = load_export(export(model, tmp_path, arch))
     assert not loaded.training
     pixels = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_per_image_standardisation_survives(tmp_path):
     pixels = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
         expected = model.eval()(pixels)
-        torch.testing.assert_close(load_exported(folder)(pixels), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(load_export(folder)(pixels), expected, rtol=1e-5, atol=1e-5)
     plain = build_model("preact-resnet18", 10, image_size=32)
     plain.load_state_dict(load_file(folder / "model.safetensors"))
 
@@ -126,8 +126,8 @@ def test_the_lines_in_the_config_work(tmp_path, monkeypatch, arch, options):
 
 def test_what_is_not_an_export_is_refused(tmp_path):
     with pytest.raises(UserError, match="not an export"):
-        load_exported(tmp_path)
+        load_export(tmp_path)
     folder = export(trained("resnet18"), tmp_path, "resnet18")
     (folder / "model_with_normalizer.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="damaged export"):
-        load_exported(folder)
+        load_export(folder)

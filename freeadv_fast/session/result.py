@@ -1,0 +1,99 @@
+"""What a run came to: result.json, and the network that it is about."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from freeadv_fast.models.own import hand_back
+from freeadv_fast.runs.log import RunFolder, read_json
+from freeadv_fast.runs.saved import load_run
+
+# What a result knows beside what result.json holds: a path and a function say nothing elsewhere.
+NOT_SAVED = ("folder", "load_model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What result.json holds, and the network; accuracies are fractions.
+
+    Attributes:
+        epochs: Data epochs trained. passes: Forward-backward image passes for the weights, over
+            all ranks. attack_passes: Those for a perturbation alone.
+        train_seconds: Training loop with its checkpoints, over all sessions; no evaluation.
+        robust_accuracy: Accuracy under each attack at `eps`, by the attack's name.
+        num_eval_images: Validation images that the accuracies are over; they selected nothing.
+        holdout_images: Training images held out to select the weights.
+        best_epoch: The epoch the evaluated weights are from; -1 is the last one.
+        collapse: Null, or the last collapse that the guard saw: ``detected_at_passes``, ``epoch``
+            (with its fraction), ``robust_accuracy_before`` and ``_after`` (held-out images under
+            PGD-10), ``action`` (stop, restore or gradalign), ``restores`` (rewinds to a good state
+            so far, this one included), ``rewound_to_update``.
+        folder: The run's output folder; not in result.json.
+        load_model: Makes `model`; not in result.json.
+    """
+
+    recipe: str
+    method: str
+    dataset: str
+    arch: str
+    m: int
+    eps: str
+    epochs: float
+    passes: int
+    attack_passes: int
+    train_seconds: float
+    passes_per_second: float
+    clean_accuracy: float
+    clean_top5_accuracy: float | None
+    robust_accuracy: dict[str, float]
+    attack_step: str
+    num_eval_images: int
+    holdout_images: int
+    best_epoch: int
+    collapse: dict[str, Any] | None
+    seed: int
+    ranks: int
+    precision: str
+    device: str
+    versions: dict[str, Any]
+    folder: Path
+    load_model: Callable[[], nn.Module] = dataclasses.field(repr=False, compare=False)
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The evaluated network, in eval mode.
+
+        (n, 3, H, W) float32 pixels in [0, 1] to (n, classes) logits, on the device that it was
+        trained on; on the CPU where the run was found finished. Children `normalize` and `model`.
+        """
+        return self.load_model()
+
+    def record(self) -> dict[str, Any]:
+        """The fields of result.json."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in NOT_SAVED]
+        return {name: getattr(self, name) for name in names}
+
+
+def read_result(folder: RunFolder, own: nn.Module | None) -> Result:
+    """The result of a run that is finished.
+
+    Args:
+        folder: The run's folder.
+        own: The user's own network where the run trained one; it takes the weights.
+
+    Raises:
+        UserError: the network is another one than the run's.
+    """
+    saved = {field.name for field in dataclasses.fields(Result)} - set(NOT_SAVED)
+    record = {name: value for name, value in read_json(folder.result).items() if name in saved}
+    if own is not None:
+        run = load_run(folder.root, model=own)
+        hand_back(run.model, own)
+        return Result(**record, folder=folder.root, load_model=lambda: run.network)
+    return Result(**record, folder=folder.root, load_model=lambda: load_run(folder.root).network)
