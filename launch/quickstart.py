@@ -2,7 +2,7 @@
 
     make run
 
-Flags are those of the training scripts and go to both runs, such as --max-passes 2000.
+Flags are those of the training scripts, such as --max-passes 2000, and go to the runs they are for.
 """
 
 import sys
@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from freeadv_fast.cli import run_training
+from freeadv_fast.cli.flags import share_of
 from freeadv_fast.evaluation.report import results_table
 from freeadv_fast.runs.log import read_json
 
@@ -20,7 +21,7 @@ def main() -> int:
     rows = []
     for method in ("natural", "free"):
         folder = Path("runs") / f"quickstart-{stamp}-{method}"
-        flags = ["--method", method, "--output-dir", str(folder), *sys.argv[1:]]
+        flags = ["--output-dir", str(folder), *share_of(sys.argv[1:], method, ("natural", "free"))]
         status = run_training(method, "digits", flags)
         if status != 0:
             return status

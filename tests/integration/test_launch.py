@@ -105,7 +105,7 @@ def test_two_ranks_train_on_real_jpegs(repository, imagenette, tmp_path):
         "--holdout-images", "10", "--workers", "1", "--eval-attacks", "pgd-2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("global batch 16 = 2 x 8") == 1
+    assert done.stdout.count("16 = 2 ranks x 8") == 1
     (path,) = (tmp_path / "runs").glob("*/result.json")
     result = json.loads(path.read_text())
     assert (result["ranks"], result["num_eval_images"], result["passes"]) == (2, 11, 192)

@@ -15,9 +15,10 @@ from freeadv_fast.session.method import build_phase_method
 # timm's smallest ResNet; a few minibatches; a check of the guard in between.
 FLAGS = {
     "--arch": "test_resnet", "--batch-size": "20", "--max-passes": "240", "--epochs": "20",
-    "--eval-images": "16", "--holdout-images": "16", "--guard-images": "16", "--guard-every": "2",
-    "--eval-attacks": "pgd-2", "--log-every": "1", "--workers": "1",
+    "--eval-images": "16", "--holdout-images": "16", "--eval-attacks": "pgd-2", "--log-every": "1",
+    "--workers": "1",
 }  # fmt: skip
+GUARD_FLAGS = {"--guard-images": "16", "--guard-every": "2"}
 OWN_FLAGS = {
     "free": {"--m": "2"},
     "free-trades": {"--m": "2", "--max-passes": "480"},
@@ -29,7 +30,8 @@ OWN_FLAGS = {
 
 def run(method, folder, *more):
     """The exit status of launch/cifar.py --method METHOD."""
-    flags = FLAGS | OWN_FLAGS.get(method, {}) | {"--output-dir": str(folder)}
+    guard = {} if method in ("natural", *DUAL) else GUARD_FLAGS
+    flags = FLAGS | guard | OWN_FLAGS.get(method, {}) | {"--output-dir": str(folder)}
     words = [word for pair in flags.items() for word in pair]
     return run_training("free", "cifar", ["--method", method, *words, *more])
 

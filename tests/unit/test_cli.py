@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from freeadv_fast.cli import run as cli
-from freeadv_fast.cli.flags import parse
+from freeadv_fast.cli.flags import parse, share_of
 from freeadv_fast.cli.resolve import resolve
-from freeadv_fast.config.file import config_to_dict, load_config
+from freeadv_fast.config.file import load_config
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.errors import UserError
 from freeadv_fast.recipes.catalogue import RECIPES
@@ -193,18 +193,58 @@ def test_without_a_gpu_the_evaluation_is_limited_and_says_how_to_run_the_full_on
     assert config == recipe
 
 
-def test_help_explains_every_flag(capsys):
-    """Each field of the config appears with its docstring."""
-    with pytest.raises(SystemExit) as leaving:
-        cli.run_training("free", "imagenet", ["--help"])
-    assert leaving.value.code == 0
-    text = capsys.readouterr().out
-    for name, value in config_to_dict(TrainConfig()).items():
-        flag = name.replace("_", "-")
-        assert (f"--no-{flag}" if value is True else f"--{flag}") in text
-    for name in ("--config", "--dry-run"):
-        assert name in text
-    assert "Radius of the L-infinity ball" in text
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--trades-beta 3", "--trades-beta 3: free does not read it; for trades, free-trades"),
+        ("--method trades --no-shuffle", "--no-shuffle: trades does not read it; for fast-advprop"),
+        (
+            "--method natural --step_size=8/255",
+            "--step-size 8/255: natural does not read it; for every method but natural",
+        ),
+        ("--reg-every 4", "--reg-every 4: free does not read it; for gradalign"),
+        (
+            "--method advprop --guard-every 4",
+            "--guard-every 4: advprop does not read it; "
+            "for every method but natural, fast-advprop, advprop",
+        ),
+    ],
+)
+def test_flags_of_other_methods_are_refused(line, message):
+    """With the methods that read them."""
+    with pytest.raises(UserError) as caught:
+        parsed(line)
+    assert str(caught.value) == message
+
+
+def test_flags_that_change_nothing_are_not_refused(tmp_path):
+    """A recipe of another method needs --m 1; GradAlign may come to read its flags."""
+    recipe = "--recipe imagenet-rn50-free-m4-eps4 --data /x"
+    assert parsed(f"{recipe} --method pgd --m 1").m == 1
+    assert parsed("--mix none --norm linf --attack-warmup 0").mix == "none"
+    assert parsed("--on-collapse gradalign --reg-every 4").reg_every == 4
+
+
+def test_a_replayed_config_may_hold_what_its_method_does_not_read(tmp_path):
+    """Only flags are refused; a config.yaml holds every field."""
+    save_config(TrainConfig(method="free", trades_beta=3.0), tmp_path / "config.yaml")
+    line = f"--config {tmp_path / 'config.yaml'}"
+    assert parsed(line).trades_beta == 3
+    with pytest.raises(UserError, match="--yopo-inner 4: free does not read it; for yopo"):
+        parsed(f"{line} --yopo-inner 4")
+
+
+def test_flags_are_shared_out_among_methods():
+    """A flag that none of them reads stays, to be refused."""
+    words = "--mix mixup --step-size=8/255 --m 2 --no-shuffle --lr 0.1 --resume".split()
+    both = ("natural", "free")
+    assert " ".join(share_of(words, "natural", both)) == (
+        "--mix mixup --m 2 --no-shuffle --lr 0.1 --resume"
+    )
+    assert " ".join(share_of(words, "free", both)) == (
+        "--step-size=8/255 --m 2 --no-shuffle --lr 0.1 --resume"
+    )
+    assert share_of(["--on-collapse", "gradalign", "--reg-every", "4"], "natural", both) == []
 
 
 def test_steps_follow_a_typed_eps(monkeypatch):

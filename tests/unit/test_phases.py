@@ -257,11 +257,10 @@ def test_dry_run_prints_every_phase(small_images, capsys):
     assert cli.run_training("free", "imagenet", flags) == 0
     out = capsys.readouterr().out
     for line in (
-        "global batch 36 = 1 x 36, then 24 = 1 x 24, then 20 = 1 x 20",
-        "phase 4-7:24:24",
-        "2 data epochs x 5 minibatches x m 2 = 20 updates",
-        "first minibatch: images (36, 16, 16, 3) torch.uint8",
-        "first minibatch: images (24, 24, 24, 3) torch.uint8",
-        "first minibatch: images (20, 32, 32, 3) torch.uint8",
+        "36 = 1 rank x 36, then 24 = 1 rank x 24, then 20 = 1 rank x 20",
+        "phase 4-7:24:24:  2 data epochs x 5 minibatches x m 2 = 20 updates",
+        "minibatch   images (36, 16, 16, 3) torch.uint8",
+        "            images (24, 24, 24, 3) torch.uint8",
+        "            images (20, 32, 32, 3) torch.uint8",
     ):
         assert line in out

@@ -126,9 +126,27 @@ def test_a_cell_that_fails_stops_no_other(root, run):
 
 def test_flags_that_do_not_fit_a_method_are_its_error(root, run):
     trainer = FakeTrainer()
-    assert run(trainer, "--mix", "mixup", "--max-passes", "9") == 2  # free training has no --mix
+    flags = ["--methods", "natural,gradalign", "--graphs", "on", "--max-passes", "9"]
+    assert run(trainer, *flags) == 2
     assert trainer.names == NAMES[:4]
-    assert all("--mix" in cell["error"] for cell in cells_of(root)[4:])
+    assert all("--graphs on: gradalign" in cell["error"] for cell in cells_of(root)[4:])
+
+
+def test_a_flag_goes_to_the_methods_that_read_it(root, run):
+    trainer = FakeTrainer()
+    assert run(trainer, "--mix", "mixup", "--m", "2", "--step-size=3/255", "--epochs", "9") == 0
+    assert trainer.names == NAMES
+    natural, free = trainer.configs[0], trainer.configs[4]
+    assert (natural.mix, natural.m, natural.step_size, natural.epochs) == ("mixup", 2, None, 9)
+    assert (free.mix, free.m, str(free.step_size), free.epochs) == ("none", 2, "3/255", 9)
+
+
+def test_a_flag_that_no_method_reads_is_refused(root, run, capsys):
+    trainer = FakeTrainer()
+    assert run(trainer, "--trades-beta", "3") == 2
+    error = "error: --trades-beta 3: natural does not read it; for trades, free-trades\n"
+    assert capsys.readouterr().err == error
+    assert not trainer.names
 
 
 def test_a_finished_run_with_other_flags_is_not_passed_off(root, run):
