@@ -187,6 +187,9 @@ def write_torchrun() -> None:
     ambiguous abbreviation of --module and --max-restarts (seen with Python 3.11, 3.12.1, 3.13.0).
     Elsewhere `torchrun ... -- launch/imagenet_free.py --m 4` does the same. And SIGUSR1, the
     signal of a cluster's time limit, would end torchrun and leave its workers behind.
+
+    A signal, or a rank that ends with a line of its own, ends torchrun with its status: torch's
+    script would print forty lines of traceback of its own below that line.
     """
     script = f"""#!{PYTHON}
 import os
@@ -194,10 +197,21 @@ import sys
 from functools import partial
 
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
 run.ArgumentParser = partial(run.ArgumentParser, allow_abbrev=False)
-sys.exit(run.main())
+try:
+    sys.exit(run.main())
+except SignalException as stopped:
+    sys.exit(128 + stopped.sigval)
+except ChildFailedError as failed:
+    rank, failure = failed.get_first_failure()
+    code = failure.exitcode
+    if code < 0:
+        print(f"torchrun: rank {{rank}} was ended by signal {{-code}}", file=sys.stderr)
+    sys.exit(code if code >= 0 else 128 - code)
 """
     (VENV / "bin" / "torchrun").write_text(script)
 

@@ -1,7 +1,8 @@
 """Methods x radii x seeds on one dataset: every cell a run of its own, one table, one plot.
 
 A sweep's folder holds a folder a cell, named METHOD-epsE-seedS, each a complete run of `train`, and
-sweep.json, sweep.csv, sweep.md and sweep.png over all of them, rewritten after every cell.
+sweep.json, sweep.csv, sweep.md and sweep.png over all of them, rewritten after every cell. Where
+there are several GPUs each takes a cell, in a process of its own; CUDA_VISIBLE_DEVICES says which.
 """
 
 from __future__ import annotations
@@ -13,11 +14,20 @@ import io
 import itertools
 import os
 import shlex
-from collections.abc import Callable, Sequence
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from freeadv_fast.cli.flags import flag_name, parse, parse_with_tyro, share_of, value_of
+from freeadv_fast.cli.flags import (
+    flag_name,
+    parse,
+    parse_with_tyro,
+    share_of,
+    value_of,
+    with_resumed_folder,
+)
 from freeadv_fast.cli.resolve import resolve
 from freeadv_fast.cli.run import guard
 from freeadv_fast.config.file import config_to_dict, load_config
@@ -27,10 +37,13 @@ from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.report import markdown_table, plot_sweep, results_table
 from freeadv_fast.recipes.catalogue import DEFAULTS
+from freeadv_fast.runs.lock import FolderLock
 from freeadv_fast.runs.log import RunFolder, read_json, write_json
 from freeadv_fast.runs.whole_file import renamed_when_whole
+from freeadv_fast.session.side_by_side import Job, run_side_by_side, visible_gpus
 from freeadv_fast.training import train
 
+TABLE = "sweep.json"
 Dataset = Literal["cifar", "imagenet"]
 # What the sweep itself decides for each cell, and the flag to use instead.
 DECIDED_HERE = {
@@ -43,6 +56,7 @@ DECIDED_HERE = {
 # Fields in which a finished cell may differ from what is asked for now: none changes its result.
 WITHOUT_EFFECT = {
     "checkpoint_every",
+    "export",
     "log_every",
     "max_bad_fraction",
     "output_dir",
@@ -112,36 +126,57 @@ class Cell:
 
 
 Train = Callable[[TrainConfig], object]
+Planned = list[tuple[Cell, TrainConfig | None]]
+
+# Exit statuses of a cell that was asked to stop: --resume goes on with it.
+STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
+
+# A cell in a process of its own: the dataset, and the flags of a training script.
+CELL = """import sys
+from freeadv_fast.cli.run import run_training
+sys.exit(run_training("free", sys.argv[1], sys.argv[2:]))"""
 
 
-def run_sweep(arguments: Sequence[str], train: Train = train) -> int:
+def run_sweep(
+    arguments: Sequence[str], train: Train = train, gpus: Sequence[str] | None = None
+) -> int:
     """Parses a command line, trains what is missing, and returns the process's exit status.
 
     Args:
         arguments: Without the program's name.
-        train: What runs a cell.
+        train: What runs a cell in this process.
+        gpus: Those that take a cell each, as CUDA_VISIBLE_DEVICES names them; fewer than two: this
+            process runs one cell after the other. By default all that are visible.
 
     Returns:
         0; 2 when a flag is wrong or a cell failed; 128 + its number after a signal.
     """
-    return guard(lambda: _sweep(list(arguments), train))
+    gpus = visible_gpus() if gpus is None else gpus
+    return guard(lambda: _sweep(list(arguments), train, gpus))
 
 
-def _sweep(arguments: list[str], train: Train) -> int:
+def _sweep(arguments: list[str], train: Train, gpus: Sequence[str]) -> int:
     """`run_sweep` with its mistakes raised."""
     own, flags = split_arguments(arguments)
-    sweep = parse_with_tyro(Sweep, own, Sweep())
+    sweep = parse_with_tyro(Sweep, with_resumed_folder(own, TABLE), Sweep())
+    sweep = dataclasses.replace(sweep, output_dir=os.path.expanduser(sweep.output_dir))
     refuse_bad_flags(sweep, flags)
     planned = plan(sweep, flags)
     root = Path(sweep.output_dir)
     claim(root, sweep.resume)
-    cells = [read_result(cell, config) for cell, config in planned]
-    write_results(root, cells, arguments)
-    for index, (cell, config) in enumerate(planned):
-        if config is not None and cells[index].is_pending:
-            print(f"\n[{index + 1}/{len(cells)}] {cell.name}", flush=True)
-            cells[index] = run_cell(cell, config, train)
+    lock = FolderLock(root)
+    if (line := lock.take()) is not None:
+        print(line, flush=True)
+    try:
+        refuse_other_table(root, planned)
+        cells = [read_result(cell, config) for cell, config in planned]
+        write_results(root, cells, arguments)
+        pending = [index for index, cell in enumerate(cells) if cell.is_pending]
+        for index, cell in run_cells(sweep, flags, planned, pending, train, gpus):
+            cells[index] = cell
             write_results(root, cells, arguments)
+    finally:
+        lock.release()
     print(f"\n{results_table(table_rows(cells))}\nwrote {root}/sweep.md, .csv, .json, .png")
     return 2 if any(cell.error for cell in cells) else 0
 
@@ -187,13 +222,13 @@ def refuse_bad_flags(sweep: Sweep, flags: list[str]) -> None:
             raise UserError(f"--seeds {seed}: write whole numbers, such as 0,1,2")
 
 
-def plan(sweep: Sweep, flags: list[str]) -> list[tuple[Cell, TrainConfig | None]]:
+def plan(sweep: Sweep, flags: list[str]) -> Planned:
     """Every cell with its config; None, and an error in the cell, where its flags do not fit.
 
     Raises:
         UserError: they fit no cell.
     """
-    planned: list[tuple[Cell, TrainConfig | None]] = []
+    planned: Planned = []
     remarks: dict[str, None] = {}
     for method, eps, seed in dict.fromkeys(
         itertools.product(*(axis.split(",") for axis in (sweep.methods, sweep.eps, sweep.seeds)))
@@ -213,13 +248,18 @@ def plan(sweep: Sweep, flags: list[str]) -> list[tuple[Cell, TrainConfig | None]
 
 def configure(sweep: Sweep, cell: Cell, flags: list[str]) -> tuple[TrainConfig, list[str]]:
     """A cell's config as its training script would make it, and remarks for the user."""
+    arguments = cell_arguments(sweep, cell, flags)
+    command, typed = parse(arguments, cell.method, sweep.dataset)  # type: ignore[arg-type]
+    config, remarks = resolve(command.run, typed)
+    return dataclasses.replace(config, resume=Path(config.run_folder).exists()), remarks
+
+
+def cell_arguments(sweep: Sweep, cell: Cell, flags: list[str]) -> list[str]:
+    """What is typed to train a cell alone."""
     folder = Path(sweep.output_dir) / cell.name
     arguments = share_of(flags, cell.method, sweep.methods.split(","))
     arguments += ["--method", cell.method, "--eps", cell.eps, "--seed", str(cell.seed)]
-    arguments += ["--output-dir", str(folder)]
-    command, typed = parse(arguments, cell.method, sweep.dataset)  # type: ignore[arg-type]
-    config, remarks = resolve(command.run, typed)
-    return dataclasses.replace(config, resume=folder.exists()), remarks
+    return [*arguments, "--output-dir", str(folder)]
 
 
 def claim(root: Path, resume: bool) -> None:
@@ -237,6 +277,67 @@ def claim(root: Path, resume: bool) -> None:
             )
     except OSError as error:
         raise UserError(f"--output-dir {root}: {error.strerror or error}") from None
+
+
+def refuse_other_table(root: Path, planned: Planned) -> None:
+    """A table is not overwritten by one of other runs, or of fewer.
+
+    Raises:
+        UserError: a run was made with other flags, or would be missing; the line names it.
+    """
+    for _, config in planned:
+        if config is not None and (folder := RunFolder(Path(config.run_folder))).config.exists():
+            refuse_other_run(config, folder)
+    if not (root / TABLE).exists():
+        return
+    names = {cell.name for cell, _ in planned}
+    for record in read_json(root / TABLE)["cells"]:
+        known = Cell(record["method"], record["eps"], record["seed"])
+        if known.name not in names:
+            raise UserError(
+                f"--resume: the table in {root} holds {known.name}, which these --methods, --eps "
+                "and --seeds leave out; name its cells too, or choose another --output-dir"
+            )
+
+
+def run_cells(
+    sweep: Sweep,
+    flags: list[str],
+    planned: Planned,
+    pending: list[int],
+    train: Train,
+    gpus: Sequence[str],
+) -> Iterator[tuple[int, Cell]]:
+    """Trains the cells that are `pending` and yields each as it is done."""
+    if len(gpus) < 2 or len(pending) < 2:
+        for index in pending:
+            cell, config = planned[index]
+            print(f"\n[{index + 1}/{len(planned)}] {cell.name}", flush=True)
+            if config is not None:
+                yield index, run_cell(cell, config, train)
+        return
+    jobs = []
+    for index in pending:
+        cell = planned[index][0]
+        arguments = cell_arguments(sweep, cell, flags)
+        arguments += ["--resume"] * Path(sweep.output_dir, cell.name).exists()
+        command = [sys.executable, "-c", CELL, sweep.dataset, *arguments]
+        jobs.append(Job(command, Path(sweep.output_dir) / f"{cell.name}.log"))
+    for number, status in run_side_by_side(jobs, gpus):
+        index = pending[number]
+        cell, config = planned[index]
+        cell = read_result(cell, config)
+        print(f"[{index + 1}/{len(planned)}] {cell.name}: {jobs[number].log}", flush=True)
+        if cell.is_pending and status not in STOPPED:
+            cell = dataclasses.replace(cell, error=last_error(jobs[number].log, status))
+        yield index, cell
+
+
+def last_error(log: Path, status: int) -> str:
+    """What a cell's process said last of its failure."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return errors[-1] if errors else f"exit status {status}; see {log}"
 
 
 def run_cell(cell: Cell, config: TrainConfig, train: Train) -> Cell:
@@ -311,7 +412,7 @@ def write_results(root: Path, cells: Sequence[Cell], arguments: list[str]) -> No
     """Writes sweep.json, sweep.csv, sweep.md and sweep.png, each whole or not at all."""
     records = [dataclasses.asdict(cell) | {"eps_levels": cell.eps_levels} for cell in cells]
     command = shlex.join(["launch/sweep.py", *arguments])
-    write_json(root / "sweep.json", {"command": command, "cells": records})
+    write_json(root / TABLE, {"command": command, "cells": records})
     sheet = io.StringIO()
     writer = csv.DictWriter(sheet, records[0].keys(), lineterminator="\n")
     writer.writeheader()

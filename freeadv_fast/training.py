@@ -20,21 +20,22 @@ from freeadv_fast.config.file import config_to_dict, config_to_yaml
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.data.build import Loaders, build_phase_loaders
 from freeadv_fast.data.loader import Batch
-from freeadv_fast.distributed.world import join_world, leave_world
+from freeadv_fast.distributed.heartbeat import arrive
+from freeadv_fast.distributed.world import joined_world
 from freeadv_fast.errors import UserError
-from freeadv_fast.evaluation.evaluate import evaluate
 from freeadv_fast.runs import checkpoint
 from freeadv_fast.runs.environment import environment
 from freeadv_fast.runs.log import RunFolder, labelled
 from freeadv_fast.session import rewind
 from freeadv_fast.session.conclude import conclude
-from freeadv_fast.session.guard import CHECK_ATTACK, Count
+from freeadv_fast.session.guard import Count
 from freeadv_fast.session.method import enter_phase
 from freeadv_fast.session.network import build_learner, build_network
 from freeadv_fast.session.prepare import prepare, with_precision
 from freeadv_fast.session.result import Result, read_result
 from freeadv_fast.session.resume import rank_state, to_cpu
 from freeadv_fast.session.run import Run
+from freeadv_fast.session.selection import measure_held_out, score
 from freeadv_fast.session.signals import Interrupted, StopRequests
 from freeadv_fast.session.start import start_lines
 
@@ -46,11 +47,11 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> Result:
         config: The whole run. Under torchrun every rank calls this with the same config.
         model: A network of your own in place of the one that ``config.arch`` names: (n, 3, H, W)
             float32 images, normalised by ``config.normalization``, to (n, classes) float32 logits.
-            A copy of it is trained; once the run is finished the module itself holds the weights
-            that were evaluated, and keeps its class, device and mode. Before that it is unchanged.
+            A copy of it is trained; once the run is finished the module itself holds the last
+            weights, and keeps its class, device and mode. Before that it is unchanged.
 
     Returns:
-        What result.json holds, and the evaluated network as `Result.model`; of a finished run that
+        What result.json holds, and the network as `Result.model`; of a finished run that
         ``resume`` finds, what it came to.
 
     Raises:
@@ -58,8 +59,7 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> Result:
             non-finite; a `ValueError` with one line.
         Interrupted: a signal asked to stop; everything is saved for ``resume``.
     """
-    world = join_world()
-    try:
+    with joined_world() as world:
         run = prepare(config, world, model)
         if run is None:
             return read_result(RunFolder(Path(config.run_folder)), model)
@@ -70,8 +70,7 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> Result:
                 return conclude(run)
         finally:
             run.log.close()
-    finally:
-        leave_world()
+            run.lock.release()
 
 
 def train_epochs(run: Run, stop: StopRequests) -> None:
@@ -99,6 +98,7 @@ def train_epoch(run: Run, stop: StopRequests) -> bool:
     while (batch := run.world.together(lambda: next(batches, None))) is not None:
         passes = run.method.train_minibatch(batch.images, batch.labels, batch.global_size)
         progress.minibatch += 1
+        arrive(f"epoch {progress.epoch}, minibatch {progress.minibatch}")
         progress.passes += passes.weights
         progress.attack_passes += passes.attack
         run.guard.advance(passes)
@@ -124,7 +124,8 @@ def end_epoch(run: Run) -> None:
     run.log.write(progress.last_line | found)
     run.clock.start()
     begins_phase, selected = False, (progress.best_score, progress.best_epoch)
-    if progress.minibatch == loaders.train.num_batches:
+    # More of them where images left while the run was stopped: that place ends its epoch.
+    if progress.minibatch >= loaders.train.num_batches:
         progress.epoch, progress.minibatch = progress.epoch + 1, 0
         begins_phase = run.budget.begins_phase(progress.epoch)
         if begins_phase:  # before the save: it holds a new delta
@@ -196,34 +197,19 @@ def refuse_nonfinite(run: Run) -> None:
 def select(run: Run) -> dict[str, float]:
     """Measures the held-out slice and keeps the weights as best.pt if none were better.
 
-    Methods that seek robustness select by robust accuracy, the others by clean accuracy: natural
-    training's robust accuracy is highest before it has learnt anything.
-
     Returns:
         What was measured, for log.jsonl; nothing where no images are held out.
     """
-    config, progress = run.config, run.progress
+    progress = run.progress
     if run.loaders.holdout is None:
         return {}
-    attacks = (CHECK_ATTACK,) if run.method.seeks_robustness else ()
     with checkpoint.averaged_buffers(run.model, run.world):
-        measured = evaluate(
-            run.model,
-            run.loaders.holdout,
-            attacks,
-            run.evaluation_threat,
-            world=run.world,
-            mean=config.pixel_mean,
-            std=config.pixel_std,
-            seed=config.seed,
-            label=f"epoch {progress.epoch} held-out",
-        )
-        found = {"holdout_clean_accuracy": measured.clean_accuracy}
-        if attacks:
-            found["holdout_robust_accuracy"] = measured.robust_accuracy[str(CHECK_ATTACK)]
-        score = found.get("holdout_robust_accuracy", measured.clean_accuracy)
-        if score > progress.best_score:
-            progress.best_score, progress.best_epoch = score, progress.epoch
+        measured = measure_held_out(run, f"epoch {progress.epoch} held-out")
+        found, reached = {"holdout_clean_accuracy": measured.clean_accuracy}, score(measured)
+        if measured.robust_accuracy:
+            found["holdout_robust_accuracy"] = reached
+        if reached > progress.best_score:
+            progress.best_score, progress.best_epoch = reached, progress.epoch
             save_best(run)
     accuracies = [f"clean {measured.clean_accuracy:.1%}"]
     accuracies += [f"{name} {value:.1%}" for name, value in measured.robust_accuracy.items()]
@@ -260,7 +246,8 @@ def save(run: Run) -> None:
             "progress": dataclasses.asdict(run.progress),
             "guard": run.guard.history.state_dict(),
             "good": good,
-            "log_bytes": run.log.num_bytes,
+            "log_bytes": run.log.settle(),
+            "data": run.phase_loaders[-1].state,
             "ranks": rank_states,
         }
         write(run, state, checkpoint.LAST)
@@ -272,13 +259,19 @@ def identity(run: Run) -> dict[str, Any]:
     return {
         "arch": run.config.arch,
         "classes": list(run.loaders.train.classes),
-        "config": config_to_dict(run.config),
+        "config": config_to_dict(run.recorded),
+        "made_for": run.made_for,
     }
 
 
 def write(run: Run, state: dict[str, Any], name: str) -> None:
     """Rank 0 writes; if it cannot, every rank learns why."""
-    run.world.on_main(lambda: checkpoint.save_checkpoint(state, run.folder.checkpoints, name))
+
+    def save_own() -> None:
+        run.lock.refuse_if_lost()
+        checkpoint.save_checkpoint(state, run.folder.checkpoints, name)
+
+    run.world.on_main(save_own)
 
 
 def refuse_nonfinite_weights(run: Run) -> None:
@@ -290,8 +283,7 @@ def refuse_nonfinite_weights(run: Run) -> None:
 
 def dry_run(config: TrainConfig) -> list[str]:
     """What `train` would do: its config, its start and the first minibatches; writes nothing."""
-    world = join_world()
-    try:
+    with joined_world() as world:
         config = with_precision(config, world)
         phase_loaders = build_phase_loaders(config, world)
         budget = Budget.of(config, [loaders.train.num_batches for loaders in phase_loaders])
@@ -303,8 +295,6 @@ def dry_run(config: TrainConfig) -> list[str]:
             *start_lines(config, world, phase_loaders, budget, learner, machine),
             *first_minibatches(budget, phase_loaders),
         ]
-    finally:
-        leave_world()
 
 
 def first_minibatches(budget: Budget, phase_loaders: tuple[Loaders, ...]) -> list[str]:

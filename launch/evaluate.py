@@ -18,7 +18,7 @@ def main(
     step: str | None = None,
     eval_images: int | None = None,
     data: str | None = None,
-    checkpoint: str = "best",
+    checkpoint: str = "last",
 ) -> int:
     """Evaluates a run and writes evaluation-*.json into its folder.
 
@@ -29,7 +29,7 @@ def main(
         step: Step of the attacks, such as 1/255. Default: the run's, in proportion to eps.
         eval_images: Validation images to attack. Default: as the run.
         data: Other validation images, as the training script's --data.
-        checkpoint: best, last, or a path.
+        checkpoint: last (the run's result), best (by held-out images), or a path.
     """
     threat = {"eps": eps, "step": step, "attacks": attacks}
     evaluate(run, data=data, num_images=eval_images, checkpoint=checkpoint, **threat)

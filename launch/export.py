@@ -12,14 +12,14 @@ from freeadv_fast.runs.saved import export_run
 
 
 def main(
-    run: tyro.conf.Positional[str], output_dir: str | None = None, checkpoint: str = "best"
+    run: tyro.conf.Positional[str], output_dir: str | None = None, checkpoint: str = "last"
 ) -> int:
     """Writes model.safetensors, model_with_normalizer.safetensors and config.json.
 
     Args:
         run: The run's output folder.
         output_dir: Folder to write. Default: export/ in the run's folder.
-        checkpoint: best, last, or a path.
+        checkpoint: last (the run's result), best (by held-out images), or a path.
     """
     print(f"wrote {export_run(run, output_dir, checkpoint)}")
     return 0

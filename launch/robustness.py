@@ -14,8 +14,9 @@ def main(
     imagenet_r: str | None = None,
     stylized: str | None = None,
     on_the_fly: bool = False,
+    data: str | None = None,
     eval_images: int | None = None,
-    checkpoint: str = "best",
+    checkpoint: str = "last",
 ) -> int:
     """Prints tables, writes robustness-*.json and plots/robustness-*.png into the run's folder.
 
@@ -25,11 +26,12 @@ def main(
         imagenet_r: Folder of CLASS/; only the logits of these classes compete.
         stylized: Stylized-ImageNet: folder of CLASS/ or val/CLASS/; all logits compete.
         on_the_fly: Corrupt validation images in memory; compares with no published number.
+        data: Validation images to corrupt on the fly. Default: the run's own.
         eval_images: Images a set, or a corruption and severity. Default: all; 400 without a GPU.
-        checkpoint: best, last, or a path.
+        checkpoint: last (the run's result), best (by held-out images), or a path.
     """
     folders = {"imagenet_c": imagenet_c, "imagenet_r": imagenet_r, "stylized": stylized}
-    sample = {"num_images": eval_images, "checkpoint": checkpoint}
+    sample = {"data": data, "num_images": eval_images, "checkpoint": checkpoint}
     evaluate_robustness(run, **folders, on_the_fly=on_the_fly, **sample)
     return 0
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from freeadv_fast.config.file import load_config
+from freeadv_fast.config.file import CONFIG_NAME, load_config
 from freeadv_fast.config.method_fields import NEUTRAL, READERS, readers_in_words, reads
 from freeadv_fast.config.method_names import Method
 from freeadv_fast.config.phases import Phases
@@ -47,7 +47,7 @@ def parse(arguments: list[str], method: Method, dataset: str) -> tuple[CommandLi
         dataset: Whose recipes the user's own data are trained with.
 
     Returns:
-        The command and the names of the fields that were typed (or come from --config).
+        The command and the names of the fields that were typed (or come from a saved config).
 
     Raises:
         UserError: unknown flags (with the nearest name), bad values, flags that the method does not
@@ -55,13 +55,18 @@ def parse(arguments: list[str], method: Method, dataset: str) -> tuple[CommandLi
     """
     fields = [*dataclasses.fields(TrainConfig), *dataclasses.fields(CommandLine)]
     refuse_unknown_flags(arguments, [field.name for field in fields])
+    arguments = with_resumed_folder(arguments)
     for flag in ("--eps", "--step-size", "--eval-step"):  # here, so that the message names it
         Perturbation.parse(value_of(arguments, flag) or "0", flag)
     typed = {flag_name(argument) for argument in arguments if argument.startswith("--")}
-    base = implied_config(arguments, method, dataset)
+    base, is_saved = implied_config(arguments, method, dataset), "config" in typed
+    if "resume" in typed:
+        folder = folder_to_resume(arguments, base)
+        base, is_saved = own_config(folder, base) if not is_saved else (base, True)
+        arguments = [*arguments, "--output-dir", str(folder)]
     command = parse_with_tyro(CommandLine, arguments, CommandLine(base))
     refuse_unread_flags(command.run, typed)
-    if command.config is not None:
+    if is_saved:
         return command, typed | {field.name for field in dataclasses.fields(TrainConfig)}
     for field, part in (("image_size", "side"), ("batch_size", "batch")):
         if command.run.phases and field in typed:
@@ -70,6 +75,52 @@ def parse(arguments: list[str], method: Method, dataset: str) -> tuple[CommandLi
     if "data" not in typed and base.data != "digits":
         raise UserError(f"--data: recipe {base.recipe} needs it; give the folder of its images")
     return command, typed
+
+
+def with_resumed_folder(arguments: list[str], mark: str = CONFIG_NAME) -> list[str]:
+    """The same command with ``--resume FOLDER`` as ``--resume --output-dir FOLDER``.
+
+    Args:
+        arguments: Without the program's name.
+        mark: The file by which such a folder is known.
+
+    Raises:
+        UserError: two folders are named, or FOLDER holds nothing to resume.
+    """
+    folder = value_of(arguments, "--resume")
+    if folder is None or folder.startswith("--"):
+        return arguments
+    other = value_of(arguments, "--output-dir")
+    if other is not None and Path(other) != Path(folder):
+        raise UserError(f"--resume {folder}: --output-dir names {other}; leave one of them out")
+    if not Path(folder).expanduser().joinpath(mark).is_file():
+        raise UserError(f"--resume {folder}: nothing to continue there, for it has no {mark}")
+    rest, is_value = [], False
+    for argument in arguments:
+        if argument.partition("=")[0] != "--resume" and not is_value:
+            rest.append(argument)
+        is_value = argument == "--resume"
+    return [*rest, "--resume", "--output-dir", folder]
+
+
+def folder_to_resume(arguments: list[str], base: TrainConfig) -> Path:
+    """The folder of the run that --resume continues.
+
+    --output-dir names it, or a --config that stands in a run's folder; otherwise it is the one in
+    which the same command without --resume would train.
+    """
+    typed, config = value_of(arguments, "--output-dir"), value_of(arguments, "--config")
+    if typed is not None:
+        return Path(typed).expanduser()
+    if config is not None and Path(config).with_name("checkpoints").is_dir():
+        return Path(config).parent
+    return Path(parse_with_tyro(CommandLine, arguments, CommandLine(base)).run.run_folder)
+
+
+def own_config(folder: Path, base: TrainConfig) -> tuple[TrainConfig, bool]:
+    """The config of the run in a folder, and whether there is one; `base` where there is none."""
+    path = folder / CONFIG_NAME
+    return (load_config(path), True) if path.is_file() else (base, False)
 
 
 def implied_config(arguments: list[str], method: Method, dataset: str) -> TrainConfig:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import shutil
 import sys
 import textwrap
@@ -91,15 +90,6 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
     return any(flag in arguments for flag in HELP_FLAGS)
 
 
-def print_page(text: str) -> None:
-    """Prints a text for a reader who may leave before its end, as `head` does."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        # Python flushes the stream once more at its end, into what still takes it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def help_page(arguments: list[str], method: Method, dataset: str) -> str:
     """The help of a training script, as wide as the terminal.
 
@@ -179,6 +169,8 @@ def fields_by_group() -> dict[str, list[str]]:
 
 def flag_for(name: str, default: Any) -> Flag:
     """The flag of a field; a field that is true by default has the flag that makes it false."""
+    if name == "resume":
+        return Flag("--resume [FOLDER]", texts()[name])
     if isinstance(default, bool):
         return Flag(as_typed(name, not default), NEGATIVES[name] if default else texts()[name])
     text, _, said = texts()[name].partition(" Default: ")

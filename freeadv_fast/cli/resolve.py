@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from freeadv_fast.config.attack import passes
 from freeadv_fast.config.presets import CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES
 from freeadv_fast.config.read import flag_of
 from freeadv_fast.config.run import TrainConfig
@@ -38,7 +39,8 @@ def resolve(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str
         )
         config = with_batch_size(config, share, typed)
     if not torch.cuda.is_available() and config.eps.levels:
-        if "eval_attacks" not in typed and config.eval_attacks != CPU_EVAL_ATTACKS:
+        is_dear = passes(config.eval_attacks) > passes(CPU_EVAL_ATTACKS)
+        if "eval_attacks" not in typed and is_dear:
             full = ",".join(config.eval_attacks)
             config = dataclasses.replace(config, eval_attacks=CPU_EVAL_ATTACKS)
             remarks.append(f"no GPU: evaluating with pgd-20 only; all: --eval-attacks {full}")
@@ -48,7 +50,25 @@ def resolve(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str
                 f"no GPU: attacking at most {CPU_EVAL_IMAGES} validation images; "
                 "more: --eval-images N, or launch/evaluate.py afterwards"
             )
-    return config, remarks
+    return config, remarks + exceeded_budget(config)
+
+
+def exceeded_budget(config: TrainConfig) -> list[str]:
+    """A line where one pass over the data, which no run can make less of, costs far more.
+
+    From a quarter on: rounding up to whole passes is in the papers' own numbers, ceil(90 / 4) = 23
+    passes at m 4 being 92 epochs, and a short run of a large m still makes its last one whole.
+    """
+    spent = config.data_epochs * config.cost
+    if config.steps is not None or spent < 1.25 * config.epochs:
+        return []
+    over = "one pass over the data costs"
+    if config.data_epochs > 1:
+        over = f"{config.data_epochs} passes over the data cost"
+    return [
+        f"--epochs {config.epochs:g}: {over} {spent:g}, {spent / config.epochs:.2g} times as "
+        f"many; --epochs {spent:g} says so"
+    ]
 
 
 def followed_steps(config: TrainConfig, typed: set[str]) -> list[str]:

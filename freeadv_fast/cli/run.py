@@ -8,15 +8,17 @@ from __future__ import annotations
 import errno
 import inspect
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from freeadv_fast.cli.flags import parse, parse_with_tyro, refuse_unknown_flags
-from freeadv_fast.cli.help import asks_for_help, help_page, print_page
+from freeadv_fast.cli.help import asks_for_help, help_page
 from freeadv_fast.cli.resolve import resolve
 from freeadv_fast.config.method_names import Method
-from freeadv_fast.distributed.shuffle import PeerLost
+from freeadv_fast.distributed.heartbeat import PeerLost
+from freeadv_fast.distributed.world import is_main_rank
 from freeadv_fast.errors import UserError
 from freeadv_fast.session.signals import Interrupted
 
@@ -35,7 +37,7 @@ def run_training(method: Method, dataset: str, argv: Sequence[str] | None = None
         arguments = list(sys.argv[1:] if argv is None else argv)
         if asks_for_help(arguments):
             if is_main_rank():
-                print_page(help_page(arguments, method, dataset))
+                print(help_page(arguments, method, dataset))
             return 0
         command, typed = parse(arguments, method, dataset)
         from freeadv_fast.training import dry_run, train  # seconds of imports that --help spares
@@ -71,7 +73,25 @@ def run_tool(function: Callable[..., int]) -> int:
 
 
 def guard(work: Callable[[], int]) -> int:
-    """Runs `work`; a user's mistake becomes one line and status 2, a signal 128 + its number."""
+    """Runs `work`; a user's mistake becomes one line and status 2, a signal 128 + its number.
+
+    So does a reader that leaves before the end, as `head` does: that is SIGPIPE's number.
+    """
+    try:
+        try:
+            return status_of(work)
+        finally:
+            sys.stdout.flush()  # at its end Python could only complain
+    except BrokenPipeError:
+        if not has_reader_left():
+            raise
+        # Python flushes the stream once more, into what still takes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def status_of(work: Callable[[], int]) -> int:
+    """The status of `work`, or of what stopped it, after its line."""
     try:
         return work()
     except UserError as error:
@@ -96,9 +116,11 @@ def guard(work: Callable[[], int]) -> int:
         return 2
 
 
-def is_main_rank() -> bool:
-    """Whether this process speaks for all; known before the ranks have met."""
-    return os.environ.get("RANK", "0") == "0"
+def has_reader_left() -> bool:
+    """Whether nobody reads any more what is printed, as when `head` has seen enough."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def print_remarks(remarks: list[str], is_embedded: bool) -> None:

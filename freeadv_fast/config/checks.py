@@ -164,8 +164,14 @@ def check_combinations(config: RunFields) -> None:
             f"--graphs on: {config.method}{' with --mix' if config.mix != 'none' else ''} cannot "
             "be recorded; use --graphs auto"
         )
+    if config.export == "best" and config.holdout_images == 0:
+        raise UserError("--export best: no images are held out to choose them; leave it out")
     for name in config.eval_attacks:  # a misspelt one should not be found after training
         Attack.parse(name)
+    if config.eps.levels and config.eval_step.levels == 0:
+        raise UserError(
+            "--eval-step 0: attacks that stand still; give a step above 0, or leave it out"
+        )
     if config.method != "natural" and config.threat.eps.levels == 0:
         raise UserError(f"--eps 0: {config.method} needs a radius above 0, such as 4/255")
     if config.method != "natural" and config.threat.step.levels == 0:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 from fractions import Fraction
-from typing import Self
+from typing import Literal, Self
 
 from freeadv_fast.config.choices import (
     AttackStart,
@@ -203,7 +203,9 @@ class RunFields:
     output_dir: str | None = None
     """Folder of this run. Default: runs/METHOD-DATA-ARCH-mM-epsE-seedS."""
     resume: bool = False
-    """Continue the run in --output-dir from its newest intact checkpoint."""
+    """Continue the run in FOLDER, or in --output-dir, from its newest intact checkpoint. Its own
+    config.yaml is what flags are on top of: --epochs, --max-passes, the evaluation, --workers and
+    where --data are may change."""
     checkpoint_every: float = 600
     """Seconds between checkpoints within an epoch; each epoch's end saves one too."""
     log_every: int = 50
@@ -229,6 +231,9 @@ class RunFields:
     """Step of the evaluation's attacks. Default: the recipe's, in proportion to --eps."""
     eval_images: int | None = None
     """Validation images to attack, evenly spaced over the set. Default: all; 400 without a GPU."""
+    export: Literal["last", "best"] = "last"
+    """Weights to export: the last ones, whose accuracies are the result, or those that held-out
+    images chose."""
 
     def as_recipe(self, name: str) -> Self:
         """The same run under a recipe's name; its steps are those chosen for its ball."""

@@ -16,6 +16,9 @@ from freeadv_fast.config.schedule import Schedule
 from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.errors import UserError
 
+# A run's folder has its config under this name.
+CONFIG_NAME = "config.yaml"
+
 # Where a run is and whether it is being continued do not describe the run itself.
 NOT_SAVED = ("output_dir", "resume")
 
@@ -63,7 +66,7 @@ def load_config(path: Path) -> TrainConfig:
         UserError: no such file, not YAML, or not a config of ours.
     """
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        plain = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from None
     except (yaml.YAMLError, UnicodeDecodeError):

@@ -19,6 +19,9 @@ from freeadv_fast.config.schedule import Schedule
 from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.errors import UserError
 
+# Fields whose ~ is the user's home: a shell leaves that of --output-dir=~/x as it is.
+PATHS = ("output_dir", "init_from")
+
 
 @functools.cache
 def field_types() -> dict[str, Any]:
@@ -65,7 +68,8 @@ def read_value(name: str, hint: Any, value: Any) -> Any:
     if kind is str:
         if not isinstance(value, str | os.PathLike):
             raise UserError(f"{flag} {value}: must be text")
-        return os.fspath(value)
+        path = os.fspath(value)
+        return os.path.expanduser(path) if name in PATHS else path
     return value  # one of some words: `checks.check_choices` knows them
 
 

@@ -1,14 +1,20 @@
-"""The loaders of a run: opens what --data names; `build_phase_loaders` is the way in."""
+"""The loaders of a run: `open_data` finds what --data names, `deal_images` gives it to loaders.
+
+Between the two, ranks compare what they found and a resumed run compares it with its checkpoint;
+`build_phase_loaders` does without.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 
 from freeadv_fast.config.presets import CPU_EVAL_IMAGES
 from freeadv_fast.config.run import TrainConfig
@@ -23,11 +29,12 @@ from freeadv_fast.data.folder import (
     refuse_other_classes,
     split_folder,
 )
-from freeadv_fast.data.index import ImageIndex, index_images
+from freeadv_fast.data.index import ImageIndex, image_name, index_images, shortened
 from freeadv_fast.data.loader import Loader
 from freeadv_fast.data.resident import ResidentImages, ResidentLoader
+from freeadv_fast.data.roll import Changes, Roll, Stamps
 from freeadv_fast.data.split import balanced_rows, evenly_spaced_rows
-from freeadv_fast.data.stream import Ints, Stream
+from freeadv_fast.data.stream import Ints, Keys, Stream
 from freeadv_fast.data.svhn import load_svhn
 from freeadv_fast.data.synthetic import build_synthetic
 from freeadv_fast.distributed.world import World
@@ -50,9 +57,10 @@ class Loaders:
         train: Training images without the held-out ones.
         holdout: Training images that choose the best checkpoint, read with the evaluation's
             preprocessing; None where none are held out.
-        guard: Held-out images of the guard's checks, evenly spaced over them; None likewise.
+        guard: Held-out images of the guard's checks; None likewise.
         val: Validation images: those of --eval-images, evenly spaced over the set.
         lines: What the user should know about the data, a line each.
+        roll: The training images, with the held-out ones. held_out: Keys of the latter.
     """
 
     train: Loader
@@ -60,6 +68,16 @@ class Loaders:
     guard: Loader | None
     val: Loader
     lines: tuple[str, ...]
+    roll: Roll
+    held_out: Keys
+
+    @functools.cached_property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the training images: the same in every phase."""
+        return {
+            "roll": self.roll.state_dict(),
+            "held_out": torch.from_numpy(self.held_out.view(np.int64).copy()),
+        }
 
     def describe(self) -> list[str]:
         """Lines for the user: how many images, read by what, and which files were left out."""
@@ -71,11 +89,39 @@ class Loaders:
         return [counts, *self.lines]
 
 
-def build_phase_loaders(config: TrainConfig, world: World) -> tuple[Loaders, ...]:
-    """Builds the loaders of each phase of a run; one for a run without phases.
+@dataclasses.dataclass(frozen=True)
+class OpenedData:
+    """What --data and --phase-data name, as one rank found it.
 
-    Every phase holds the same images out, and all share the validation images of `data`, read at
-    the last phase's size.
+    Attributes:
+        trains: The training images of each phase.
+        rows: Those of each phase that every phase has.
+        val: The validation images, which all phases share.
+        lines: What the user should know about the phases' folders, a line each.
+    """
+
+    trains: tuple[_Split, ...]
+    rows: tuple[Ints, ...]
+    val: _Split
+    lines: tuple[str, ...]
+
+    @functools.cached_property
+    def roll(self) -> Roll:
+        """The images that are trained on or held out, as the last phase reads them."""
+        return self.trains[-1].roll.of(self.rows[-1])
+
+    def rolls(self, config: TrainConfig) -> dict[str, Roll]:
+        """What every split holds, by the flag that names it and the split's folder."""
+        flags = [f"--phase-data {folder}" for folder in config.phase_data]
+        flags = flags or [f"--data {config.data}"] * len(self.trains)
+        rolls = {f"--data {config.data}: val": self.val.roll}
+        for flag, train in zip(flags, self.trains, strict=True):
+            rolls[f"{flag}: train"] = train.roll
+        return rolls
+
+
+def open_data(config: TrainConfig, world: World) -> OpenedData:
+    """Opens what a run reads; no rank waits for another one here.
 
     Args:
         config: The run; `data` and `phase_data` say what to read.
@@ -92,11 +138,41 @@ def build_phase_loaders(config: TrainConfig, world: World) -> tuple[Loaders, ...
             trains.append(_open_split(phase, world, "train", list_images))
     refuse_other_classes(config.phase_configs[-1].data, trains[-1].classes, val.classes)
     _refuse_other_images(config, trains)
+    rows, lines = _common_rows(trains)
+    return OpenedData(tuple(trains), rows, val, lines)
+
+
+def deal_images(
+    config: TrainConfig, world: World, opened: OpenedData, held_out: Keys | None = None
+) -> tuple[Loaders, ...]:
+    """Builds the loaders of each phase of a run; one for a run without phases.
+
+    Every phase holds the same images out, and all share the validation images of `data`, read at
+    the last phase's size.
+
+    Args:
+        config: The run.
+        world: This process among the others, and its device.
+        opened: The data.
+        held_out: Keys of the images to hold out, some of which may be gone: those of a run that is
+            resumed, which were never trained on. None to draw them.
+
+    Raises:
+        UserError: a size or a number that the data are too small for, in one line.
+    """
     phases = []
     for number, phase in enumerate(config.phase_configs):
         with blaming(f"--phases {config.phases[number]}" if config.phases else None):
-            phases.append(_phase_loaders(phase, world, trains[number], val, config))
+            phases.append(_phase_loaders(phase, world, opened, number, config, held_out))
     return tuple(phases)
+
+
+def build_phase_loaders(config: TrainConfig, world: World) -> tuple[Loaders, ...]:
+    """The loaders of each phase of a new run, without a comparison of ranks.
+
+    Arguments and errors are those of `open_data` and `deal_images`.
+    """
+    return deal_images(config, world, open_data(config, world))
 
 
 def build_loaders(config: TrainConfig, world: World) -> Loaders:
@@ -111,7 +187,7 @@ def build_loaders(config: TrainConfig, world: World) -> Loaders:
 def _refuse_other_images(config: TrainConfig, trains: list[_Split]) -> None:
     """Raises UserError where a phase's training images are not those of the last phase.
 
-    The images that one phase holds out would otherwise be trained on in another.
+    A few may be missing, as a file that could not be copied: no more than may be bad.
     """
     last = trains[-1]
     for folder, train in zip(config.phase_data, trains, strict=False):
@@ -120,49 +196,97 @@ def _refuse_other_images(config: TrainConfig, trains: list[_Split]) -> None:
                 f"--phase-data {folder}: its {len(train.classes)} classes are not the "
                 f"{len(last.classes)} of {config.phase_data[-1]}"
             )
-        if not np.array_equal(train.labels, last.labels):
+        if np.array_equal(train.keys, last.keys):
+            continue
+        changes = Changes.between(last.roll, train.roll)
+        others = changes.left + changes.came
+        if len(others) > config.max_bad_fraction * len(last.labels):
             raise UserError(
                 f"--phase-data {folder}: its {len(train.labels):,} training images are not the "
-                f"{len(last.labels):,} of {config.phase_data[-1]}; each class needs the same "
-                "number in every phase (python -m freeadv_fast.data.resize makes a copy anew)"
+                f"{len(last.labels):,} of {config.phase_data[-1]}: {len(others):,} are in one of "
+                f"them only ({shortened(others)}); make the copy anew (python -m "
+                "freeadv_fast.data.resize) or raise --max-bad-fraction"
             )
 
 
+def _common_rows(trains: list[_Split]) -> tuple[tuple[Ints, ...], tuple[str, ...]]:
+    """Rows of each phase's images that every phase has, and a line where others are left out.
+
+    The images that one phase holds out would otherwise be trained on in another.
+    """
+    keys = [train.keys for train in trains]
+    if all(np.array_equal(each, keys[0]) for each in keys):
+        return (np.arange(len(keys[0])),) * len(keys), ()
+    common = functools.reduce(np.intersect1d, keys)
+    rows = tuple(np.flatnonzero(np.isin(each, common)) for each in keys)
+    num_lacking = len(functools.reduce(np.union1d, keys)) - len(common)
+    line = f"{num_lacking:,} training images left out, for not every phase's folder has them"
+    return rows, (line,) if num_lacking else ()
+
+
 def _phase_loaders(
-    config: TrainConfig, world: World, train: _Split, val: _Split, final: TrainConfig
+    config: TrainConfig,
+    world: World,
+    opened: OpenedData,
+    phase: int,
+    final: TrainConfig,
+    held_out: Keys | None,
 ) -> Loaders:
     """The loaders of one phase.
 
     Args:
         config: The phase as a run of its own. final: The run.
         world: This process among the others.
-        train: The phase's training images. val: The run's validation images.
+        opened: The data. phase: Which of its training images, from 0.
+        held_out: Keys of the images to hold out; None to draw them.
+    """
+    train, rows, val = opened.trains[phase], opened.rows[phase], opened.val
+    labels, keys = train.labels[rows], train.keys[rows]
+    drawn = _draw_held_out(config, labels, keys) if held_out is None else held_out
+    is_held = np.isin(keys, drawn)
+
+    def some_held(count: int) -> Ints:
+        return rows[is_held][balanced_rows(labels[is_held], count, keys[is_held])]
+
+    num_held = int(is_held.sum())
+    is_short = config.holdout_images is None and world.device.type != "cuda"
+    evaluated = some_held(CPU_EVAL_IMAGES if is_short else num_held)
+    guarded = some_held(min(config.guard_images or DEFAULT_GUARD, len(evaluated)))
+    is_new = held_out is None  # a resumed run makes do with those that are left
+    if is_new and num_held and len(guarded) < (config.guard_images or 0):
+        raise UserError(
+            f"--guard-images {config.guard_images}: only {len(evaluated)} images are held out; use "
+            f"--guard-images {len(evaluated)} or a larger --holdout-images"
+        )
+    return Loaders(
+        train=train.loader(_training_stream(config, world, rows[~is_held], keys[~is_held])),
+        holdout=train.loader(_stream(config, world, evaluated)) if num_held else None,
+        guard=train.loader(_stream(config, world, guarded)) if num_held else None,
+        val=val.loader(_stream(final, world, _val_rows(val, config.eval_images))),
+        lines=tuple(dict.fromkeys(train.lines + val.lines + opened.lines)),
+        roll=opened.roll,
+        held_out=drawn,
+    )
+
+
+def _draw_held_out(config: TrainConfig, labels: Ints, keys: Keys) -> Keys:
+    """Keys of the images that a new run holds out: equally many of each class.
+
+    Args:
+        config: The phase. labels, keys: Of its training images.
+
+    Raises:
+        UserError: half of the images or more.
     """
     count = config.holdout_images
     if count is None:
-        count = min(DEFAULT_HOLDOUT, len(train.labels) // 10)
-    held_out = balanced_rows(train.labels, count)
-    if count and 2 * count >= len(train.labels):
+        count = min(DEFAULT_HOLDOUT, len(labels) // 10)
+    if count and 2 * count >= len(labels):
         raise UserError(
-            f"--holdout-images {count}: half of the {len(train.labels)} training "
+            f"--holdout-images {count}: half of the {len(labels)} training "
             "images or more; hold out fewer, or none with 0"
         )
-    kept = np.setdiff1d(np.arange(len(train.labels)), held_out)
-    if config.holdout_images is None and world.device.type != "cuda":
-        held_out = held_out[evenly_spaced_rows(len(held_out), CPU_EVAL_IMAGES)]
-    guarded = held_out[evenly_spaced_rows(len(held_out), config.guard_images or DEFAULT_GUARD)]
-    if len(held_out) and config.guard_images is not None and config.guard_images > len(held_out):
-        raise UserError(
-            f"--guard-images {config.guard_images}: only {len(held_out)} images are held out; use "
-            f"--guard-images {len(held_out)} or a larger --holdout-images"
-        )
-    return Loaders(
-        train=train.loader(_training_stream(config, world, kept)),
-        holdout=train.loader(_stream(config, world, held_out)) if len(held_out) else None,
-        guard=train.loader(_stream(config, world, guarded)) if len(held_out) else None,
-        val=val.loader(_stream(final, world, _val_rows(val, config.eval_images))),
-        lines=train.lines + tuple(line for line in val.lines if line not in train.lines),
-    )
+    return keys[balanced_rows(labels, count, keys)]
 
 
 def build_val_loader(config: TrainConfig, world: World, num_images: int | None) -> Loader:
@@ -195,7 +319,8 @@ def build_folder_loader(
         UserError: class folders without images, or too many bad files, in one line.
     """
     announce = _announce_once if world.is_main else _keep_quiet
-    index = index_images(str(folder), config.max_bad_fraction, announce)
+    folder = os.path.expanduser(folder)
+    index = index_images(folder, config.max_bad_fraction, announce)
     split = _FolderSplit(config, world, index)
     return split.loader(_stream(config, world, _val_rows(split, num_images)))
 
@@ -205,10 +330,10 @@ def _stream(config: TrainConfig, world: World, rows: Ints) -> Stream:
     return Stream(rows, config.batch_size, world.rank, world.size)
 
 
-def _training_stream(config: TrainConfig, world: World, rows: Ints) -> Stream:
+def _training_stream(config: TrainConfig, world: World, rows: Ints, keys: Keys) -> Stream:
     """The training stream; methods with shares and branches train on whole minibatches only."""
     smallest = config.batch_size if config.has_branches else 2
-    return Stream(rows, config.batch_size, world.rank, world.size, config.seed, smallest)
+    return Stream(rows, config.batch_size, world.rank, world.size, config.seed, smallest, keys)
 
 
 class _Split(Protocol):
@@ -217,6 +342,16 @@ class _Split(Protocol):
     classes: list[str]
     labels: Ints
     lines: tuple[str, ...]
+
+    @property
+    def keys(self) -> Keys:
+        """What stands for each row's image in every draw."""
+        ...
+
+    @property
+    def roll(self) -> Roll:
+        """Which images these are."""
+        ...
 
     def loader(self, stream: Stream) -> Loader:
         """A loader for some of its rows."""
@@ -235,11 +370,29 @@ class _FolderSplit:
         self.lines: tuple[str, ...] = (f"images are decoded by {self.decoder}",)
         if backend == "torchvision" and world.is_main:
             _announce_once(NO_DALI)
-        if index.num_bad:
+        if index.bad:
             self.lines += (
-                f"{index.num_bad:,} bad files of {index.folder} left out, listed in "
+                f"{len(index.bad):,} bad files of {index.folder} left out, listed in "
                 f"{index.bad_list or 'no file: the cache cannot be written'}",
             )
+        if index.foreign:
+            self.lines += (
+                f"left out of {index.folder}, by name no part of the data: "
+                f"{shortened(index.foreign)}",
+            )
+
+    @property
+    def keys(self) -> Keys:
+        """What stands for each row's image in every draw."""
+        return self.index.keys
+
+    @functools.cached_property
+    def roll(self) -> Roll:
+        """Which images these are."""
+        index = self.index
+        stamps: Stamps = index.num_bytes.astype(np.uint32)
+        bad = {image_name(file): reason for file, reason in index.bad.items()}
+        return Roll(index.classes, index.names, stamps, "bytes", bad)
 
     def loader(self, stream: Stream) -> FolderLoader:
         """A loader for some of its rows."""
@@ -254,6 +407,16 @@ class _ResidentSplit:
         self.config, self.images = config, images
         self.classes, self.labels = images.classes, images.labels
         self.lines: tuple[str, ...] = ("images are resident on the device",)
+
+    @property
+    def keys(self) -> Keys:
+        """What stands for each row's image in every draw: the row."""
+        return np.arange(len(self.labels), dtype=np.uint64)
+
+    @functools.cached_property
+    def roll(self) -> Roll:
+        """Which images these are."""
+        return self.images.roll
 
     def loader(self, stream: Stream) -> Loader:
         """A loader for some of its rows."""
@@ -280,9 +443,10 @@ def _open_split(
         UserError: it cannot be opened, in one line.
     """
     announce = _announce_once if world.is_main else _keep_quiet
-    kind, colon, rest = config.data.partition(":")
+    kind, _, rest = config.data.partition(":")
     if kind in CIFAR or kind == "svhn":
         _refuse_resident_options(config, kind, rest)
+        rest = os.path.expanduser(rest)  # a shell does not, behind a colon or an equals sign
     if kind == "svhn":
         return _ResidentSplit(config, load_svhn(rest, split, world.device))
     if kind in CIFAR:
@@ -290,9 +454,14 @@ def _open_split(
     if kind == "synthetic":
         images = build_synthetic(rest, config.image_size, split, world.device)
         return _ResidentSplit(config, images)
-    data = digits_folder() if config.data == "digits" else config.data
-    folder = split_folder(data, split)
-    return _FolderSplit(config, world, list_images(folder))
+    data = digits_folder() if config.data == "digits" else os.path.expanduser(config.data)
+    try:
+        return _FolderSplit(config, world, list_images(split_folder(data, split)))
+    except OSError as error:
+        raise UserError(
+            f"--data {data}: {error.filename} cannot be read ({error.strerror}); let this user "
+            "read it"
+        ) from None
 
 
 @functools.cache

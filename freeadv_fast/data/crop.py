@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freeadv_fast.data.stream import Ints, random_flips, random_offsets
+from freeadv_fast.data.stream import Ints, Keys, random_flips, random_offsets
 
 
 def pad_images(images: Tensor, padding: int) -> Tensor:
@@ -17,7 +17,7 @@ def pad_images(images: Tensor, padding: int) -> Tensor:
 def random_crop_flip(
     padded: Tensor,
     slots: Ints,
-    rows: Ints,
+    keys: Keys,
     padding: int,
     seed: int,
     epoch: int,
@@ -29,7 +29,7 @@ def random_crop_flip(
     Args:
         padded: (N, H + 2p, W + 2p, 3) uint8 images with p pixels of padding.
         slots: (n,) which of them to take.
-        rows: (n,) rows of these images in the split's list; the random draws hang on them.
+        keys: (n,) keys of these images; the random draws hang on them.
         padding: p.
         seed: The run's seed.
         epoch: Data epoch.
@@ -38,8 +38,8 @@ def random_crop_flip(
     Returns:
         (n, H, W, 3) uint8 on the same device, contiguous.
     """
-    corners = random_offsets(seed, epoch, rows, 2 * padding + 1)
-    flips = random_flips(seed, epoch, rows) & flip
+    corners = random_offsets(seed, epoch, keys, 2 * padding + 1)
+    flips = random_flips(seed, epoch, keys) & flip
     packed = np.column_stack([slots, corners, flips])
     slot, top, left, is_mirrored = (
         torch.from_numpy(packed).to(padded.device, non_blocking=True).unbind(1)

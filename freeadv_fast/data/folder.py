@@ -6,6 +6,7 @@ import collections
 import contextlib
 import importlib.util
 import os
+import shlex
 from collections.abc import Generator, Iterator
 from typing import Literal, Protocol
 
@@ -16,6 +17,7 @@ from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.data.crop import pad_images, random_crop_flip
 from freeadv_fast.data.index import ImageIndex, is_image_name, shortened
 from freeadv_fast.data.loader import Batch
+from freeadv_fast.data.names import class_folders
 from freeadv_fast.data.plan import Plan, plan_evaluation, plan_random_resized_crop
 from freeadv_fast.data.prefetch import prefetched
 from freeadv_fast.data.stream import Share, Stream
@@ -27,6 +29,10 @@ NO_DALI = (
     "NVIDIA DALI is not installed: images are decoded by torchvision, more slowly "
     "(pip install nvidia-dali-cuda130)"
 )
+
+
+# Tiny-ImageNet's val/ has all images in one folder, and this beside it: file, class, box.
+TINY_IMAGENET_LABELS = "val_annotations.txt"
 
 
 class Decoder(Protocol):
@@ -67,7 +73,11 @@ def build_decoder(
     from freeadv_fast.data.folder_torchvision import TorchvisionDecoder
 
     return TorchvisionDecoder(
-        index, image_size=config.image_size, num_workers=config.workers, device=device
+        index,
+        image_size=config.image_size,
+        batch_size=config.batch_size,
+        num_workers=config.workers,
+        device=device,
     )
 
 
@@ -130,9 +140,7 @@ class FolderLoader:
         """What the decoder does with a share."""
         config, sizes = self.config, self.index.sizes[share.rows]
         if self.augment == "random-resized-crop":
-            return plan_random_resized_crop(
-                share.rows, sizes, config.image_size, config.seed, epoch
-            )
+            return plan_random_resized_crop(share, sizes, config.image_size, config.seed, epoch)
         return plan_evaluation(share.rows, sizes, config.image_size, config.evaluation_resize)
 
     def _augmented(self, images: Tensor, share: Share, epoch: int) -> Tensor:
@@ -144,7 +152,7 @@ class FolderLoader:
         padded = pad_images(images, padding)
         flip = self.augment == "pad-crop-flip"
         seed = self.config.seed
-        return random_crop_flip(padded, slots, share.rows, padding, seed, epoch, flip=flip)
+        return random_crop_flip(padded, slots, share.keys, padding, seed, epoch, flip=flip)
 
 
 def split_folder(data: str, split: Literal["train", "val"]) -> str:
@@ -156,7 +164,7 @@ def split_folder(data: str, split: Literal["train", "val"]) -> str:
 
     Raises:
         UserError: missing or empty folder, no train/ or val/, or images that are not sorted into
-            one folder a class.
+            two folders or more, one a class.
     """
     if not os.path.isdir(data):
         raise UserError(f"--data {data}: no such folder")
@@ -166,19 +174,53 @@ def split_folder(data: str, split: Literal["train", "val"]) -> str:
     if not os.path.isdir(folder):
         raise UserError(
             f"--data {data}: no {split}/ folder in it; an ImageFolder holds train/ and val/ with "
-            "one folder a class in each"
+            f"one folder a class in each{_splits_below(data, split)}"
         )
-    with os.scandir(folder) as entries:
-        is_folder = {entry.name: entry.is_dir() for entry in entries}
-    if any(is_folder.values()):
+    classes, _ = class_folders(folder)
+    if len(classes) == 1:
+        raise UserError(
+            f"--data {data}: {split}/ holds one folder only, {classes[0]}/, and there would be one "
+            f"class; {_classes_elsewhere(folder, classes[0])}"
+        )
+    if classes:
         return folder
-    if any(is_image_name(name) for name in is_folder):
+    if any(map(is_image_name, os.listdir(folder))):
         raise UserError(
             f"--data {data}: {split}/ holds images but no class folders; move each image to "
             f"{split}/CLASS/, with the class names of train/ (for ImageNet, the script valprep.sh "
             "of github.com/soumith/imagenetloader.torch does it)"
         )
     raise UserError(f"--data {data}: {split}/ is empty; it must hold one folder a class")
+
+
+def _splits_below(data: str, split: str) -> str:
+    """Advice for a folder one level too high; empty where nothing in it holds the split."""
+    below = [name for name in class_folders(data)[0] if os.path.isdir(f"{data}/{name}/{split}")]
+    return f" (did you mean --data {os.path.join(data, below[0])}?)" if below else ""
+
+
+def _classes_elsewhere(folder: str, name: str) -> str:
+    """Where the classes of a split seem to be that holds one folder.
+
+    Args:
+        folder: The split. name: The one folder in it.
+    """
+    inner, _ = class_folders(os.path.join(folder, name))
+    if len(inner) > 1:
+        deeper = shlex.quote(os.path.join(folder, name))
+        return (
+            f"the {len(inner):,} folders in {name}/ seem to be the classes ({shortened(inner)}), "
+            f"move them up: mv {deeper}/* {shlex.quote(folder)} && rmdir {deeper}"
+        )
+    if os.path.isfile(os.path.join(folder, TINY_IMAGENET_LABELS)):
+        images = shlex.quote(name)
+        return (
+            f"{TINY_IMAGENET_LABELS} says which class each image is of, sort them by it: "
+            f"cd {shlex.quote(folder)} && while read -r file class _; do "
+            f'mkdir -p "$class" && mv {images}/"$file" "$class"; done < {TINY_IMAGENET_LABELS} '
+            f"&& rmdir {images}"
+        )
+    return "an ImageFolder holds one folder a class, two or more"
 
 
 def refuse_other_classes(data: str, train: list[str], val: list[str]) -> None:

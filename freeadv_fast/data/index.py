@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -19,12 +20,16 @@ from typing import NamedTuple
 import numpy as np
 
 from freeadv_fast.data.cache import cache_folder, write_atomically
-from freeadv_fast.data.headers import PASSING, BadImage, inspect_image
-from freeadv_fast.data.stream import Ints
+from freeadv_fast.data.formats.picture_file import BadImage
+from freeadv_fast.data.headers import PASSING, RULES, inspect_image
+from freeadv_fast.data.names import class_folders, keys_of, walk
+from freeadv_fast.data.stream import Ints, Keys
 from freeadv_fast.errors import UserError
 
-# torchvision.datasets.folder.IMG_EXTENSIONS: what counts as an image of the folder, good or bad.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Browsers name some JPEGs .jfif.
+JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jfif")
+# torchvision.datasets.folder.IMG_EXTENSIONS and .jfif: an image of the folder, good or bad.
+EXTENSIONS = (*JPEG_EXTENSIONS, ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Files wait for the disk, not for the processor: more threads than cores.
 NUM_SCAN_THREADS = 16
 # Files that a thread takes at a time.
@@ -62,7 +67,9 @@ class ImageIndex:
         files: (N) paths relative to `folder`, in torchvision's order.
         labels: (N,) int64.
         sizes: (N, 2) int64 height and width in pixels as stored.
-        num_bad: Files left out.
+        num_bytes: (N,) int64 sizes of the files.
+        bad: Files that are no whole images, and why; they are left out.
+        foreign: Files and folders left out by their name, or because they are links to a parent.
         bad_list: Text file that names them and says why; None when there is none.
     """
 
@@ -71,8 +78,20 @@ class ImageIndex:
     files: list[str]
     labels: Ints
     sizes: Ints
-    num_bad: int
+    num_bytes: Ints
+    bad: dict[str, str]
+    foreign: list[str]
     bad_list: Path | None
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """(N) what the images are called, in every copy of the data."""
+        return [image_name(file) for file in self.files]
+
+    @functools.cached_property
+    def keys(self) -> Keys:
+        """(N,) what stands for the images in every draw."""
+        return keys_of(self.names)
 
     def path(self, row: int) -> str:
         """Absolute path of the image in `row`."""
@@ -94,9 +113,11 @@ def index_images(
     """
     folder = os.path.abspath(folder)
     cache = _cache_file(folder)
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    classes, foreign = class_folders(folder)
     with concurrent.futures.ThreadPoolExecutor(NUM_SCAN_THREADS) as threads:
-        listings = list(threads.map(lambda name: _list_files(folder, name), classes))
+        walks = list(threads.map(lambda name: _list_files(folder, name), classes))
+        listings = [files for files, _ in walks]
+        foreign += [path for _, left_out in walks for path in left_out]
         _refuse_empty_classes(folder, classes, [len(listing) for listing in listings])
         known = _load_cache(cache)
         found = {file: stat for listing in listings for file, stat in listing.items()}
@@ -117,10 +138,11 @@ def index_images(
     labels = np.repeat(np.arange(len(classes)), [len(listing) for listing in listings])
     labels = labels[[file not in bad for file in found]]
     _refuse_empty_classes(folder, classes, np.bincount(labels, minlength=len(classes)).tolist())
-    sizes = np.array([entries[file][2:4] for file in good], np.int64).reshape(-1, 2)
+    numbers = np.array([entries[file][:4] for file in good], np.int64).reshape(-1, 4)
     return ImageIndex(
-        folder, classes, good, labels, sizes, len(bad), bad_list if bad_list.exists() else None
-    )
+        folder, classes, good, labels, numbers[:, 2:], numbers[:, 0], bad, foreign,
+        bad_list if bad_list.exists() else None,
+    )  # fmt: skip
 
 
 def is_image_name(name: str) -> bool:
@@ -128,18 +150,39 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
-def _list_files(folder: str, class_name: str) -> dict[str, tuple[int, int]]:
-    """Image files of a class folder and its subfolders in torchvision's order: (bytes, mtime)."""
+def image_name(file: str) -> str:
+    """What an image is called: the file's path in the split, without what a copy adds to it.
+
+    A smaller copy of a file that is not named as a JPEG has .jpg after its name (`resize.copies`).
+    """
+    if not file.endswith(".jpg"):
+        return file
+    original = file.removesuffix(".jpg")
+    is_copy = is_image_name(original) and not original.lower().endswith(JPEG_EXTENSIONS)
+    return original if is_copy else file
+
+
+def _list_files(folder: str, class_name: str) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """Image files of a class folder and its subfolders in torchvision's order: (bytes, mtime).
+
+    Beside them, what was left out: folders, and files that are named as images.
+    """
     files: dict[str, tuple[int, int]] = {}
-    for place, _, names in sorted(os.walk(os.path.join(folder, class_name), followlinks=True)):
+    foreign: list[str] = []
+    for place, names, left_out in sorted(walk(os.path.join(folder, class_name), folder)):
         inside = os.path.relpath(place, folder)
+        foreign += [
+            os.path.join(inside, name)
+            for name in left_out
+            if is_image_name(name) or os.path.isdir(os.path.join(place, name))
+        ]
         for name in sorted(filter(is_image_name, names)):
             try:
                 stat = os.stat(os.path.join(place, name))
                 files[os.path.join(inside, name)] = (stat.st_size, stat.st_mtime_ns)
             except OSError:  # a dangling link: inspected, found bad and listed
                 files[os.path.join(inside, name)] = (0, 0)
-    return files
+    return files, foreign
 
 
 def _check_files(
@@ -175,7 +218,7 @@ def _refuse_too_many_bad(
     named = shortened([f"{file} ({reason})" for file, reason in bad.items()])
     raise UserError(
         f"--max-bad-fraction {max_bad_fraction:g}: {len(bad)} of {num_files} files in {folder} "
-        f"are not whole images: {named}; repair or remove them, or raise --max-bad-fraction"
+        f"cannot be trained on: {named}; repair or remove them, or raise --max-bad-fraction"
     )
 
 
@@ -192,9 +235,11 @@ def _cache_file(folder: str) -> Path:
 
 
 def _load_cache(path: Path) -> dict[str, Entry]:
-    """The remembered entries; none when the cache is absent, damaged or of another layout."""
+    """The remembered entries; none when the cache is absent, damaged or of other rules."""
     try:
         with np.load(path) as arrays:
+            if arrays["rules"] != RULES:
+                return {}
             numbers = arrays["numbers"].tolist()
             names, reasons = (
                 os.fsdecode(arrays[key].tobytes()).split("\0") for key in ("names", "reasons")
@@ -215,6 +260,7 @@ def _save_cache(path: Path, entries: dict[str, Entry]) -> None:
     buffer = io.BytesIO()
     np.savez(
         buffer,
+        rules=RULES,
         names=np.frombuffer(os.fsencode("\0".join(entries)), np.uint8),
         reasons=np.frombuffer(os.fsencode("\0".join(e.reason for e in entries.values())), np.uint8),
         numbers=np.array([entry[:4] for entry in entries.values()], np.int64),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from freeadv_fast.data.stream import Ints, random_flips, random_resized_windows
+from freeadv_fast.data.stream import Ints, Share, random_flips, random_resized_windows
 
 
 class Plan(NamedTuple):
@@ -29,23 +29,23 @@ class Plan(NamedTuple):
 
 
 def plan_random_resized_crop(
-    rows: Ints, sizes: Ints, image_size: int, seed: int, epoch: int
+    share: Share, sizes: Ints, image_size: int, seed: int, epoch: int
 ) -> Plan:
     """Training: RandomResizedCrop and RandomHorizontalFlip.
 
     Args:
-        rows: (n,) rows of the file list; the random draws hang on them.
+        share: n rows of the file list; the random draws hang on their keys.
         sizes: (n, 2) height and width of these images in pixels.
         image_size: Side of the output in pixels.
         seed: The run's seed.
         epoch: Data epoch.
     """
     return Plan(
-        rows=rows,
-        windows=random_resized_windows(seed, epoch, rows, sizes),
+        rows=share.rows,
+        windows=random_resized_windows(seed, epoch, share.keys, sizes),
         resized=np.full_like(sizes, image_size),
         corners=np.zeros_like(sizes),
-        flips=random_flips(seed, epoch, rows),
+        flips=random_flips(seed, epoch, share.keys),
     )
 
 

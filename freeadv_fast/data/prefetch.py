@@ -11,9 +11,12 @@ from collections.abc import Generator
 import torch
 
 from freeadv_fast.data.loader import Batch
+from freeadv_fast.data.waiting import next_item
 
 # Minibatches that may be ready before the one in training is done.
 DEPTH = 2
+# A thread that then still waits for a file is left to itself; the process's end ends it.
+JOIN_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,7 @@ def prefetched(
 
     Raises:
         Exception: whatever `batches` raised, at the minibatch where it happened.
+        UserError: no minibatch came, see `waiting.next_item`.
     """
     ready: queue.SimpleQueue[_Ready | BaseException | None] = queue.SimpleQueue()
     room = threading.Semaphore(DEPTH)
@@ -59,7 +63,7 @@ def prefetched(
     thread = threading.Thread(target=produce, name="freeadv-prefetch", daemon=True)
     thread.start()
     try:
-        while (item := ready.get()) is not None:
+        while (item := next_item(ready)) is not None:
             if isinstance(item, BaseException):
                 raise item
             room.release()
@@ -67,7 +71,7 @@ def prefetched(
     finally:
         stopped.set()
         room.release()
-        thread.join()
+        thread.join(JOIN_SECONDS)
 
 
 def _side_stream(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.data.crop import pad_images, random_crop_flip
 from freeadv_fast.data.loader import Batch
+from freeadv_fast.data.roll import Roll
 from freeadv_fast.data.stream import Ints, Share, Stream
 
 
@@ -27,6 +30,18 @@ class ResidentImages:
     images: Tensor
     labels: Ints
     classes: list[str]
+
+    @property
+    def roll(self) -> Roll:
+        """What the split holds; a row's number is its image's name.
+
+        Checksums of CIFAR's 50,000 training images take 0.1 s.
+        """
+        pixels = [zlib.crc32(image) for image in self.images.cpu().numpy()]
+        shown = np.arange(len(self.labels)) % len(self.images)
+        stamps = np.array(pixels, np.uint32)[shown] ^ self.labels.astype(np.uint32)
+        names = [f"image {row}" for row in range(len(self.labels))]
+        return Roll(self.classes, names, stamps, "checksum", bad={})
 
 
 class ResidentLoader:
@@ -64,6 +79,6 @@ class ResidentLoader:
         slots = share.rows % len(self.images)
         if self.crops:
             return random_crop_flip(
-                self.images, slots, share.rows, self.padding, self.seed, epoch, flip=self.flips
+                self.images, slots, share.keys, self.padding, self.seed, epoch, flip=self.flips
             )
         return self.images[torch.from_numpy(slots).to(self.images.device, non_blocking=True)]

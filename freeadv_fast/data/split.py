@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from freeadv_fast.data.stream import Ints, random_bits
+from freeadv_fast.data.stream import Ints, Keys, random_bits
 
 
-def _places(labels: Ints) -> tuple[Ints, Ints]:
+def _places(labels: Ints, keys: Keys | Ints) -> tuple[Ints, Ints]:
     """Each image's place in a fixed shuffle of its class, and the size of that class.
 
     Args:
-        labels: (N,) class of each image.
+        labels: (N,) class of each image. keys: (N,) of the images; equal keys share no place.
 
     Returns:
         Two (N,) int64: place in 0..size-1, and size.
     """
-    keys = random_bits(0, 0, np.arange(len(labels)), range(1))[:, 0]
-    order = np.lexsort((keys, labels))
+    draws = random_bits(0, 0, keys, range(1))[:, 0]
+    order = np.lexsort((draws, labels))
     counts = np.bincount(labels)
     firsts = np.repeat(np.cumsum(counts) - counts, counts)
     places = np.empty(len(labels), np.int64)
@@ -31,19 +31,21 @@ def _class_keys(labels: Ints) -> Ints:
     return keys.argsort(kind="stable").argsort(kind="stable")[labels]
 
 
-def balanced_rows(labels: Ints, num_images: int) -> Ints:
+def balanced_rows(labels: Ints, num_images: int, keys: Keys | Ints) -> Ints:
     """A slice with equally many images of each class, as far as the classes are large enough.
 
-    No class gives more than half of its images while another can still give.
+    No class gives more than half of its images while another can still give. An image that is
+    removed gives its place to one other at most: the rest is drawn as before.
 
     Args:
         labels: (N,) class of each image.
         num_images: Rows to take.
+        keys: (N,) of the images.
 
     Returns:
         (num_images,) int64 rows, ascending.
     """
-    places, sizes = _places(labels)
+    places, sizes = _places(labels, keys)
     order = np.lexsort((_class_keys(labels), places, places >= sizes // 2))
     return np.sort(order[:num_images])
 
@@ -51,6 +53,8 @@ def balanced_rows(labels: Ints, num_images: int) -> Ints:
 def stratified_rows(labels: Ints, num_images: int) -> Ints:
     """A slice in which every class keeps its share of the set, to within one image.
 
+    A row's number is its image's name here: the digits are split by it.
+
     Args:
         labels: (N,) class of each image.
         num_images: Rows to take.
@@ -58,7 +62,7 @@ def stratified_rows(labels: Ints, num_images: int) -> Ints:
     Returns:
         (num_images,) int64 rows, ascending.
     """
-    places, sizes = _places(labels)
+    places, sizes = _places(labels, np.arange(len(labels)))
     order = np.lexsort((_class_keys(labels), (places + 0.5) / sizes))
     return np.sort(order[:num_images])
 

@@ -1,8 +1,9 @@
 """The order of a dataset and the random draws of each image, as pure functions of position.
 
-Nothing here has a state: a counter-based generator (SplitMix64) hashes (seed, epoch, image index,
-draw number), so that a run resumed in the middle of an epoch, or read by another backend, sees
-the same images under the same crops.
+Nothing here has a state: a counter-based generator (SplitMix64) hashes (seed, epoch, key, draw
+number), so that a run resumed in the middle of an epoch, or read by another backend, sees the same
+images under the same crops. An image's key is drawn from its name (`names.keys_of`): a file that
+is removed changes neither the crops of the others nor their order.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from freeadv_fast.errors import UserError
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+# 64 bits that stand for an image in every draw, whatever its row.
+Keys = NDArray[np.uint64]
 
 # Draw numbers. One draw each for the order and the flip, two for a window's corner, and then the
 # tries of RandomResizedCrop with two draws each.
@@ -41,56 +44,56 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return state ^ (state >> np.uint64(31))
 
 
-def random_bits(seed: int, epoch: int, indices: Ints, draws: range) -> NDArray[np.uint64]:
-    """Hashes (seed, epoch, index, draw number): 64 random bits for each image and draw.
+def random_bits(seed: int, epoch: int, keys: Keys | Ints, draws: range) -> NDArray[np.uint64]:
+    """Hashes (seed, epoch, key, draw number): 64 random bits for each image and draw.
 
     Args:
         seed: The run's seed, >= 0.
         epoch: Data epoch, >= 0.
-        indices: (n,) image indices.
+        keys: (n,) keys of images; their rows where a row's number is its image's name.
         draws: d draw numbers.
 
     Returns:
         (n, d) uint64.
     """
     state = _mix(np.array([seed % 2**64], np.uint64) + _GAMMA)
-    for counter in (np.array([epoch]), indices):
+    for counter in (np.array([epoch]), keys):
         state = _mix(state + _GAMMA * (counter.astype(np.uint64) + np.uint64(1)))
     offsets = _GAMMA * (np.array(draws, np.uint64) + np.uint64(1))
     return _mix(state[:, None] + offsets)
 
 
-def random_uniform(seed: int, epoch: int, indices: Ints, draws: range) -> Floats:
+def random_uniform(seed: int, epoch: int, keys: Keys | Ints, draws: range) -> Floats:
     """As `random_bits`, as (n, d) float64 in [0, 1) with 53 random bits."""
-    bits = random_bits(seed, epoch, indices, draws) >> np.uint64(11)
+    bits = random_bits(seed, epoch, keys, draws) >> np.uint64(11)
     return bits.astype(np.float64) * 2.0**-53
 
 
-def random_flips(seed: int, epoch: int, indices: Ints) -> NDArray[np.bool_]:
+def random_flips(seed: int, epoch: int, keys: Keys | Ints) -> NDArray[np.bool_]:
     """Whether each image is mirrored left to right: (n,) bool, probability one half."""
-    return random_uniform(seed, epoch, indices, range(FLIP_DRAW, FLIP_DRAW + 1))[:, 0] < 0.5
+    return random_uniform(seed, epoch, keys, range(FLIP_DRAW, FLIP_DRAW + 1))[:, 0] < 0.5
 
 
-def random_offsets(seed: int, epoch: int, indices: Ints, num_offsets: int) -> Ints:
+def random_offsets(seed: int, epoch: int, keys: Keys | Ints, num_offsets: int) -> Ints:
     """The (top, left) corner of each image's pad-and-crop window: (n, 2) in 0..num_offsets-1."""
-    uniform = random_uniform(seed, epoch, indices, CORNER_DRAWS)
+    uniform = random_uniform(seed, epoch, keys, CORNER_DRAWS)
     return (uniform * num_offsets).astype(np.int64)
 
 
-def random_resized_windows(seed: int, epoch: int, indices: Ints, sizes: Ints) -> Ints:
+def random_resized_windows(seed: int, epoch: int, keys: Keys | Ints, sizes: Ints) -> Ints:
     """Windows with the distribution of torchvision's RandomResizedCrop.
 
     Args:
         seed: The run's seed.
         epoch: Data epoch.
-        indices: (n,) image indices.
+        keys: (n,) keys of images.
         sizes: (n, 2) height and width of each image in pixels.
 
     Returns:
         (n, 4) top, left, height, width in pixels of the image.
     """
     height, width = sizes[:, :1], sizes[:, 1:]
-    draws = random_uniform(seed, epoch, indices, TRY_DRAWS)
+    draws = random_uniform(seed, epoch, keys, TRY_DRAWS)
     area = height * width * (AREA_RANGE[0] + np.diff(AREA_RANGE) * draws[:, :NUM_TRIES])
     low, high = np.log(ASPECT_RANGE)
     aspect = np.exp(low + (high - low) * draws[:, NUM_TRIES:])
@@ -101,7 +104,7 @@ def random_resized_windows(seed: int, epoch: int, indices: Ints, sizes: Ints) ->
     window = np.concatenate(
         [np.take_along_axis(try_h, first, 1), np.take_along_axis(try_w, first, 1)], axis=1
     )
-    corner = random_uniform(seed, epoch, indices, CORNER_DRAWS) * (sizes - window + 1)
+    corner = random_uniform(seed, epoch, keys, CORNER_DRAWS) * (sizes - window + 1)
     fallback = _central_windows(sizes)
     found = fits.any(axis=1)[:, None]
     return np.concatenate(
@@ -126,10 +129,12 @@ class Share(NamedTuple):
 
     Attributes:
         rows: (n,) int64 rows of the split's file list.
+        keys: (n,) their keys.
         global_size: Images of the minibatch over all ranks.
     """
 
     rows: Ints
+    keys: Keys
     global_size: int
 
 
@@ -149,6 +154,7 @@ class Stream:
         world_size: W, processes.
         seed: Seed of the order; None for evaluation: fixed order, nothing left out.
         smallest: Fewest images of a rank's last minibatch in training.
+        names: (N,) keys of the images, aligned with `rows`; None where a row's number is its name.
     """
 
     rows: Ints
@@ -157,6 +163,7 @@ class Stream:
     world_size: int
     seed: int | None = None
     smallest: int = 2
+    names: Keys | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError where a training minibatch is larger than a rank's share."""
@@ -180,22 +187,31 @@ class Stream:
         fewest = 1 if self.seed is None else self.smallest * self.world_size
         return full + (rest >= fewest)
 
+    @property
+    def keys(self) -> Keys:
+        """(N,) what stands for each of `rows` in its draws."""
+        return self.rows.astype(np.uint64) if self.names is None else self.names
+
     def order(self, epoch: int) -> Ints:
         """All rows in the order of `epoch`: (N,) int64, a permutation drawn from the seed."""
+        return self.rows[self._places(epoch)]
+
+    def _places(self, epoch: int) -> Ints:
+        """The order of `epoch` as places in `rows`."""
         if self.seed is None:
-            return self.rows
-        keys = random_bits(self.seed, epoch, self.rows, range(ORDER_DRAW, ORDER_DRAW + 1))
-        return self.rows[np.argsort(keys[:, 0], kind="stable")]
+            return np.arange(len(self.rows))
+        draws = random_bits(self.seed, epoch, self.keys, range(ORDER_DRAW, ORDER_DRAW + 1))
+        return np.argsort(draws[:, 0], kind="stable")
 
     def shares(self, epoch: int, start: int = 0) -> Iterator[Share]:
         """Yields this rank's shares of `epoch` from global minibatch `start` on.
 
         In an evaluation's last minibatch a rank may have no image; it then yields one share less.
         """
-        order = self.order(epoch)
+        order, keys = self._places(epoch), self.keys
         global_batch = self.batch_size * self.world_size
         for number in range(start, self.num_batches):
-            rows = order[number * global_batch : (number + 1) * global_batch]
-            mine = rows[self.rank :: self.world_size]
+            places = order[number * global_batch : (number + 1) * global_batch]
+            mine = places[self.rank :: self.world_size]
             if len(mine) > 0:
-                yield Share(mine, len(rows))
+                yield Share(self.rows[mine], keys[mine], len(places))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from PIL import Image
-
+from freeadv_fast.data.pixels import read_rgb
 from freeadv_fast.errors import UserError
 
 
@@ -20,8 +19,7 @@ def name_undecodable(paths: list[str], error: Exception) -> Exception:
     """
     for path in paths:
         try:
-            with Image.open(path) as image:
-                image.convert("RGB")
+            read_rgb(path)
         except Exception as reason:
             return undecodable(path, reason)
     return error
@@ -29,7 +27,13 @@ def name_undecodable(paths: list[str], error: Exception) -> Exception:
 
 def undecodable(path: str, reason: Exception) -> UserError:
     """The one line about a file that cannot be decoded."""
-    words = str(reason).strip().splitlines() or [type(reason).__name__]
     return UserError(
-        f"--data: {path} cannot be decoded ({words[0]}); repair or remove it, then --resume"
+        f"--data: {path} cannot be decoded ({first_line(reason)}); repair or remove it, "
+        "then --resume"
     )
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line; its name where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0]

@@ -46,7 +46,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from freeadv_fast import ops
-from freeadv_fast.errors import UserError
+from freeadv_fast.distributed.heartbeat import PeerLost
 
 
 class Side(enum.IntEnum):
@@ -68,13 +68,6 @@ PEER_PATIENCE = datetime.timedelta(minutes=5)
 # Buffers of exchanges that failed. Gloo's thread must not be the last to let go of a tensor that
 # Python knows: it would wait for Python's lock, and if the process leaves meanwhile, abort it.
 _ABANDONED: list[Tensor] = []
-
-
-class PeerLost(UserError):
-    """A rank died or hangs while the others wait for its rows; each of these raises one.
-
-    Nothing can be sent over the process group afterwards: leave, and start all ranks again.
-    """
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,15 +7,22 @@ that agreeing on them never waits for the GPU.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from freeadv_fast.distributed.heartbeat import (
+    arrive,
+    begin_heartbeat,
+    end_heartbeat,
+    naming_a_lost_rank,
+)
 from freeadv_fast.distributed.shuffle import PEER_PATIENCE, Exchange, Route, exchange
 from freeadv_fast.errors import UserError
 
@@ -49,6 +56,7 @@ class World:
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sums a tensor over the ranks, in place, on the training device's group."""
         if self.size > 1:
+            arrive()
             dist.all_reduce(tensor)
         return tensor
 
@@ -56,6 +64,7 @@ class World:
         """Element-wise maximum over the ranks of small host integers; no GPU is waited for."""
         if self.size == 1:
             return values
+        arrive()
         tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
         return [int(value) for value in tensor.tolist()]
@@ -64,6 +73,7 @@ class World:
         """Every rank's `value` on rank 0, in rank order; an empty list on the other ranks."""
         if self.size == 1:
             return [value]
+        arrive()
         values: list[object] = [None] * self.size
         dist.gather_object(value, values if self.is_main else None, group=self.host_group)
         return values if self.is_main else []
@@ -105,6 +115,7 @@ class World:
                 box = [error]
             except Exception as error:
                 box, failure = [UserError(f"rank 0 failed: {error}")], error
+        arrive()
         dist.broadcast_object_list(box, src=0, group=self.host_group)
         if failure is not None:
             raise failure
@@ -198,15 +209,53 @@ class World:
     def barrier(self) -> None:
         """Waits on the host until every rank is here."""
         if self.size > 1:
+            arrive()
             dist.barrier(group=self.host_group)
+
+
+@contextlib.contextmanager
+def joined_world() -> Iterator[World]:
+    """The world within the block, and what `join_world` and `leave_world` do around it.
+
+    Raises:
+        UserError: as `join_world`.
+        PeerLost: another rank died or hangs.
+    """
+    world = join_world()
+    try:
+        with naming_a_lost_rank():
+            yield world
+    finally:
+        leave_world()
+
+
+def is_main_rank() -> bool:
+    """Whether this process speaks for all; known before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def refuse_half_a_world() -> None:
+    """Refuses a process that is told of others and not where to meet them.
+
+    Raises:
+        UserError: WORLD_SIZE is set, by a cluster or in an earlier shell, and torchrun did not.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if size != "1" and missing and not dist.is_initialized():
+        raise UserError(
+            f"WORLD_SIZE {size}: set, but not {', '.join(missing)}; start the ranks with torchrun "
+            "--nproc-per-node N, or unset WORLD_SIZE for one"
+        )
 
 
 def join_world() -> World:
     """Joins the process group that torchrun describes, or stands alone without it.
 
     Raises:
-        UserError: more ranks on this machine than GPUs.
+        UserError: more ranks on this machine than GPUs, or half of what torchrun sets.
     """
+    refuse_half_a_world()
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -229,10 +278,13 @@ def join_world() -> World:
             timeout=PATIENCE,
             device_id=device if device.type == "cuda" else None,
         )
-    return World(rank, size, device, dist.new_group(backend="gloo", timeout=PATIENCE))
+    host_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+    begin_heartbeat(rank, size, host_group)
+    return World(rank, size, device, host_group)
 
 
 def leave_world() -> None:
-    """Destroys the process group, if one was joined."""
+    """Says goodbye and destroys the process group, if one was joined."""
+    end_heartbeat()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -29,7 +29,9 @@ class Evaluation:
         clean_top5: Fraction whose label is among the five largest; None below six classes.
         robust_accuracy: Attack's name to the fraction that is right on the image and on the points
             of all restarts.
-        num_images: Images seen, over all ranks.
+        num_images: Images attacked, over all ranks.
+        num_clean_images: Images that the clean accuracies are over; more, where attacks take a
+            part of the set.
         seconds: Wall time, images' decoding included.
     """
 
@@ -37,6 +39,7 @@ class Evaluation:
     clean_top5: float | None
     robust_accuracy: dict[str, float]
     num_images: int
+    num_clean_images: int
     seconds: float
 
 
@@ -49,6 +52,7 @@ def evaluate(
     world: World,
     mean: Sequence[float],
     std: Sequence[float],
+    clean_loader: Loader | None = None,
     seed: int = 0,
     progress: bool = True,
     label: str = "evaluate",
@@ -61,12 +65,14 @@ def evaluate(
 
     Args:
         model: Network of normalised images, not wrapped by DDP, on `world.device`.
-        loader: This rank's share of the images; `Loader.epoch(0)` is read once.
+        loader: This rank's share of the images to attack; `Loader.epoch(0)` is read once.
         attacks: Attacks or their names; may be empty.
         threat: Radius and step of all attacks.
         world: The ranks.
         mean: Per-channel mean that the network's input was normalised with, in [0, 1].
         std: Per-channel standard deviation, likewise.
+        clean_loader: This rank's share of the images that the clean accuracies are over, where
+            they are others than the attacked ones (`subject.whole_val_loader`).
         seed: Seed of the random starts.
         progress: Draw a bar, on rank 0 of a terminal.
         label: Text before the bar.
@@ -79,32 +85,43 @@ def evaluate(
     """
     started = time.perf_counter()
     parsed = [Attack.parse(attack) for attack in attacks]
-    # Images, right at the first guess, right at the first five, standing after each attack.
-    counts = torch.zeros(3 + len(parsed), dtype=torch.int64, device=world.device)
     network = with_normalizer(model, mean, std).to(world.device)
+    # A row for the clean images and one for the attacked: images, right at the first guess, right
+    # at the first five, standing after each attack.
+    counts = torch.zeros(2, 3 + len(parsed), dtype=torch.int64, device=world.device)
     is_silent = not (progress and world.is_main and sys.stderr.isatty())
 
-    def count() -> None:
+    def count(row: Tensor, images: Loader, attacks: Sequence[Attack]) -> None:
         bar = tqdm(
-            loader.epoch(0), label, loader.num_batches, leave=False, disable=is_silent, unit="batch"
+            images.epoch(0), label, images.num_batches, leave=False, disable=is_silent, unit="batch"
         )
-        with eval_mode(network), exact_arithmetic(world.device), bar:
+        own = row[: 3 + len(attacks)]
+        with bar:
             for batch in bar:
-                counts.add_(count_batch(network, batch, parsed, threat, seed=seed))
+                own.add_(count_batch(network, batch, attacks, threat, seed=seed))
                 if not is_silent:
-                    bar.set_postfix_str(_running_text(counts, parsed))
+                    bar.set_postfix_str(_running_text(own, attacks))
 
-    world.together(count)  # ranks may differ by a minibatch
-    num_images, top1, top5, *standing = world.sum_(counts).tolist()
+    def count_all() -> None:
+        with eval_mode(network), exact_arithmetic(world.device):
+            count(counts[1], loader, parsed)
+            if clean_loader is None:
+                counts[0] = counts[1]
+            else:
+                count(counts[0], clean_loader, ())
+
+    world.together(count_all)  # ranks may differ by a minibatch
+    (num_clean, top1, top5, *_), (num_images, _, _, *standing) = world.sum_(counts).tolist()
     if num_images == 0:
         raise ValueError("no images to evaluate")
     return Evaluation(
-        clean_accuracy=top1 / num_images,
-        clean_top5=top5 / num_images if len(loader.classes) > 5 else None,
+        clean_accuracy=top1 / num_clean,
+        clean_top5=top5 / num_clean if len(loader.classes) > 5 else None,
         robust_accuracy={
             str(attack): n / num_images for attack, n in zip(parsed, standing, strict=True)
         },
         num_images=num_images,
+        num_clean_images=num_clean,
         seconds=time.perf_counter() - started,
     )
 

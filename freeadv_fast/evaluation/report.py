@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,15 @@ SWEEP_DODGE = 0.004
 # Empty space between two groups of corruptions, in widths of a corruption.
 GROUP_GAP = 0.45
 
+# Longest title, in characters: what fits over the narrowest chart.
+LONGEST_TITLE = 90
+# Longest name of a class over a picture, and of a corruption or method beside an axis.
+LONGEST_NAME, LONGEST_LABEL = 17, 40
+
 STYLE: Any = {
+    # Folders may be called $1_$5: names are drawn as they are, and never read as formulas.
+    "text.parse_math": False,
+    "text.usetex": False,
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -188,10 +197,10 @@ def _write_labels(
     for (clean, perturbation, adversarial), label, before, after in zip(
         grid.T, labels, *guesses, strict=True
     ):
-        clean.set_title(_short_name(classes[label]), loc="center", fontsize=9)
+        clean.set_title(drawable(classes[label], LONGEST_NAME), loc="center", fontsize=9)
         for axes, guess in ((clean, before), (adversarial, after)):
             color = GREEN if guess == label else VERMILION
-            axes.set_xlabel(_short_name(classes[guess]), color=color)
+            axes.set_xlabel(drawable(classes[guess], LONGEST_NAME), color=color)
         if before != label:
             perturbation.text(
                 0.5,
@@ -258,31 +267,43 @@ def plot_corruptions(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, 4.4), layout="constrained")
         axes = figure.subplots()
-        axes.set_title(title, pad=22)
-        places: dict[str, float] = {}
+        axes.set_title(drawable(title, LONGEST_TITLE), pad=22)
+        places: list[tuple[str, float]] = []
         start = 0.0
         for group, errors in groups.items():
             for name, row in errors.items():
-                places[_readable(name) + "*" * (name in starred)] = start
+                label = drawable(_readable(name), LONGEST_LABEL)
+                places.append((label + "*" * (name in starred), start))
                 _corruption_bars(axes, start, row)
                 start += 1
-            _group_heading(axes, group, start - len(errors), start - 1)
+            _group_heading(axes, drawable(group, LONGEST_LABEL), start - len(errors), start - 1)
             start += GROUP_GAP
         axes.set_xlim(-0.6, start - GROUP_GAP - 0.4)
         _error_axes(axes, places)
         _reference_lines(axes, references)
         _severity_legend(figure)
         if footnote:
-            axes.set_xlabel(footnote, fontsize=8, color=GREY, loc="left", labelpad=8)
+            axes.set_xlabel(
+                drawable(footnote, 2 * LONGEST_TITLE),
+                fontsize=8,
+                color=GREY,
+                loc="left",
+                labelpad=8,
+            )
         _save(figure, path)
 
 
-def _error_axes(axes: Axes, places: Mapping[str, float]) -> None:
+def _error_axes(axes: Axes, places: Sequence[tuple[str, float]]) -> None:
     """Percent upwards, corruptions' names along the bottom."""
     axes.set(ylim=(0, 1), ylabel="images classified wrongly")
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    names, ticks = list(places), list(places.values())
-    axes.set_xticks(ticks, names, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_xticks(
+        [place for _, place in places],
+        [name for name, _ in places],
+        rotation=35,
+        ha="right",
+        rotation_mode="anchor",
+    )
     axes.tick_params(axis="x", length=0)
     axes.grid(visible=False, axis="x")
     axes.set_axisbelow(True)
@@ -319,7 +340,7 @@ def _reference_lines(axes: Axes, references: Mapping[str, float]) -> None:
     ):
         axes.axhline(error, color=color, linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
-            f"{text} {error:.1%}",
+            f"{drawable(text, LONGEST_LABEL)} {error:.1%}",
             (1, error),
             xycoords=axes.get_yaxis_transform(),
             xytext=(5, 0),
@@ -348,7 +369,8 @@ def plot_sweep(cells: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draws robust and clean accuracy over the radius: a line a method, a dot a run.
 
     A line goes through the means over the seeds; where there are several, a bar spans one
-    standard deviation (n - 1) to each side. A run that collapsed is a cross.
+    standard deviation (n - 1) to each side, as far as there are accuracies. A run that collapsed is
+    a cross.
 
     Args:
         cells: Runs: ``method``, ``eps_levels`` (radius in 1/255), ``clean`` and ``robust`` as
@@ -370,7 +392,8 @@ def plot_sweep(cells: Sequence[Mapping[str, Any]], path: str | Path) -> None:
                 _sweep_line(axes, own, key, number, gap * (number - (len(methods) - 1) / 2))
             axes.set_xlabel("radius eps (1/255)")
             axes.set_xticks(radii, [f"{radius:g}" for radius in radii])
-        robust.set(title=f"Accuracy under {', '.join(attacks)}", ylim=(0, 1))
+        title = drawable(f"Accuracy under {', '.join(attacks)}", LONGEST_TITLE // 2)
+        robust.set(title=title, ylim=(0, 1))
         robust.set_ylabel("validation images classified correctly")
         robust.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         clean.set_title("Accuracy on clean images")
@@ -394,8 +417,8 @@ def _sweep_line(
     _, caps, bars = axes.errorbar(
         list(by_radius),
         [float(np.mean(values)) for values in by_radius.values()],
-        yerr=np.array([np.std(v, ddof=1) if len(v) > 1 else 0 for v in by_radius.values()]),
-        label=runs[0]["method"],
+        yerr=np.transpose([_spread(values) for values in by_radius.values()]),
+        label=drawable(runs[0]["method"], LONGEST_LABEL),
         color=color,
         marker=SWEEP_MARKS[number % len(SWEEP_MARKS)],
         linestyle="-" if number < len(SWEEP_COLORS) else "--",
@@ -407,6 +430,13 @@ def _sweep_line(
     )
     for part in (*caps, *bars):
         part.set_clip_on(False)
+
+
+def _spread(accuracies: Sequence[float]) -> tuple[float, float]:
+    """How far one standard deviation reaches below and above the mean, within 0 and 1."""
+    mean = float(np.mean(accuracies))
+    deviation = float(np.std(accuracies, ddof=1)) if len(accuracies) > 1 else 0.0
+    return min(deviation, mean), min(deviation, 1 - mean)
 
 
 def _sweep_legend(figure: Figure, axes: Axes, runs: Sequence[Mapping[str, Any]]) -> None:
@@ -430,15 +460,29 @@ def _mean(row: Mapping[int, float]) -> float:
     return sum(row.values()) / len(row)
 
 
-def _short_name(name: str, limit: int = 17) -> str:
-    """A class name that fits over a picture."""
-    return name if len(name) <= limit else name[: limit - 3] + "..."
+def drawable(text: str, limit: int) -> str:
+    """A user's text in one line of printable characters that fits.
+
+    Args:
+        text: Whatever a folder may be called.
+        limit: Characters; a longer text ends in three dots.
+    """
+    line = one_line(text)
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks, and without what a terminal or a font would take as an order."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
 
 
 def _save(figure: Figure, path: str | Path) -> None:
     """Writes a PNG without touching pyplot's global state."""
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=150, format="png")
+    with warnings.catch_warnings():
+        # An emoji is a box in DejaVu Sans; the user cannot do anything about it.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(path, dpi=150, format="png")
 
 
 def results_table(rows: Sequence[Mapping[str, object]]) -> str:
@@ -488,4 +532,4 @@ def _cell(value: object) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.1%}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if isinstance(value, int) else one_line(str(value))

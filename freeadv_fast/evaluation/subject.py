@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from freeadv_fast.config.attack import Attack
+from freeadv_fast.config.attack import Attack, doubt_about_steps, parsed, passes
 from freeadv_fast.config.file import load_config
-from freeadv_fast.config.presets import CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES
+from freeadv_fast.config.presets import CPU_CLEAN_SIDE, CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.data.build import build_val_loader
 from freeadv_fast.data.loader import Loader
-from freeadv_fast.distributed.world import World, join_world, leave_world
+from freeadv_fast.distributed.world import World, joined_world
 from freeadv_fast.errors import UserError
+from freeadv_fast.evaluation.accuracy import accuracy_table
 from freeadv_fast.evaluation.evaluate import Evaluation, eval_mode
 from freeadv_fast.evaluation.evaluate import evaluate as measure
-from freeadv_fast.evaluation.report import results_table
 from freeadv_fast.models.own import check_logits
 from freeadv_fast.runs.environment import versions
 from freeadv_fast.runs.log import write_json
@@ -30,6 +30,8 @@ from freeadv_fast.runs.saved import SavedRun, load_run
 
 # Data whose images have one size and are not resized.
 SMALL_DATA, SMALL_SIDE = ("cifar10", "cifar100", "svhn", "digits"), 32
+# What a network is attacked with of which no run says it.
+NETWORK_ATTACKS = ("pgd-50",)
 
 
 def evaluate(
@@ -40,14 +42,16 @@ def evaluate(
     eps: Perturbation | str | float | None = None,
     step: Perturbation | str | float | None = None,
     num_images: int | None = None,
-    checkpoint: str = "best",
+    checkpoint: str = "last",
     model: nn.Module | None = None,
     image_size: int | None = None,
 ) -> Evaluation:
     """Measures clean accuracy and the accuracy under each attack, and prints a table.
 
     Of a run it also writes ``evaluation-*.json`` beside the run's result, which it never touches.
-    fp32 without TF32, in eval mode. Under torchrun every rank calls this.
+    fp32 without TF32, in eval mode. Under torchrun every rank calls this. The clean accuracy is
+    over all validation images, however few are attacked; without a GPU only those of at most 64
+    pixels a side are all read, of larger ones the attacked.
 
     Args:
         subject: A run's folder, what `load_run` returned, or any network of (n, 3, H, W) float32
@@ -56,12 +60,13 @@ def evaluate(
         data: Validation images, as `--data`: ``/imagenet``, ``cifar10:FOLDER``, ``digits``.
             Default: the run's own; a network needs it.
         attacks: Such as ``["pgd-50", "cw-50"]`` or ``"pgd-50,cw-50"``; by default the run's own,
-            and PGD-50 of a network. Without a GPU the default is PGD-20 on at most 400 images.
+            and PGD-50 of a network. Without a GPU the default is at most PGD-20 on at most 400
+            images.
         eps: Radius, such as ``"4/255"`` or ``4 / 255``; the run's own by default.
         step: Step of the attacks; by default the run's own in proportion to `eps`, and eps / 4 for
             a network.
         num_images: Validation images to attack, evenly spaced; by default as the run, or all.
-        checkpoint: Of a run's folder: ``best``, ``last`` or a path.
+        checkpoint: Of a run's folder: ``last`` (the run's result), ``best`` (by held-out images) or a path.
         model: Your own network where the run trained one, as for `load_run`.
         image_size: Side of the images that a network takes, in pixels. Default: 32 for CIFAR, SVHN
             and digits, 224 for folders.
@@ -82,15 +87,16 @@ def evaluate(
     }
     if chosen["eps"] is not None and chosen["eps"].levels == 0:
         raise UserError("--eps 0: an attack needs a radius above 0, such as 4/255")
-    world = join_world()
-    try:
+    if chosen["eval_step"] is not None and chosen["eval_step"].levels == 0:
+        raise UserError(
+            "--step 0: an attack that stands still; give a step above 0, or leave it out"
+        )
+    with joined_world() as world:
         if isinstance(subject, nn.Module):
             return _evaluate_network(subject, chosen, image_size, world)
         if not isinstance(subject, SavedRun):
             subject = load_run(subject, checkpoint, model=model)
         return _evaluate_run(subject, chosen, world)
-    finally:
-        leave_world()
 
 
 def _names(attacks: Sequence[Attack | str] | str) -> tuple[str, ...]:
@@ -102,15 +108,14 @@ def _names(attacks: Sequence[Attack | str] | str) -> tuple[str, ...]:
 def _evaluate_run(run: SavedRun, chosen: dict[str, Any], world: World) -> Evaluation:
     """`evaluate` of a run, with what the user chose instead of the run's own."""
     if world.device.type != "cuda" and run.config.eval_images is None:
-        limit_without_gpu(chosen, world)
+        limit_without_gpu(chosen, run.config.eval_attacks, world)
     scale_step(chosen, run.config, world)
     chosen = {name: value for name, value in chosen.items() if value is not None}
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, **chosen))
     measured = _measure(run, world)
     if world.is_main:
         path = _write_evaluation(run, measured)
-        row = {"run": run.folder.root.name, "checkpoint": run.checkpoint.name}
-        print(results_table([row | _table_row(run.config, measured)]))
+        print_accuracies(f"{run.folder.root.name}, {run.checkpoint.name}", run.config, measured)
         print(f"wrote {path}", flush=True)
     world.barrier()
     return measured
@@ -125,7 +130,7 @@ def _evaluate_network(
         if chosen[field] is None:
             raise UserError(f"--{field}: evaluating a network needs it; give {field}=...")
     if world.device.type != "cuda":
-        limit_without_gpu(chosen, world)
+        limit_without_gpu(chosen, NETWORK_ATTACKS, world)
     step = chosen["eval_step"] or Perturbation(chosen["eps"].levels / 4)
     is_small = chosen["data"].partition(":")[0] in SMALL_DATA
     side = image_size or (SMALL_SIDE if is_small else TrainConfig.image_size)
@@ -135,20 +140,20 @@ def _evaluate_network(
         data=chosen["data"],
         eps=chosen["eps"],
         eval_step=step,
-        eval_attacks=chosen["eval_attacks"] or ("pgd-50",),
+        eval_attacks=chosen["eval_attacks"] or NETWORK_ATTACKS,
         eval_images=chosen["eval_images"],
         image_size=side,
         resize_size=side if is_small else None,
         augment="none",
         normalization="none",
     )
-    loader = build_val_loader(config, world, config.eval_images)
+    loader = world.together(lambda: build_val_loader(config, world, config.eval_images))
     network.to(world.device)
     with eval_mode(network):
         check_logits(network, name, len(loader.classes), side, world.device)
     measured = _measure_on(network, loader, config, world)
     if world.is_main:
-        print(results_table([{"network": name} | _table_row(config, measured)]), flush=True)
+        print_accuracies(name, config, measured)
     return measured
 
 
@@ -164,20 +169,42 @@ def scale_step(chosen: dict[str, Any], config: TrainConfig, world: World) -> Non
             print(f"for --eps {eps}: --step {step}", flush=True)
 
 
-def limit_without_gpu(chosen: dict[str, Any], world: World) -> None:
-    """Without a GPU, what neither run nor user chose is one PGD-20 on at most 400 images."""
-    for name, value in (("eval_attacks", CPU_EVAL_ATTACKS), ("eval_images", CPU_EVAL_IMAGES)):
-        if chosen[name] is None:
-            chosen[name] = value
-            if world.is_main:
-                flag = name.replace("eval_attacks", "attacks").replace("_", "-")
-                print(f"no GPU: {flag} limited to {value}; --{flag} chooses others", flush=True)
+def limit_without_gpu(chosen: dict[str, Any], attacks: Sequence[str], world: World) -> None:
+    """Without a GPU, what nobody chose is one PGD-20 on at most 400 images.
+
+    Args:
+        chosen: What the user chose; completed.
+        attacks: Those that are made otherwise; they stay where they cost no more.
+        world: Its rank 0 says what was limited.
+    """
+    said = []
+    if chosen["eval_attacks"] is None and passes(attacks) > passes(CPU_EVAL_ATTACKS):
+        chosen["eval_attacks"] = CPU_EVAL_ATTACKS
+        named, full = ",".join(CPU_EVAL_ATTACKS), ",".join(attacks)
+        said.append(f"no GPU: {named} instead of {full}; --attacks chooses others")
+    if chosen["eval_images"] is None:
+        chosen["eval_images"] = CPU_EVAL_IMAGES
+        said.append(f"no GPU: attacking at most {CPU_EVAL_IMAGES} images; more: --eval-images N")
+    if world.is_main and said:
+        print("\n".join(said), flush=True)
+
+
+def whole_val_loader(config: TrainConfig, world: World) -> Loader | None:
+    """All validation images, for a clean accuracy that hangs on no choice of images to attack.
+
+    None where that is no other set than the attacked one, and where it would take hours: images
+    of more than `CPU_CLEAN_SIDE` pixels without a GPU.
+    """
+    is_cheap = world.device.type == "cuda" or config.image_size <= CPU_CLEAN_SIDE
+    if config.eval_images is None or not is_cheap:
+        return None
+    return build_val_loader(config, world, None)
 
 
 def _measure(run: SavedRun, world: World) -> Evaluation:
     """Evaluates the run's network as its config says."""
     config = run.config
-    loader = build_val_loader(config, world, config.eval_images)
+    loader = world.together(lambda: build_val_loader(config, world, config.eval_images))
     if loader.classes != run.classes:
         raise UserError(
             f"--data {config.data}: its {len(loader.classes)} classes are not the "
@@ -189,6 +216,10 @@ def _measure(run: SavedRun, world: World) -> Evaluation:
 
 def _measure_on(model: nn.Module, loader: Loader, config: TrainConfig, world: World) -> Evaluation:
     """Evaluates a network of the config's normalised images."""
+    if world.is_main:
+        attacks = parsed(config.eval_attacks)
+        for line in doubt_about_steps(attacks, config.evaluation_threat, "--step"):
+            print(line, flush=True)
     return measure(
         model,
         loader,
@@ -197,6 +228,7 @@ def _measure_on(model: nn.Module, loader: Loader, config: TrainConfig, world: Wo
         world=world,
         mean=config.pixel_mean,
         std=config.pixel_std,
+        clean_loader=world.together(lambda: whole_val_loader(config, world)),
         seed=config.seed,
     )
 
@@ -226,6 +258,7 @@ def _write_evaluation(run: SavedRun, measured: Evaluation) -> Path:
         "clean_top5_accuracy": measured.clean_top5,
         "robust_accuracy": measured.robust_accuracy,
         "num_eval_images": measured.num_images,
+        "num_clean_images": measured.num_clean_images,
         "seconds": round(measured.seconds, 3),
         "seed": config.seed,
         "versions": versions(),
@@ -234,13 +267,8 @@ def _write_evaluation(run: SavedRun, measured: Evaluation) -> Path:
     return path
 
 
-def _table_row(config: TrainConfig, measured: Evaluation) -> dict[str, object]:
-    """What the terminal's line says beside the name."""
-    row: dict[str, object] = {
-        "eps": str(config.eps),
-        "images": measured.num_images,
-        "clean": measured.clean_accuracy,
-    }
-    if measured.clean_top5 is not None:
-        row["top-5"] = measured.clean_top5
-    return row | dict(measured.robust_accuracy)
+def print_accuracies(name: str, config: TrainConfig, measured: Evaluation) -> None:
+    """The accuracies on the terminal, under what they are of."""
+    ball = " in L2" if config.norm == "l2" else ""
+    print(f"{name} at eps {config.eps}{ball}")
+    print(accuracy_table(measured, str(config.eval_step)), flush=True)

@@ -3,7 +3,6 @@
 import sys
 
 from freeadv_fast.cli import run_tool
-from freeadv_fast.cli.help import print_page
 from freeadv_fast.recipes.listing import recipe_page, recipe_tables
 
 
@@ -13,7 +12,7 @@ def main(show: str | None = None) -> int:
     Args:
         show: Name of a recipe to print whole, as a config.yaml.
     """
-    print_page(recipe_page(show) if show else recipe_tables())
+    print(recipe_page(show) if show else recipe_tables())
     return 0
 
 

@@ -16,13 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError
 from freeadv_fast.models.batch_norm import branch_parameters, without_auxiliary
 from freeadv_fast.models.normalize import plain_network
+from freeadv_fast.runs.foreign import (
+    find_weights,
+    first_misfit,
+    named_as,
+    other_head,
+    printable,
+    read_file,
+    without_spare,
+)
 
 LAST, PREVIOUS, BEST, DAMAGED = "last.pt", "previous.pt", "best.pt", "damaged.pt"
 
@@ -90,48 +98,61 @@ def load_checkpoint(path: Path, flag: str = "--resume") -> dict[str, Any]:
     """Reads a checkpoint or a bare state dict onto the CPU.
 
     Raises:
-        UserError: missing, damaged, or holding more than tensors and plain values.
+        UserError: missing, damaged, or holding what only running its code can load.
     """
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises a dozen unrelated types for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{flag} {path}: damaged or not a checkpoint ({reason})") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{flag} {path}: not a checkpoint")
-    return state
+    return read_file(path, f"{flag} {path}")
 
 
-def load_weights(model: nn.Module, state: dict[str, Any], arch: str, origin: str) -> None:
-    """Loads a checkpoint's weights, or those of a bare state dict, into a network.
+def load_weights(
+    model: nn.Module,
+    state: dict[str, Any],
+    arch: str,
+    origin: str,
+    *,
+    is_fine_tuned: bool = False,
+) -> list[str]:
+    """Loads the weights of a checkpoint, ours or another's, into a network.
 
     Args:
         model: The network, not wrapped.
         state: What `load_checkpoint` returned.
         arch: The network's name, for the message.
         origin: Flag and path to name when the weights do not fit.
+        is_fine_tuned: Whether a classifier for other classes is left as it is, with fresh weights.
+
+    Returns:
+        What the user should know, a line or none.
 
     Raises:
         UserError: the weights belong to another architecture.
     """
-    weights = state.get("model", state.get("state_dict", state))
-    if not isinstance(weights, dict):
+    found = find_weights(state)
+    if not found:
         raise UserError(f"{origin}: holds no weights")
-    weights = {str(key).removeprefix("module."): value for key, value in weights.items()}
+    model = plain_network(model)  # stock keys, without a per-image standardiser's prefix
+    own = model.state_dict()
+    weights = without_spare(own, named_as(own.keys(), found))
     if not branch_parameters(model)[1]:  # inference and other methods use the main branch
         weights = without_auxiliary(weights)
-    if weights.keys() == plain_network(model).state_dict().keys():
-        model = plain_network(model)  # stock keys, without a per-image standardiser's prefix
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, AttributeError):
+    head = other_head(own, weights) if is_fine_tuned else []
+    remarks = []
+    if head:
+        there, here = len(weights[head[0]]), len(own[head[0]])
+        remarks.append(
+            f"{origin}: is for {there:,} classes, here are {here:,}; {', '.join(head)} start afresh"
+        )
+    weights |= {key: own[key] for key in head}
+    misfit = first_misfit(own, weights)
+    if misfit:
         saved = state.get("arch")
-        belongs = f"holds {saved}" if isinstance(saved, str) else "belongs to another network"
-        raise UserError(f"{origin}: {belongs}, not --arch {arch} with these classes") from None
+        belongs = "belongs to another network"
+        if isinstance(saved, str):
+            belongs = f"holds {printable(saved)}"
+        raise UserError(f"{origin}: {belongs}, not --arch {arch} with these classes ({misfit})")
+    model.load_state_dict(weights)
+    return remarks
 
 
 def batch_norm_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -14,12 +14,15 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from freeadv_fast import toolchain
+
+T = TypeVar("T")
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -63,8 +66,8 @@ def versions() -> dict[str, str | None]:
         "numpy": _installed("numpy"),
         "dali": _installed("nvidia-dali-cuda130") or _installed("nvidia-dali-cuda120"),
         "cuda": torch.version.cuda,
-        "cudnn": _cudnn_version(),
-        "nccl": _nccl_version(),
+        "cudnn": or_none(_cudnn_version),
+        "nccl": or_none(_nccl_version),
     }
 
 
@@ -74,7 +77,7 @@ def hardware() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "gpus": gpus if has_gpu else [],
-        "gpu_driver": _gpu_driver() if has_gpu else None,
+        "gpu_driver": or_none(_gpu_driver) if has_gpu else None,
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
     }
@@ -88,16 +91,27 @@ def environment(ranks: int = 1) -> dict[str, Any]:
     """
     return {
         "command": [sys.executable, *sys.argv],
-        "git": git_state(CHECKOUT),
+        "git": or_none(lambda: git_state(CHECKOUT)),
         "versions": versions(),
         "hardware": hardware(),
-        "hostname": socket.gethostname(),
-        "platform": platform.platform(),
+        "hostname": or_none(socket.gethostname),
+        "platform": or_none(platform.platform),
         "threads": torch.get_num_threads(),
         "ranks": ranks,
-        "build": build_info(),
-        "apex": toolchain.has_nvidia_apex(),
+        "build": or_none(build_info),
+        "apex": or_none(toolchain.has_nvidia_apex),
     }
+
+
+def or_none(ask: Callable[[], T]) -> T | None:
+    """What a machine says about itself; None where asking fails, for no run fails for that.
+
+    Drivers, package metadata and git raise whatever they like.
+    """
+    try:
+        return ask()
+    except Exception:
+        return None
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
@@ -110,11 +124,8 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _installed(distribution: str) -> str | None:
-    """Version of an installed distribution, read without importing it."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """Version of an installed distribution, read without importing it; None where absent."""
+    return or_none(lambda: importlib.metadata.version(distribution))
 
 
 def _cudnn_version() -> str | None:
@@ -139,19 +150,16 @@ def _gpu_driver() -> str | None:
 
 def _cpu_model() -> str:
     """The processor's name as Linux reports it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
+    cpuinfo = or_none(lambda: Path("/proc/cpuinfo").read_text(encoding="utf-8")) or ""
+    for line in cpuinfo.splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
     return platform.machine()
 
 
 def _command_output(command: list[str]) -> str | None:
     """Output of a command that may be missing or fail; None then."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+    done = or_none(
+        lambda: subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    )
+    return done.stdout.strip() if done else None

@@ -22,6 +22,7 @@ from freeadv_fast.models.normalize import (
 )
 from freeadv_fast.models.own import adopt, class_of, is_own, refuse_unnamed_network
 from freeadv_fast.models.zoo import TIMM_PREFIX, build_model, library_options, network_source
+from freeadv_fast.runs.foreign import first_misfit, printable
 from freeadv_fast.runs.whole_file import renamed_when_whole
 
 PLAIN, NORMALIZED, CONFIG = (
@@ -109,23 +110,27 @@ def load_export(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         weights = load_file(folder / NORMALIZED)
+        arch, num_classes, size = (config[k] for k in ("architecture", "num_classes", "image_size"))
+        mean, std, standardize = (config[k] for k in ("mean", "std", "per_image_standardization"))
     except OSError as error:
         raise UserError(f"{folder}: not an export ({error.strerror or error})") from None
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise UserError(f"{folder}: damaged export ({error})") from None
-    arch, num_classes, size = (config[k] for k in ("architecture", "num_classes", "image_size"))
-    standardize = config["per_image_standardization"]
+    except (ValueError, SafetensorError) as error:  # no UTF-8, no JSON, no tensors
+        raise UserError(f"{folder}: damaged export ({printable(str(error))})") from None
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}: {CONFIG} is not an export's ({printable(str(error))})"
+        ) from None
     if model is None:
         refuse_unnamed_network(arch)
         built = build_model(arch, num_classes, image_size=size, per_image_standardize=standardize)
     else:
         built = adopt(model, num_classes, image_sizes=[size], per_image_standardize=standardize)
     plain = {key.removeprefix("model."): weights[key] for key in weights if key[:6] == "model."}
-    try:
-        plain_network(built).load_state_dict(plain)
-    except RuntimeError:
-        raise UserError(f"{folder}: holds the weights of {arch}, another network") from None
-    return with_normalizer(built, config["mean"], config["std"]).eval()
+    misfit = first_misfit(plain_network(built).state_dict(), plain)
+    if misfit:
+        raise UserError(f"{folder}: holds the weights of {arch}, another network ({misfit})")
+    plain_network(built).load_state_dict(plain)
+    return with_normalizer(built, mean, std).eval()
 
 
 def describe(

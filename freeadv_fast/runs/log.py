@@ -6,19 +6,20 @@ Only rank 0 writes. Nothing here is called within a step: metrics are read from 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from freeadv_fast.config.file import config_to_yaml
+from freeadv_fast.config.file import CONFIG_NAME, config_to_yaml
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.errors import UserError
 from freeadv_fast.runs.whole_file import renamed_when_whole
@@ -72,7 +73,7 @@ class RunFolder:
     def __init__(self, root: Path) -> None:
         """Names the paths; touches nothing."""
         self.root = root
-        self.config = root / "config.yaml"
+        self.config = root / CONFIG_NAME
         self.environment = root / "env.json"
         self.log = root / "log.jsonl"
         self.result = root / "result.json"
@@ -99,6 +100,19 @@ class RunFolder:
                 f"--output-dir {self.root}: holds another run; add --resume to continue it "
                 "or choose another folder"
             )
+
+    def set_result_aside(self) -> Path | None:
+        """Renames result.json to the first free result-N.json of a run that goes on.
+
+        Returns:
+            Its new path; None where there was no result.
+        """
+        if not self.result.exists():
+            return None
+        numbered = (self.root / f"result-{number}.json" for number in itertools.count(1))
+        kept = next(path for path in numbered if not path.exists())
+        self.result.rename(kept)
+        return kept
 
 
 class Forecast:
@@ -170,7 +184,9 @@ class RunLog:
         self.file = folder.log.open("a+b")
         self.file.truncate(min(log_bytes, self.file.seek(0, os.SEEK_END)))
         self.file.seek(0, os.SEEK_END)
-        self.board = SummaryWriter(str(folder.root), purge_step=passes or None)
+        self.board: SummaryWriter | None = None
+        # What was written for these passes stands: of what TensorBoard shows, only later points go.
+        self.decorate(lambda: self.open_board(folder, passes + 1 if passes else None))
         self.bar = tqdm(
             total=forecast.total,
             initial=passes,
@@ -180,15 +196,44 @@ class RunLog:
             dynamic_ncols=True,
         )
 
-    @property
-    def num_bytes(self) -> int:
-        """Length of log.jsonl so far; 0 on ranks that do not write."""
-        return self.file.tell() if self.is_writer else 0
+    def open_board(self, folder: RunFolder, purge_step: int | None) -> None:
+        """Opens TensorBoard's file; it hides what earlier sessions wrote from a step on."""
+        self.board = SummaryWriter(str(folder.root), purge_step=purge_step)
+
+    def decorate(self, work: Callable[[], object]) -> None:
+        """Does something for TensorBoard. No run ends because that cannot be: a line says so, once.
+
+        Its thread raises what it met (a full disk, a folder gone) at a later call.
+        """
+        try:
+            work()
+        except Exception as error:
+            self.board = None
+            self.say(f"TensorBoard: off, {type(error).__name__}: {' '.join(str(error).split())}")
+
+    def settle(self) -> int:
+        """Brings what is written so far to disk, before a checkpoint counts it as done.
+
+        Returns:
+            Length of log.jsonl; 0 on ranks that do not write.
+        """
+        if not self.is_writer:
+            return 0
+        if (board := self.board) is not None:
+            self.decorate(board.flush)
+        return self.file.tell()
 
     def advance(self, passes: int) -> None:
         """Moves the bar by image passes."""
         if self.is_writer:
-            self.bar.update(passes)
+            self.draw_bar(lambda: self.bar.update(passes))
+
+    def draw_bar(self, draw: Callable[[], object]) -> None:
+        """Draws the bar, as long as there is a terminal to draw it on."""
+        try:
+            draw()
+        except OSError:
+            self.bar.disable = True
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends a line to log.jsonl and TensorBoard and shows it beside the bar."""
@@ -196,10 +241,9 @@ class RunLog:
             return
         self.file.write(json.dumps(line).encode() + b"\n")
         self.file.flush()
-        for name, value in line.items():
-            if isinstance(value, int | float) and name != "passes":
-                self.board.add_scalar(name, value, line["passes"])
-        self.bar.set_postfix(shown(line))
+        if (board := self.board) is not None:
+            self.decorate(lambda: add_scalars(board, line))
+        self.draw_bar(lambda: self.bar.set_postfix(shown(line)))
 
     def tell(self, line: dict[str, Any], train_seconds: float) -> None:
         """Says how training goes: its rate, once, and without a terminal a line every minute.
@@ -251,9 +295,17 @@ class RunLog:
     def close(self) -> None:
         """Closes files and bar."""
         if self.is_writer:
-            self.bar.close()
+            self.draw_bar(self.bar.close)
             self.file.close()
-            self.board.close()
+            if (board := self.board) is not None:
+                self.decorate(board.close)
+
+
+def add_scalars(board: SummaryWriter, line: dict[str, Any]) -> None:
+    """A line's numbers, at the image passes until then."""
+    for name, value in line.items():
+        if isinstance(value, int | float) and name != "passes":
+            board.add_scalar(name, value, line["passes"])
 
 
 def shown(line: dict[str, Any]) -> dict[str, str]:

@@ -47,14 +47,14 @@ class SavedRun:
 
 
 def load_run(
-    run_folder: str | Path, checkpoint: str = "best", *, model: nn.Module | None = None
+    run_folder: str | Path, checkpoint: str = "last", *, model: nn.Module | None = None
 ) -> SavedRun:
     """Rebuilds a run's network from its folder.
 
     Args:
         run_folder: The run's output folder.
-        checkpoint: ``best`` (``last`` where no held-out images selected one), ``last``, or the
-            path of a checkpoint.
+        checkpoint: ``last``, whose accuracies are the run's result, ``best`` by the held-out
+            images (each stands for the other where that is missing), or the path of a checkpoint.
         model: Your own network where the run trained one: a module of the same class and shapes,
             of which a copy takes the weights.
 
@@ -65,7 +65,7 @@ def load_run(
         UserError: not a run's folder, no such checkpoint, a damaged or foreign one, or weights that
             belong to another network; a `ValueError` with one line.
     """
-    folder = RunFolder(Path(run_folder))
+    folder = RunFolder(Path(run_folder).expanduser())
     if not folder.config.is_file():
         raise UserError(f"RUN {run_folder}: not a run's folder; it has no {folder.config.name}")
     config = load_config(folder.config)
@@ -97,13 +97,15 @@ def _checkpoint_path(folder: RunFolder, checkpoint: str) -> Path:
     best, last = folder.checkpoints / BEST, folder.checkpoints / LAST
     if checkpoint == "best":
         return best if best.exists() else last
-    return last if checkpoint == "last" else Path(checkpoint)
+    if checkpoint == "last":
+        return last if last.exists() else best
+    return Path(checkpoint).expanduser()
 
 
 def export_run(
     run_folder: str | Path,
     output_dir: str | Path | None = None,
-    checkpoint: str = "best",
+    checkpoint: str = "last",
     *,
     model: nn.Module | None = None,
 ) -> Path:
@@ -112,7 +114,7 @@ def export_run(
     Args:
         run_folder: The run's output folder.
         output_dir: Folder to write; ``export`` in the run's folder by default.
-        checkpoint: ``best``, ``last`` or a path.
+        checkpoint: ``last``, ``best`` or a path.
         model: Your own network where the run trained one, as for `load_run`.
 
     Returns:
@@ -124,7 +126,7 @@ def export_run(
     run = load_run(run_folder, checkpoint, model=model)
     return export_model(
         run.model,
-        output_dir or run.folder.export,
+        run.folder.export if output_dir is None else Path(output_dir).expanduser(),
         arch=run.config.arch,
         classes=run.classes,
         mean=run.config.pixel_mean,

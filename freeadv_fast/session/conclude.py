@@ -1,39 +1,58 @@
-"""What a finished run leaves behind: the final evaluation, result.json, pictures, the export."""
+"""What a finished run leaves behind: the final evaluation, the export, result.json, pictures."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from freeadv_fast.data.build import build_val_loader
+from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation import report
+from freeadv_fast.evaluation.accuracy import accuracy_table
+from freeadv_fast.evaluation.class_words import class_words
 from freeadv_fast.evaluation.evaluate import Evaluation, evaluate
+from freeadv_fast.evaluation.subject import whole_val_loader
 from freeadv_fast.models.normalize import with_normalizer
 from freeadv_fast.models.own import hand_back
 from freeadv_fast.runs import checkpoint, export
 from freeadv_fast.runs.environment import hardware, versions
 from freeadv_fast.runs.log import read_log, write_json
+from freeadv_fast.session.guard import Count
 from freeadv_fast.session.result import Result
 from freeadv_fast.session.run import Run
+from freeadv_fast.session.selection import exceeds_chance, measure_held_out, score
+from freeadv_fast.session.signals import Interrupted
 
 NUM_PICTURED = 6
 
 
 def conclude(run: Run) -> Result:
-    """Evaluates the selected weights, draws, exports, and writes result.json last of all.
-
-    result.json is what says that a run is finished, so a run killed before it is evaluated again.
-    """
-    config, world = run.config, run.world
+    """Evaluates the last weights and those that were chosen, and leaves all of it in the folder."""
+    world = run.world
     run.learner.forget_recordings()  # the attacks take their memory
-    best, best_epoch = run.folder.checkpoints / checkpoint.BEST, -1
-    if world.on_main(best.exists):
-        state = checkpoint.load_checkpoint(best)
-        # A run that was stopped early in a phase has selected nothing in it yet.
-        if state["epoch"] >= run.budget.spans[run.phase].epochs.start:
-            checkpoint.load_weights(run.model, state, config.arch, str(best))
-            best_epoch = state["epoch"]
+    world.on_main(run.lock.refuse_if_lost)
     checkpoint.average_buffers_(run.model, world)  # no rank trains on
-    measured = evaluate(
+    measured = measure(run, "validation")
+    chosen = chosen_state(run)
+    result = describe(run, measured, chosen and compare(run, measured, chosen))
+    world.on_main(lambda: leave_behind(run, result, chosen))
+    if run.own_model is not None:
+        hand_back(run.model, run.own_model)
+    for line in summary(result, measured):
+        run.log.say(line)
+    run.log.say(f"wrote {run.folder.result}, {run.folder.plots}, {run.folder.export}")
+    return result
+
+
+def measure(run: Run, label: str) -> Evaluation:
+    """Accuracies of the network as it is, on the validation images."""
+    config, world = run.config, run.world
+    return evaluate(
         run.model,
         run.loaders.val,
         run.attacks,
@@ -41,27 +60,107 @@ def conclude(run: Run) -> Result:
         world=world,
         mean=config.pixel_mean,
         std=config.pixel_std,
+        clean_loader=world.together(lambda: whole_val_loader(config, world)),
         seed=config.seed,
-        label="validation",
+        label=label,
     )
-    result = describe(run, measured, best_epoch)
-    world.on_main(lambda: leave_behind(run, result))
-    if run.own_model is not None:
-        hand_back(run.model, run.own_model)
-    for line in summary(result):
-        run.log.say(line)
-    run.log.say(f"wrote {run.folder.result}, {run.folder.plots}, {run.folder.export}")
-    return result
 
 
-def leave_behind(run: Run, result: Result) -> None:
-    """Writes pictures, export and, last of all, result.json."""
-    draw(run)
-    write_export(run)
+def chosen_state(run: Run) -> dict[str, Any] | None:
+    """What best.pt holds; None where nothing was chosen, and where it cannot be read."""
+    path = run.folder.checkpoints / checkpoint.BEST
+    if not run.world.on_main(path.exists):
+        return None
+    try:
+        state = run.world.together(lambda: checkpoint.load_checkpoint(path, "--export best"))
+    except UserError as error:
+        run.log.say(f"left out: {error}")
+        return None
+    # A run that was stopped early in a phase has selected nothing in it yet.
+    return state if state["epoch"] >= run.budget.spans[run.phase].epochs.start else None
+
+
+def compare(run: Run, last: Evaluation, chosen: dict[str, Any]) -> dict[str, Any]:
+    """What the chosen weights come to, for result.json.
+
+    Args:
+        run: With its last weights.
+        last: Accuracies of these.
+        chosen: What best.pt holds; the same weights are not evaluated twice.
+    """
+    weights, is_better = run.model.state_dict(), False
+    is_last = run.world.on_main(
+        lambda: all(torch.equal(weights[name].cpu(), v) for name, v in chosen["model"].items())
+    )
+    best = last
+    if not is_last:
+        with weights_of(run, chosen):
+            best = measure(run, "best weights")
+        if run.loaders.holdout is not None:
+            num_images = run.loaders.holdout.num_images
+            scores = run.progress.best_score, score(measure_held_out(run, "held-out"))
+            is_better = exceeds_chance(*(Count(round(s * num_images), num_images) for s in scores))
+    return {
+        "epoch": chosen["epoch"],
+        "clean_accuracy": best.clean_accuracy,
+        "clean_top5_accuracy": best.clean_top5,
+        "robust_accuracy": best.robust_accuracy,
+        "is_last": is_last,
+        "is_better": is_better,
+    }
+
+
+@contextlib.contextmanager
+def weights_of(run: Run, state: dict[str, Any]) -> Iterator[None]:
+    """Within the block the network has a checkpoint's weights, afterwards its own again."""
+    own = {name: value.clone() for name, value in run.model.state_dict().items()}
+    checkpoint.load_weights(run.model, state, run.config.arch, checkpoint.BEST)
+    try:
+        yield
+    finally:
+        run.model.load_state_dict(own)
+
+
+def leave_behind(run: Run, result: Result, chosen: dict[str, Any] | None) -> None:
+    """Writes the export, result.json, and then what no run may fail for.
+
+    result.json is what says that a run is finished, so a run killed before it is evaluated again.
+    """
+    last = contextlib.nullcontext()
+    with weights_of(run, chosen) if chosen and result.exported == "best" else last:
+        attempt(
+            run,
+            f"not exported, python launch/export.py {run.folder.root} does it later",
+            lambda: write_export(run),
+        )
     write_json(run.folder.result, result.record())
+    attempt(run, "kept as it is: last.pt", lambda: drop_what_is_spent(run))
+    draw(run)
 
 
-def describe(run: Run, measured: Evaluation, best_epoch: int) -> Result:
+def attempt(run: Run, failure: str, work: Callable[[], object]) -> None:
+    """Does what may fail without the run failing; a line says what is missing then, and why."""
+    try:
+        work()
+    except Interrupted:
+        raise
+    except Exception as error:  # a font, a disk, a library of somebody else's
+        run.log.say(f"{failure}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def drop_what_is_spent(run: Run) -> None:
+    """Drops what a finished run does not need to go on: an older checkpoint, a state to rewind to.
+
+    Half of the folder's bytes; with more --epochs the last state is the first one to rewind to.
+    """
+    folder = run.folder.checkpoints
+    state = checkpoint.load_checkpoint(folder / checkpoint.LAST)
+    if state["good"] is not None:
+        checkpoint.save_checkpoint(state | {"good": None}, folder)
+    (folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
+
+
+def describe(run: Run, measured: Evaluation, best: dict[str, Any] | None) -> Result:
     """Gathers the result's fields."""
     config, progress = run.config, run.progress
     holdout = run.loaders.holdout
@@ -83,8 +182,11 @@ def describe(run: Run, measured: Evaluation, best_epoch: int) -> Result:
         robust_accuracy=measured.robust_accuracy,
         attack_step=str(config.eval_step),
         num_eval_images=measured.num_images,
+        num_clean_images=measured.num_clean_images,
         holdout_images=holdout.num_images if holdout else 0,
-        best_epoch=best_epoch,
+        best_epoch=best["epoch"] if best else -1,
+        best=best,
+        exported=config.export if best else "last",
         collapse=next(reversed(run.guard.history.collapses), None),
         seed=config.seed,
         ranks=run.world.size,
@@ -98,26 +200,39 @@ def describe(run: Run, measured: Evaluation, best_epoch: int) -> Result:
 
 def draw(run: Run) -> None:
     """Draws the training curves and a grid of validation images under the first attack."""
-    config = run.config
-    run.folder.plots.mkdir(exist_ok=True)
-    report.plot_training(read_log(run.folder.log), run.folder.plots / "training.png")
+    plots = run.folder.plots
+    curves, pictures = plots / "training.png", plots / "perturbations.png"
+    attempt(run, f"not drawn: {curves}", lambda: draw_curves(run, curves))
     if run.attacks:
-        alone = dataclasses.replace(run.world, rank=0, size=1)
-        batch = next(iter(build_val_loader(config, alone, NUM_PICTURED).epoch(0)))
-        report.plot_perturbations(
-            with_normalizer(run.model, config.pixel_mean, config.pixel_std),
-            batch.images,
-            batch.labels,
-            run.loaders.val.classes,
-            run.attacks[0],
-            run.evaluation_threat,
-            run.folder.plots / "perturbations.png",
-            num_columns=NUM_PICTURED,
-        )
+        attempt(run, f"not drawn: {pictures}", lambda: draw_pictures(run, pictures))
+
+
+def draw_curves(run: Run, path: Path) -> None:
+    """Draws what log.jsonl holds."""
+    path.parent.mkdir(exist_ok=True)
+    report.plot_training(read_log(run.folder.log), path)
+
+
+def draw_pictures(run: Run, path: Path) -> None:
+    """Draws some validation images, their perturbations and what the network takes them for."""
+    config = run.config
+    path.parent.mkdir(exist_ok=True)
+    alone = dataclasses.replace(run.world, rank=0, size=1)
+    batch = next(iter(build_val_loader(config, alone, NUM_PICTURED).epoch(0)))
+    report.plot_perturbations(
+        with_normalizer(run.model, config.pixel_mean, config.pixel_std),
+        batch.images,
+        batch.labels,
+        class_words(run.loaders.val.classes, config.data),
+        run.attacks[0],
+        run.evaluation_threat,
+        path,
+        num_columns=NUM_PICTURED,
+    )
 
 
 def write_export(run: Run) -> None:
-    """Writes the evaluated weights for use elsewhere."""
+    """Writes the network as it is for use elsewhere."""
     config = run.config
     export.export_model(
         run.model,
@@ -131,13 +246,31 @@ def write_export(run: Run) -> None:
     )
 
 
-def summary(result: Result) -> list[str]:
+def summary(result: Result, measured: Evaluation) -> list[str]:
     """The result as lines for the terminal."""
     lines = [
         f"{result.method} {result.arch}: {result.passes:,} passes in {result.train_seconds:.1f} s "
         f"({result.passes_per_second:.0f} passes/s)",
-        f"clean accuracy {result.clean_accuracy:.1%} on {result.num_eval_images} images",
+        f"last weights at eps {result.eps}",
+        *accuracy_table(measured, result.attack_step).splitlines(),
     ]
-    for name, accuracy in result.robust_accuracy.items():
-        lines.append(f"{name} accuracy {accuracy:.1%} at eps {result.eps}")
-    return lines
+    if result.best is not None and not result.best["is_last"]:
+        lines += beside_the_last(result, result.best)
+    return [*lines, f"exported: the {result.exported} weights (--export last or best)"]
+
+
+def beside_the_last(result: Result, best: dict[str, Any]) -> list[str]:
+    """The weights that held-out images chose, beside the last ones, and what that is worth."""
+    rows = {
+        "last": (result.clean_accuracy, result.robust_accuracy),
+        f"best, of epoch {best['epoch']}": (best["clean_accuracy"], best["robust_accuracy"]),
+    }
+    table = report.results_table(
+        [{"weights": name, "clean": clean} | robust for name, (clean, robust) in rows.items()]
+    )
+    verdict = "are better than the last by more" if best["is_better"] else "are no better than"
+    chance = "than chance explains" if best["is_better"] else "chance explains"
+    return [
+        *table.splitlines(),
+        f"the best {verdict} {chance}, on {result.holdout_images:,} held-out images",
+    ]

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from freeadv_fast import ops
 from freeadv_fast.config.budget import Budget
 from freeadv_fast.config.run import TrainConfig
-from freeadv_fast.distributed.world import World
+from freeadv_fast.distributed.world import World, is_main_rank
 from freeadv_fast.errors import UserError, blaming
 from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
 from freeadv_fast.models.fused import fuse_batch_norms
@@ -53,7 +53,10 @@ def build_network(
                 check_image_size(model, config.arch, len(classes), phase.image_size)
     if config.init_from is not None and is_fresh:
         state = checkpoint.load_checkpoint(Path(config.init_from), "--init-from")
-        checkpoint.load_weights(model, state, config.arch, f"--init-from {config.init_from}")
+        origin = f"--init-from {config.init_from}"
+        remarks = checkpoint.load_weights(model, state, config.arch, origin, is_fine_tuned=True)
+        if remarks and is_main_rank():
+            print(*remarks, sep="\n", flush=True)
     return model
 
 

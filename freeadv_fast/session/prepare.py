@@ -12,14 +12,27 @@ import torch
 from torch import nn
 
 from freeadv_fast.config.budget import Budget
-from freeadv_fast.config.file import config_to_dict
+from freeadv_fast.config.file import config_from_dict, config_to_dict, load_config
 from freeadv_fast.config.run import TrainConfig
-from freeadv_fast.data.build import build_phase_loaders
+from freeadv_fast.config.written import as_typed
+from freeadv_fast.data.agreement import open_together
+from freeadv_fast.data.build import deal_images
+from freeadv_fast.data.kept import recognise
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError
 from freeadv_fast.models.own import arch_of, freeze_unused, refuse_unnamed_network
+from freeadv_fast.runs.checkpoint import LAST, PREVIOUS
 from freeadv_fast.runs.environment import environment
+from freeadv_fast.runs.lock import FolderLock
 from freeadv_fast.runs.log import Forecast, RunFolder, RunLog, save_config, write_json
+from freeadv_fast.session.changes import (
+    BUDGET,
+    EVALUATION,
+    differences,
+    for_ranks,
+    in_words,
+    refuse_fixed,
+)
 from freeadv_fast.session.cost import costs_of, until
 from freeadv_fast.session.guard import History
 from freeadv_fast.session.method import (
@@ -28,10 +41,12 @@ from freeadv_fast.session.method import (
 )
 from freeadv_fast.session.network import build_learner, build_network, resolve_precision
 from freeadv_fast.session.resume import (
+    as_made,
     find_checkpoint,
     restore,
     warn_about_changes,
 )
+from freeadv_fast.session.rewind import snapshot
 from freeadv_fast.session.run import Clock, Progress, Run, say
 from freeadv_fast.session.start import start_lines
 
@@ -52,16 +67,51 @@ def prepare(config: TrainConfig, world: World, own_model: nn.Module | None = Non
     """
     config = naming_own_network(config, own_model)
     refuse_different_configs(config, world)
-    refuse_empty_exchange(config, world)
     folder = RunFolder(Path(config.run_folder))
-    config = with_precision(config, world)
-    if config.resume and world.on_main(folder.result.exists):
-        say(world, f"{folder.root} is finished; its result is in {folder.result}")
+    if config.resume and world.on_main(lambda: is_finished(config, folder)):
         return None
-    phase_loaders = world.together(lambda: build_phase_loaders(config, world))
+    lock = FolderLock(folder.root)
+    try:
+        return build_run(config, world, own_model, folder, lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def build_run(
+    config: TrainConfig,
+    world: World,
+    own_model: nn.Module | None,
+    folder: RunFolder,
+    lock: FolderLock,
+) -> Run:
+    """`prepare` of a run that is not finished.
+
+    Args:
+        config: The run, as it is asked for. world: This process among the others.
+        own_model: The caller's network, or None.
+        folder: The run's. lock: Of that folder, which is taken as soon as it is read or written.
+    """
+    state = None
+    if config.resume:
+        world.on_main(lambda: take(lock) if folder.root.is_dir() else None)
+        state = find_checkpoint(config, world, folder)
+    if state is not None:
+        config = as_made(config, state)
+    made_for = state["made_for"] if state else world.size
+    recorded = with_precision(config, world)
+    config = for_ranks(recorded, made_for, world.size)
+    refuse_empty_exchange(config, world)
+    opened, held_out = open_together(config, world), None
+    if state is not None:
+        held_out, lines = world.together(lambda: recognise(state, config, opened))
+        for line in lines:
+            say(world, line)
+    phase_loaders = world.together(lambda: deal_images(config, world, opened, held_out))
     classes = phase_loaders[-1].train.classes
     budget = Budget.of(config, [loaders.train.num_batches for loaders in phase_loaders])
-    state = find_checkpoint(config, world, folder) if config.resume else None
+    if state is not None:
+        refuse_spent_budget(config, state, budget)
     torch.manual_seed(config.seed)
     model = world.together(
         lambda: build_network(config, classes, is_fresh=state is None, own=own_model)
@@ -77,7 +127,7 @@ def prepare(config: TrainConfig, world: World, own_model: nn.Module | None = Non
     guard = build_guard(config, phase_loaders[phase], method, history, world)
     torch.manual_seed(config.seed + 1_000_003 * world.rank)  # no dropout mask on two ranks
     progress, log_bytes = Progress(), 0
-    world.on_main(lambda: folder.claim(config.resume))
+    world.on_main(lambda: move_in(folder, lock, config.resume))
     if state is not None:
         progress = restore(state, config, world, model, learner, method)
         log_bytes = int(state["log_bytes"])
@@ -85,17 +135,86 @@ def prepare(config: TrainConfig, world: World, own_model: nn.Module | None = Non
     record = environment(ranks=world.size)
     if state is not None:
         warn_about_changes(folder, record, world)
-    world.on_main(lambda: write_description(folder, config, record))
+    world.on_main(lambda: write_description(folder, recorded, record))
     for line in start_lines(config, world, phase_loaders, budget, learner, record):
         say(world, line)
     costs = until(config.max_passes, costs_of(config, budget, phase_loaders, world.size))
     forecast = Forecast([(cost.passes.weights, cost.config.image_size**2) for cost in costs])
     log = RunLog(folder, forecast, log_bytes, progress.passes, world.is_main)
     clock = Clock(progress.train_seconds, progress.passes)
-    return Run(
+    run = Run(
         config, world, folder, phase_loaders, budget, model, learner, method, guard, progress,
-        clock, log, saved_at=time.monotonic(), own_model=own_model,
+        clock, log, lock, recorded, made_for, saved_at=time.monotonic(), own_model=own_model,
     )  # fmt: skip
+    if state is not None and guard.is_on and guard.good is None:
+        guard.good = snapshot(run)  # a finished run, or one of other ranks, has left none
+    return run
+
+
+def is_finished(config: TrainConfig, folder: RunFolder) -> bool:
+    """Whether the run has its result and nothing more is asked of it; says so.
+
+    Raises:
+        UserError: something is asked of it that it cannot give.
+    """
+    if not folder.result.exists():
+        return False
+    saved = load_config(folder.config)
+    names = differences(saved, config)
+    refuse_fixed(names, saved, config, folder.root)
+    changed = in_words(names, saved, config)
+    if set(names) & {*BUDGET, *EVALUATION}:
+        if not any((folder.checkpoints / name).exists() for name in (LAST, PREVIOUS)):
+            raise UserError(
+                f"--resume: {folder.root} is finished and its checkpoints are gone, so that it "
+                f"cannot go on with {changed}"
+            )
+        return False
+    unused = f"; {changed} would change nothing" if changed else ""
+    print(f"{folder.root} is finished; its result is in {folder.result}{unused}", flush=True)
+    return True
+
+
+def refuse_spent_budget(config: TrainConfig, state: dict[str, Any], budget: Budget) -> None:
+    """Refuses a budget with which a run would not go on.
+
+    Raises:
+        UserError: the run has done more already, or something else has ended it.
+    """
+    names = [n for n in differences(config_from_dict(state["config"]), config) if n in BUDGET]
+    if not names:
+        return
+    asked, done = as_typed(names[0], getattr(config, names[0])), Progress(**state["progress"])
+    limit = config.max_passes
+    if History.of(state["guard"]).has_stopped:
+        raise UserError(
+            f"{asked}: the guard has stopped the run after a collapse; start another one with "
+            "--on-collapse restore"
+        )
+    if "max_passes" not in names and limit is not None and done.passes >= limit:
+        raise UserError(
+            f"{asked}: --max-passes {limit} has ended the run; add --max-passes None, or more"
+        )
+    is_longer = limit is not None and done.passes > limit
+    if done.epoch > budget.data_epochs or is_longer:
+        raise UserError(
+            f"{asked}: the run has made {done.epoch} passes over the data and {done.passes:,} "
+            "image passes already; give at least as many"
+        )
+
+
+def take(lock: FolderLock) -> None:
+    """Takes a run's folder for this process, with a line where a dead one still held it."""
+    if (line := lock.take()) is not None:
+        print(line, flush=True)
+
+
+def move_in(folder: RunFolder, lock: FolderLock, resume: bool) -> None:
+    """Makes the folder this run's; a result that it is about to outdate keeps another name."""
+    folder.claim(resume)
+    take(lock)
+    if (kept := folder.set_result_aside()) is not None:
+        print(f"the result so far is kept as {kept}", flush=True)
 
 
 def with_precision(config: TrainConfig, world: World) -> TrainConfig:

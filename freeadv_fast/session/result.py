@@ -18,18 +18,23 @@ from freeadv_fast.runs.saved import load_run
 NOT_SAVED = ("folder", "load_model")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """What result.json holds, and the network; accuracies are fractions.
+    """What result.json holds, and the network; accuracies are fractions, of the last weights.
 
     Attributes:
         epochs: Data epochs trained. passes: Forward-backward image passes for the weights, over
             all ranks. attack_passes: Those for a perturbation alone.
         train_seconds: Training loop with its checkpoints, over all sessions; no evaluation.
         robust_accuracy: Accuracy under each attack at `eps`, by the attack's name.
-        num_eval_images: Validation images that the accuracies are over; they selected nothing.
-        holdout_images: Training images held out to select the weights.
-        best_epoch: The epoch the evaluated weights are from; -1 is the last one.
+        num_eval_images: Validation images that were attacked; they selected nothing.
+        num_clean_images: Validation images that the clean accuracies are over.
+        holdout_images: Training images held out to choose weights.
+        best_epoch: The epoch that they chose, from 0; -1 where they chose none.
+        best: Null, or what the weights of that epoch come to: ``epoch``, ``clean_accuracy``,
+            ``clean_top5_accuracy``, ``robust_accuracy`` as above; ``is_last`` where they are the
+            last ones; ``is_better`` where the held-out images say so beyond chance.
+        exported: Which weights are in export/, ``last`` or ``best``.
         collapse: Null, or the last collapse that the guard saw: ``detected_at_passes``, ``epoch``
             (with its fraction), ``robust_accuracy_before`` and ``_after`` (held-out images under
             PGD-10), ``action`` (stop, restore or gradalign), ``restores`` (rewinds to a good state
@@ -54,8 +59,11 @@ class Result:
     robust_accuracy: dict[str, float]
     attack_step: str
     num_eval_images: int
+    num_clean_images: int | None = None
     holdout_images: int
     best_epoch: int
+    best: dict[str, Any] | None = None
+    exported: str | None = None
     collapse: dict[str, Any] | None
     seed: int
     ranks: int
@@ -92,8 +100,12 @@ def read_result(folder: RunFolder, own: nn.Module | None) -> Result:
     """
     saved = {field.name for field in dataclasses.fields(Result)} - set(NOT_SAVED)
     record = {name: value for name, value in read_json(folder.result).items() if name in saved}
+    # Before there was `best`, a result was that of the weights that held-out images chose.
+    weights = "last" if "best" in record else "best"
     if own is not None:
-        run = load_run(folder.root, model=own)
+        run = load_run(folder.root, weights, model=own)
         hand_back(run.model, own)
         return Result(**record, folder=folder.root, load_model=lambda: run.network)
-    return Result(**record, folder=folder.root, load_model=lambda: load_run(folder.root).network)
+    return Result(
+        **record, folder=folder.root, load_model=lambda: load_run(folder.root, weights).network
+    )

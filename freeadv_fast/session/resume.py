@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import nn
 
-from freeadv_fast.config.file import config_to_dict
+from freeadv_fast.config.file import config_from_dict
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError
 from freeadv_fast.methods.build import TrainingMethod
 from freeadv_fast.runs import checkpoint
 from freeadv_fast.runs.log import RunFolder, read_json
+from freeadv_fast.session.changes import changes_for_ranks, in_words, refuse_fixed
 from freeadv_fast.session.run import Progress, Run, say
 from freeadv_fast.step.learner import Learner
-
-# Fields that a resumed run may change: none of them touches a weight.
-FREE_TO_CHANGE = {
-    "checkpoint_every",
-    "eval_attacks",
-    "eval_images",
-    "eval_step",
-    "graphs",
-    "log_every",
-    "max_bad_fraction",
-    "max_passes",
-    "output_dir",
-    "recipe",
-    "resume",
-    "workers",
-}
 
 # Same machine, versions, ranks and threads: what bit-identical resumption rests on.
 REPRODUCIBLE_WITH = ("hardware", "versions", "threads", "ranks")
@@ -54,20 +40,33 @@ def find_checkpoint(config: TrainConfig, world: World, folder: RunFolder) -> dic
             f"--resume: {path} is from an older version of freeadv_fast; finish the run with that, "
             f"or start one with --init-from {path}"
         )
-    saved, current = state["config"], config_to_dict(config)
-    for name in sorted(set(saved) - FREE_TO_CHANGE):
-        if saved[name] != current.get(name):
-            flag = "--" + name.replace("_", "-")
-            raise UserError(
-                f"{flag} {current.get(name)}: the run in {folder.root} was made with "
-                f"{flag} {saved[name]}; resume it with that, or choose another --output-dir"
-            )
-    if len(state["ranks"]) != world.size:
-        raise UserError(
-            f"--nproc-per-node {world.size}: the run in {folder.root} was made with "
-            f"{len(state['ranks'])} ranks; resume it with as many"
-        )
-    return state
+    saved = config_from_dict(state["config"], f"--resume {path}")
+    state.setdefault("made_for", len(state["ranks"]))  # a run that has always had as many
+    changed = changes_for_ranks(saved, config, state["made_for"], world.size)
+    refuse_fixed(changed, saved, config, folder.root)
+    if changed:
+        say(world, f"changed: {in_words(changed, saved, config)}")
+    return state if len(state["ranks"]) == world.size else without_ranks(state, world)
+
+
+def as_made(config: TrainConfig, state: dict[str, Any]) -> TrainConfig:
+    """The config with what a checkpoint's run keeps: minibatches of the ranks it was made for."""
+    saved = config_from_dict(state["config"])
+    precision = saved.precision if config.precision == "auto" else config.precision
+    return dataclasses.replace(
+        config, batch_size=saved.batch_size, phases=saved.phases, precision=precision
+    )
+
+
+def without_ranks(state: dict[str, Any], world: World) -> dict[str, Any]:
+    """A checkpoint of another number of ranks, of which nothing is left that is a rank's own."""
+    say(
+        world,
+        f"ranks: {world.size} (was {len(state['ranks'])}); the global minibatches stay the same, "
+        "perturbation and generators start anew, running statistics from the ranks' mean; batch "
+        "norm sees a rank's new share, unless --bn-group limits it",
+    )
+    return state | {"ranks": None, "good": None}
 
 
 def rank_state(run: Run) -> dict[str, Any]:
@@ -90,13 +89,14 @@ def restore(
 ) -> Progress:
     """Puts every part back where the checkpoint left it."""
     checkpoint.load_weights(model, state, config.arch, "--resume")
-    own = state["ranks"][world.rank]
-    for name, buffer in checkpoint.batch_norm_buffers(model).items():
-        buffer.copy_(own["buffers"][name])
     learner.load_state_dict(state["learner"])
-    learner.meters.load_state_dict(own["meters"])
-    method.load_state_dict(own["method"])
-    checkpoint.restore_random_state(own["random"], world.device)
+    if state["ranks"] is not None:  # of as many ranks as there are
+        own = state["ranks"][world.rank]
+        for name, buffer in checkpoint.batch_norm_buffers(model).items():
+            buffer.copy_(own["buffers"][name])
+        learner.meters.load_state_dict(own["meters"])
+        method.load_state_dict(own["method"])
+        checkpoint.restore_random_state(own["random"], world.device)
     return Progress(**state["progress"])
 
 
@@ -104,7 +104,11 @@ def warn_about_changes(folder: RunFolder, record: dict[str, Any], world: World) 
     """Says what differs from the session before: the rest will then not be bit-identical."""
     if not world.is_main or not folder.environment.exists():
         return
-    before = read_json(folder.environment)
+    try:
+        before = read_json(folder.environment)
+    except ValueError:
+        say(world, f"{folder.environment}: not JSON, so that changes since then are not known")
+        return
     changed = [key for key in REPRODUCIBLE_WITH if before.get(key) != record.get(key)]
     if changed:
         say(world, f"warning: {', '.join(changed)} changed since the checkpoint (see "

@@ -15,6 +15,7 @@ from freeadv_fast.config.threat import AnyThreatModel
 from freeadv_fast.data.build import Loaders
 from freeadv_fast.distributed.world import World
 from freeadv_fast.methods.build import TrainingMethod
+from freeadv_fast.runs.lock import FolderLock
 from freeadv_fast.runs.log import RunFolder, RunLog
 from freeadv_fast.session.guard import Guard
 from freeadv_fast.step.learner import Learner
@@ -78,8 +79,11 @@ class Run:
     """A run in progress: what the training loop reads and moves forward.
 
     Attributes:
+        config: As the present ranks need it. recorded: As it is saved, with the minibatches of the
+            ranks that the run was `made_for`.
         model: The network in training. own_model: The caller's module, of which it is a copy; None
             where the config names the network.
+        lock: Of the folder; held by rank 0.
         saved_at: When the last checkpoint was written, in seconds of `time.monotonic`.
     """
 
@@ -95,6 +99,9 @@ class Run:
     progress: Progress
     clock: Clock
     log: RunLog
+    lock: FolderLock
+    recorded: TrainConfig
+    made_for: int
     saved_at: float
     own_model: nn.Module | None = None
 

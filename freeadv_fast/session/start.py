@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from freeadv_fast.config.attack import doubt_about_steps, parsed
 from freeadv_fast.config.budget import Budget
 from freeadv_fast.config.method_fields import reads
 from freeadv_fast.config.presets import CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES
@@ -57,7 +58,10 @@ def start_lines(
         "device": [device_text(world, machine)],
         "batch": [batch_text(config, world.size)],
         "cost": cost_lines(config, costs_of(config, budget, phase_loaders, world.size)),
-        "evaluation": [evaluation_text(config, phase_loaders[-1].val.num_images)],
+        "evaluation": [
+            evaluation_text(config, phase_loaders[-1].val.num_images),
+            *doubt_about_steps(parsed(config.eval_attacks), config.evaluation_threat),
+        ],
         "output": [f"{config.run_folder} (config.yaml holds every field)"],
     }
     return [line for label, lines in table.items() for line in labelled(label, lines)]

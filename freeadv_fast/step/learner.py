@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from freeadv_fast import ops
 from freeadv_fast.config.threat import AnyThreatModel, L2ThreatModel, clip_to_pixels_
+from freeadv_fast.distributed.heartbeat import arrive
 from freeadv_fast.models.batch_norm import Branch, DualNetwork
 from freeadv_fast.step.graphs import GraphRunner, Step
 from freeadv_fast.step.meters import Meters, Role
@@ -325,6 +326,7 @@ class Learner:
             step: Does a whole update, up to `apply_gradients`, and leaves the host nothing to do.
             *inputs: Its tensors and numbers, all that differs between two updates.
         """
+        arrive()  # where ranks wait for each other's gradients next
         self._set_rate()
         if self.runner is None:
             step(*inputs)

@@ -11,6 +11,7 @@ from freeadv_fast import training
 from freeadv_fast.cli import run_training
 from freeadv_fast.methods.free import Free
 from freeadv_fast.runs.checkpoint import load_checkpoint
+from freeadv_fast.session import selection
 
 # 108 images, m = 2: two data epochs of 3 minibatches at 16 px, two of 5 at 24 px, one of 6 at
 # 32 px. The last minibatch of each phase but the first is smaller.
@@ -41,7 +42,7 @@ def run(folder, *flags):
 def straight(tmp_path_factory):
     """The uninterrupted run: its folder, and what each minibatch and each selection saw."""
     seen, sides = [], []
-    real_minibatch, real_evaluate = Free.train_minibatch, training.evaluate
+    real_minibatch, real_evaluate = Free.train_minibatch, selection.evaluate
 
     def watched_minibatch(method, images, labels, global_size):
         delta, lr = method.delta.clone(), method.learner.lr_at(method.learner.updates)
@@ -56,7 +57,7 @@ def straight(tmp_path_factory):
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Free, "train_minibatch", watched_minibatch)
-        patch.setattr(training, "evaluate", watched_evaluate)
+        patch.setattr(selection, "evaluate", watched_evaluate)
         assert run(folder) == 0
     return folder, seen, sides
 

@@ -131,10 +131,10 @@ def test_evaluation_can_cut_images_as_they_are_stored(backend, real_images, conf
 def test_decoders_agree_without_resampling(use_backend, smooth_image, tmp_path, config, world_of):
     """RGB and grey JPEGs and PNGs of the network's size: the decoders' rounding is all."""
     for split in ("train", "val"):
-        place = tmp_path / "tree" / split / "only"
-        place.mkdir(parents=True)
-        for number in range(4):
-            for mode in ("RGB", "L"):
+        for mode in ("RGB", "L"):
+            place = tmp_path / "tree" / split / mode
+            place.mkdir(parents=True)
+            for number in range(4):
                 image = smooth_image(number, 64, 64, mode)
                 image.save(place / f"{mode}{number}.jpg", quality=90)
                 image.save(place / f"{mode}{number}.png")
@@ -187,22 +187,24 @@ def test_training_differs_from_evaluation_by_the_crop(backend, build_tree, confi
 def test_odd_but_whole_files_train(backend, smooth_image, tmp_path, config, world_of):
     """ImageNet holds CMYK JPEGs and a PNG named .JPEG; a palette, alpha and EXIF are common."""
     for split in ("train", "val"):
-        place = tmp_path / "tree" / split / "only"
+        place = tmp_path / "tree" / split / "class0"
+        other = tmp_path / "tree" / split / "class1"
         place.mkdir(parents=True)
+        other.mkdir()
         smooth_image(1, 60, 80, "CMYK").save(place / "a_cmyk.JPEG")
         smooth_image(2, 60, 80).save(place / "b_png.JPEG", format="PNG")
         smooth_image(3, 60, 80).convert("P").save(place / "c_palette.png")
-        smooth_image(4, 60, 80).convert("RGBA").save(place / "d_alpha.PNG")
-        smooth_image(5, 60, 80).save(place / "e_progressive.jpeg", progressive=True)
+        smooth_image(4, 60, 80).convert("RGBA").save(other / "d_alpha.PNG")
+        smooth_image(5, 60, 80).save(other / "e_progressive.jpeg", progressive=True)
         turned = Image.Exif()
         turned[0x0112] = 6  # "rotate me": not obeyed, as in torchvision
-        smooth_image(6, 60, 80).save(place / "f_exif.jpg", exif=turned, quality=95)
+        smooth_image(6, 60, 80).save(other / "f_exif.jpg", exif=turned, quality=95)
     settings = config(str(tmp_path / "tree"), image_size=60, resize_size=60, batch_size=6)
     loader = build_val_loader(settings, world_of(), None)
     (batch,) = loader.epoch(0)
     assert loader.num_images == 6
-    place = tmp_path / "tree" / "val" / "only"
-    for pixels, path in zip(batch.images, sorted(place.iterdir()), strict=True):
+    paths = sorted((tmp_path / "tree" / "val").glob("*/*"))
+    for pixels, path in zip(batch.images, paths, strict=True):
         expected = np.array(Image.open(path).convert("RGB"))[:, 10:70]
         tolerance = 40 if "cmyk" in path.name else 2
         assert mean_difference(pixels, torch.from_numpy(expected)) < tolerance / 2
@@ -252,13 +254,13 @@ def test_workers_collect_nothing_of_their_parents(
             with (tmp_path / "destroyed").open("a") as file:
                 print(os.getpid(), file=file)
 
-    decode = folder_torchvision._PlanFiles.__getitem__
+    fill = folder_torchvision.TorchvisionDecoder._fill
 
-    def collect_and_decode(files, plan):
+    def collect_and_fill(decoder, *arguments):
         gc.collect()
-        return decode(files, plan)
+        return fill(decoder, *arguments)
 
-    monkeypatch.setattr(folder_torchvision._PlanFiles, "__getitem__", collect_and_decode)
+    monkeypatch.setattr(folder_torchvision.TorchvisionDecoder, "_fill", collect_and_fill)
     use_backend("torchvision")
     train = build_loaders(config(build_tree()), world_of()).train
     gc.disable()  # else the ring may be gone before the fork

@@ -19,7 +19,8 @@ from torchvision.datasets import ImageFolder
 
 from freeadv_fast.data import index
 from freeadv_fast.data.build import build_loaders, build_val_loader
-from freeadv_fast.data.headers import BadImage, inspect_image
+from freeadv_fast.data.formats.picture_file import BadImage
+from freeadv_fast.data.headers import inspect_image
 from freeadv_fast.data.index import index_images
 from freeadv_fast.errors import UserError
 
@@ -214,7 +215,7 @@ def test_only_new_and_changed_files_are_read_again(build_tree, counted_reads, sm
     os.utime(same_size, ns=(1, 1))
     changed = scan(data)
     assert sorted(counted_reads) == ["002.JPEG", "003.JPEG", "new.png"]
-    assert changed.num_bad == 1
+    assert list(changed.bad) == ["class2/003.JPEG"]
     assert "class0/000.JPEG" not in changed.files
     assert changed.sizes[changed.files.index("class1/002.JPEG")].tolist() == [70, 71]
     counted_reads.clear()

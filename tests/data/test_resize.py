@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import pytest
 import torchvision.transforms as transforms
 from PIL import Image
 
+from freeadv_fast.config.phases import Phases
+from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.data.build import build_phase_loaders
 from freeadv_fast.data.index import index_images
 from freeadv_fast.data.resize import copies as resize
 from freeadv_fast.data.resize.copies import BAD_LIST, Resizing, resize_file, resize_folder
@@ -107,6 +111,114 @@ def test_bad_files_are_listed_and_left_out(tmp_path, build_tree, resized):
     assert not (tmp_path / "small" / BAD_LIST).exists()
 
 
+@pytest.mark.parametrize("error", [RuntimeError("two\nlines"), MemoryError(), OSError(5, "EIO")])
+def test_whatever_a_file_fails_of_is_that_files(error, tmp_path, build_tree, monkeypatch):
+    source = Path(build_tree(train=3, val=1, classes=1))
+    read = resize.read_rgb
+
+    def read_or_fail(path):
+        if path.endswith("001.JPEG"):
+            raise error
+        return read(path)
+
+    monkeypatch.setattr(resize, "read_rgb", read_or_fail)
+    (tmp_path / "small" / "train" / "class0").mkdir(parents=True)
+    files = [f"train/class0/00{number}.JPEG" for number in range(3)]
+    report = resize.resize_part(Resizing(source, tmp_path / "small", 32, 95), files)
+    assert report.counts == {"resized": 2, "bad": 1}
+    assert report.bad.keys() == {files[1]}
+    assert report.bad[files[1]].startswith("cannot be resized: ")
+    assert "\n" not in report.bad[files[1]]
+
+
+def test_odd_files_do_not_stop_the_others(tmp_path, build_tree, resized):
+    source = Path(build_tree(train=3, val=1, classes=1))
+    place = source / "train" / "class0"
+    Image.new("L", (100_000, 40)).save(place / "flat.png")
+    longest = f"{'x' * 246}.JPEG"  # the copy is written under a name that is 9 letters longer
+    (place / "000.JPEG").rename(place / longest)
+    assert resized(source).counts == {"resized": 3, "bad": 2}
+    listed = (tmp_path / "small" / BAD_LIST).read_text().splitlines()
+    reasons = {Path(line.split("\t")[0]).name: line.split("\t")[1] for line in listed}
+    assert reasons["flat.png"] == "100000 x 40 pixels: a side of more than 65,500"
+    assert "File name too long" in reasons[longest]
+
+
+DEADLY = """
+import os, signal, sys
+from freeadv_fast.data.resize import copies
+
+smaller_jpeg = copies.smaller_jpeg
+
+def kill_at_some(resizing, file):
+    if "deadly" in file:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return smaller_jpeg(resizing, file)
+
+copies.smaller_jpeg = kill_at_some  # in the workers as well: they import this script
+if __name__ == "__main__":
+    report = copies.resize_folder(sys.argv[1], sys.argv[2], size=32, workers=2)
+    print(sorted(report.counts.items()), sorted(report.bad.items()))
+"""
+
+
+def test_a_file_that_kills_its_worker_is_bad_and_the_others_are_copied(tmp_path, build_tree):
+    source = Path(build_tree(train=4, val=1, classes=1))
+    (source / "train/class0/002.JPEG").rename(source / "train/class0/deadly.JPEG")
+    script = tmp_path / "script.py"
+    script.write_text(DEADLY)
+    command = [sys.executable, script, source, tmp_path / "small"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("[('bad', 1), ('resized', "), done.stderr
+    assert "('train/class0/deadly.JPEG', 'cannot be resized: the process was killed" in done.stdout
+    assert len(list((tmp_path / "small").rglob("*.JPEG"))) == 4
+    for number in (0, 1, 3):
+        path = source / f"train/class0/00{number}.JPEG"
+        path.rename(path.with_name(f"deadly{number}.JPEG"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "UserError: --workers: one alone was killed at 3 images in a row" in done.stderr
+
+
+def test_what_is_no_part_of_the_data_is_not_copied(tmp_path, build_tree, resized):
+    """As the scan sees it: litter, and links to a parent."""
+    source = Path(build_tree(train=1, val=1, classes=1))
+    place = source / "train" / "class0"
+    for inside in (".Trash-0", "more"):
+        (place / inside).mkdir()
+        shutil.copy(place / "000.JPEG", place / inside)
+    (place / "up").symlink_to("..")
+    shutil.copytree(place / "more", source / "train" / ".ipynb_checkpoints")
+    assert resized(source).counts == {"resized": 3}
+    assert set(files_below(tmp_path / "small")) == {
+        "resize.json",
+        "train/class0/000.JPEG",
+        "train/class0/more/000.JPEG",
+        "val/class0/000.JPEG",
+    }
+
+
+def test_phases_leave_out_what_could_not_be_copied(tmp_path, build_tree, resized, world_of):
+    source = Path(build_tree(train=10, val=2, classes=2))
+    victim = source / "train" / "class1" / "004.JPEG"
+    content = bytearray(victim.read_bytes())
+    content[content.index(b"\xff\xc4") + 4] = 0xFF  # a Huffman table of an impossible number
+    victim.write_bytes(content)
+    assert resized(source).bad.keys() == {"train/class1/004.JPEG"}
+    small = str(tmp_path / "small")
+    config = TrainConfig(
+        data=str(source),
+        phase_data=(small, str(source)),
+        phases=Phases.parse("0-2:16:4,2-4:32:4"),
+        epochs=4,
+        m=1,
+        holdout_images=4,
+        max_bad_fraction=0.05,
+    )
+    for loaders in build_phase_loaders(config, world_of()):
+        assert loaders.train.num_images + loaders.holdout.num_images == 19
+        assert "class1/004.JPEG" not in loaders.roll.names
+
+
 def test_finished_files_are_not_touched_again(tmp_path, build_tree, resized):
     source = build_tree(train=3, val=1, classes=1)
     resized(source)
@@ -122,11 +234,13 @@ def test_half_a_file_never_gets_the_name(tmp_path, build_tree, monkeypatch):
     source = Path(build_tree(train=1, val=1, classes=1))
     (tmp_path / "small" / "train" / "class0").mkdir(parents=True)
 
-    def break_off(self, path, *_args, **_options):
-        Path(path).write_bytes(b"half")
+    write = Path.write_bytes
+
+    def break_off(path, content):
+        write(path, content[: len(content) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Image.Image, "save", break_off)
+    monkeypatch.setattr(Path, "write_bytes", break_off)
     resizing = Resizing(source, tmp_path / "small", 32, 95)
     with pytest.raises(KeyboardInterrupt):
         resize_file(resizing, os.path.join("train", "class0", "000.JPEG"))

@@ -108,6 +108,37 @@ def test_an_epoch_entered_in_the_middle_goes_on_as_it_was() -> None:
             np.testing.assert_array_equal(left.rows, right.rows)
 
 
+def test_a_removed_image_changes_nothing_of_the_others() -> None:
+    """Order, flips and crops hang on keys: the rows behind the gap are all others."""
+    random = np.random.default_rng(0)
+    keys = random.integers(0, 2**64, 60, np.uint64)
+    sizes = random.integers(40, 90, (60, 2))
+    gone = 17
+    kept = np.delete(np.arange(60), gone)
+    whole = Stream(np.arange(60), 6, 0, 1, 3, names=keys)
+    less = Stream(np.arange(59), 6, 0, 1, 3, names=keys[kept])
+    for epoch in range(3):
+        order = whole.order(epoch)
+        np.testing.assert_array_equal(kept[less.order(epoch)], order[order != gone])
+        shares = list(less.shares(epoch))
+        rows, names = (np.concatenate([getattr(s, f) for s in shares]) for f in ("rows", "keys"))
+        np.testing.assert_array_equal(names, keys[kept][rows])
+        before = random_resized_windows(3, epoch, keys, sizes)[kept][rows]
+        after = random_resized_windows(3, epoch, names, sizes[kept][rows])
+        np.testing.assert_array_equal(before, after)
+        np.testing.assert_array_equal(
+            random_flips(3, epoch, keys)[kept][rows], random_flips(3, epoch, names)
+        )
+
+
+def test_a_row_is_its_own_key_where_there_are_no_names() -> None:
+    rows = np.arange(5, 60)
+    unnamed = Stream(rows, 6, 0, 1, 3)
+    named = Stream(rows, 6, 0, 1, 3, names=rows.astype(np.uint64))
+    np.testing.assert_array_equal(unnamed.order(2), named.order(2))
+    np.testing.assert_array_equal(next(unnamed.shares(2)).keys, named.order(2)[:6])
+
+
 def test_evaluation_shards_are_exact() -> None:
     all_ranks = streams(10, 3, 4, seed=None)
     rows = [[r for share in s.shares(0) for r in share.rows.tolist()] for s in all_ranks]
@@ -178,13 +209,25 @@ def test_flips_and_offsets_are_fair() -> None:
 
 def test_balanced_slices_take_equally_many_a_class() -> None:
     labels = np.repeat(np.arange(5), [40, 60, 50, 4, 46])
-    rows = balanced_rows(labels, 42)
+    keys = np.arange(len(labels))
+    rows = balanced_rows(labels, 42, keys)
     assert len(np.unique(rows)) == 42
     counts = np.bincount(labels[rows], minlength=5)
     assert counts[3] == 2  # half of a small class
     assert counts[[0, 1, 2, 4]].tolist() == [10, 10, 10, 10]
-    counts = np.bincount(labels[balanced_rows(labels, 3)], minlength=5)
+    counts = np.bincount(labels[balanced_rows(labels, 3, keys)], minlength=5)
     assert sorted(counts.tolist()) == [0, 0, 1, 1, 1]
+
+
+def test_a_removed_image_gives_its_place_in_a_balanced_slice_to_one_other() -> None:
+    labels = np.repeat(np.arange(3), [20, 30, 25])
+    keys = np.random.default_rng(1).integers(0, 2**64, 75, np.uint64)
+    before = set(keys[balanced_rows(labels, 9, keys)].tolist())
+    for gone in range(75):
+        now = balanced_rows(np.delete(labels, gone), 9, np.delete(keys, gone))
+        after = set(np.delete(keys, gone)[now].tolist())
+        assert before - after == before & {int(keys[gone])}
+        assert len(after) == 9
 
 
 def test_stratified_slices_keep_each_class_share() -> None:

@@ -84,7 +84,7 @@ def test_from_training_to_a_network_elsewhere(config, changes, capsys):
             ff.load_export(export_run(result.folder, model=Net()), model=Net()),
         ):
             torch.testing.assert_close(network(PIXELS), logits)
-    measured = ff.evaluate(result.folder, model=Net(), attacks="pgd-2")
+    measured = ff.evaluate(result.folder, model=Net(), attacks="pgd-2", checkpoint="last")
     assert measured.clean_accuracy == result.clean_accuracy
     for lines in json.loads((result.folder / "export" / "config.json").read_text())[
         "load"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,27 @@ exec "$@"
 SCONTROL = """#!/bin/bash
 if [[ $1 == show ]]; then echo localhost; else echo "$@" >> "$SCONTROL_LOG"; fi
 """
+
+
+TORCHRUN = """#!/bin/bash
+echo "$@"
+"""
+
+
+def test_jobs_on_a_node_have_ports_of_their_own(repository, tmp_path):
+    for name, script in (("srun", SRUN), ("scontrol", SCONTROL), ("torchrun", TORCHRUN)):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    ports = set()
+    for job in ("77", "78", "12345678"):
+        environment = {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "localhost",
+            "SLURM_NNODES": "1", "SLURM_JOB_ID": job,
+        }  # fmt: skip
+        command = ["bash", repository / "launch" / "slurm" / "train.sbatch", tmp_path / "run", "x"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        ports.add(int(re.search(r"--rdzv-endpoint localhost:(\d+) ", done.stdout)[1]))
+    assert ports == {20077, 20078, 25678}
 
 
 def test_a_job_out_of_time_is_requeued_and_goes_on(repository, small_images, tmp_path):

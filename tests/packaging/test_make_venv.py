@@ -5,6 +5,8 @@ import hashlib
 import http.server
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import threading
 import types
@@ -145,3 +147,27 @@ def test_a_full_disk_is_named_before_anything_is_installed(
 
     free[full] = 9.1e9
     make_venv.check_space()
+
+
+ENDS = {
+    "sys.exit(2)": (2, ""),
+    "os.kill(os.getpid(), 9)": (137, "torchrun: rank 0 was ended by signal 9\n"),
+    "os.kill(os.getppid(), signal.SIGINT); time.sleep(60)": (130, ""),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_torchrun_ends_as_its_ranks_do(make_venv, tmp_path, end):
+    """A rank has said in a line why it ends; torch's traceback would bury that line."""
+    (make_venv.VENV / "bin").mkdir(parents=True)
+    make_venv.write_torchrun()
+    worker = tmp_path / "worker.py"
+    interrupted = "signal.signal(signal.SIGINT, lambda *_: sys.exit(130))"
+    worker.write_text(f"import os, signal, sys, time\n{interrupted}\n{end}\n")
+    command = [sys.executable, make_venv.VENV / "bin" / "torchrun", "--standalone", worker]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    status, line = ENDS[end]
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert line in done.stderr

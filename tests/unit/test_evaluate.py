@@ -8,43 +8,22 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from fixed_batches import FixedLoader, finished_run, fixed_val_loader
 from torch import nn
 
 from freeadv_fast.config.attack import Attack
-from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.file import load_config
 from freeadv_fast.config.threat import Perturbation, ThreatModel
-from freeadv_fast.data.loader import Batch
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation import subject
 from freeadv_fast.evaluation.evaluate import evaluate
 from freeadv_fast.evaluation.subject import evaluate as evaluate_run
-from freeadv_fast.models.zoo import build_model
 from freeadv_fast.runs.log import save_config
 from freeadv_fast.runs.saved import export_run, load_run
 
 MEAN, STD = (0.5, 0.4, 0.6), (0.2, 0.25, 0.3)
 THREAT = ThreatModel(Perturbation.parse("2/255"), Perturbation.parse("1/255"))
-
-
-class FixedLoader:
-    """Given batches of random images, as one rank would see them."""
-
-    def __init__(self, sizes, *, first_index=0, num_classes=5, image_size=8):
-        generator = torch.Generator().manual_seed(first_index)
-        self.classes = [f"class {i}" for i in range(num_classes)]
-        self.num_images, self.num_batches = sum(sizes), len(sizes)
-        shape = (image_size, image_size, 3)
-        self.batches = []
-        for size in sizes:
-            images = torch.randint(0, 256, (size, *shape), generator=generator).to(torch.uint8)
-            labels = torch.randint(num_classes, (size,), generator=generator)
-            indices = torch.arange(first_index, first_index + size)
-            self.batches.append(Batch(images, labels, size, indices))
-            first_index += size
-
-    def epoch(self, epoch, start=0):
-        yield from self.batches[start:]
 
 
 @pytest.fixture
@@ -239,25 +218,8 @@ def test_no_images_is_an_error(network, world):
 @pytest.fixture
 def run_folder(tmp_path, monkeypatch):
     """A finished run of a small network on fixed batches."""
-    monkeypatch.setattr(
-        subject,
-        "build_val_loader",
-        lambda config, world, num_images: FixedLoader(
-            [num_images or 9], num_classes=6, image_size=config.image_size
-        ),
-    )
-    folder = tmp_path / "run"
-    (folder / "checkpoints").mkdir(parents=True)
-    config = TrainConfig(
-        arch="resnet18", image_size=32, normalization="per-image", eval_attacks=("pgd-2",)
-    )
-    save_config(config, folder / "config.yaml")
-    (folder / "result.json").write_text("kept")
-    torch.manual_seed(0)
-    model = build_model("resnet18", 6, image_size=32, per_image_standardize=True)
-    state = {"model": model.state_dict(), "classes": [f"class {i}" for i in range(6)]}
-    torch.save(state, folder / "checkpoints" / "last.pt")
-    return folder
+    monkeypatch.setattr(subject, "build_val_loader", fixed_val_loader)
+    return finished_run(tmp_path / "run")
 
 
 def test_a_run_is_evaluated_from_its_folder(run_folder, capsys):
@@ -293,6 +255,9 @@ def test_a_step_that_was_not_chosen_grows_with_eps(run_folder, capsys):
 def test_without_a_gpu_an_unlimited_run_is_evaluated_in_part(run_folder, monkeypatch, capsys):
     """One PGD-20 on at most 400 images, unless chosen, and a line that says how to choose."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = load_config(run_folder / "config.yaml")
+    dear = dataclasses.replace(config, eval_attacks=("pgd-10", "pgd-50"))
+    save_config(dear, run_folder / "config.yaml")
     measured = evaluate_run(run_folder)
     assert (measured.num_images, list(measured.robust_accuracy)) == (400, ["pgd-20"])
     assert "--attacks chooses others" in capsys.readouterr().out

@@ -131,3 +131,12 @@ def test_what_is_not_an_export_is_refused(tmp_path):
     (folder / "model_with_normalizer.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="damaged export"):
         load_export(folder)
+    folder = export(trained("resnet18"), tmp_path, "resnet18")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_classes": 7}))
+    with pytest.raises(UserError, match=r"fc\.weight is \(10, 512\) there and \(7, 512\) here"):
+        load_export(folder)
+    for content in ("{}", "[]", "7"):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(UserError, match=r"config\.json is not an export's"):
+            load_export(folder)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import inspect
 import json
 import shutil
 import subprocess
@@ -262,10 +264,21 @@ def test_mistakes_are_found_before_anything_is_evaluated(run, tmp_path):
 
 def test_other_classes_on_the_fly_are_refused(run, tmp_path):
     for split in ("train", "val"):
-        paint(tmp_path / "other" / split, {"n01": ["n01"]})
+        paint(tmp_path / "other" / split, {"n01": ["n01"], "n02": ["n02"]})
         (tmp_path / "other" / split / "n01").rename(tmp_path / "other" / split / "n99")
-    with pytest.raises(UserError, match=r"--data .*other: 1 of its 1 classes .*: n99"):
+    with pytest.raises(UserError, match=r"--data .*other: 1 of its 2 classes .*: n99"):
         evaluate_robustness(run, on_the_fly=True, data=str(tmp_path / "other"))
+
+
+def test_the_script_has_every_flag_that_its_lines_name(repository):
+    """``--data`` was named by a line of the corruptions made on the fly, and refused."""
+    path = repository / "launch" / "robustness.py"
+    spec = importlib.util.spec_from_file_location("robustness_script", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    flags = {"num_images": "eval_images", "run_folder": "run"}
+    asked = [flags.get(name, name) for name in inspect.signature(evaluate_robustness).parameters]
+    assert sorted(asked) == sorted(inspect.signature(script.main).parameters)
 
 
 def test_the_script_names_its_flags(repository):

@@ -129,7 +129,7 @@ def test_each_phase_has_its_line(start):
 
 def test_the_start_fits_a_screen(start, small_images):
     recipe = RECIPES["imagenet-rn50-free-m4-eps4"]
-    run, said = start(recipe=recipe.recipe, m=4, epochs=90, seed=3)
+    run, said = start(recipe=recipe.recipe, m=4, epochs=90, seed=3, eval_attacks=("pgd-4",))
     assert list(said) == [
         "guard: off,", "method", "changed", "data", "network", "device", "batch", "cost",
         "evaluation", "output",
@@ -142,7 +142,7 @@ def test_the_start_fits_a_screen(start, small_images):
     assert said["network"] == ["test_resnet, 0.37 M parameters, fp32"]
     assert said["device"][0].endswith(", 1 thread")
     assert said["batch"] == ["14 = 1 rank x 14"]
-    assert said["evaluation"] == ["pgd-2 at eps 4/255 in steps of 1/255 on 8 validation images"]
+    assert said["evaluation"] == ["pgd-4 at eps 4/255 in steps of 1/255 on 8 validation images"]
     assert said["output"] == [f"{run.folder.root} (config.yaml holds every field)"]
     assert sum(map(len, said.values())) <= 13
 

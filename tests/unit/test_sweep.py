@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import threading
 
 import numpy as np
 import pytest
@@ -65,7 +68,7 @@ def root(tmp_path):
 @pytest.fixture
 def run(root):
     def call(trainer, *flags):
-        return run_sweep([*FLAGS, "--output-dir", str(root), *flags], trainer)
+        return run_sweep([*FLAGS, "--output-dir", str(root), *flags], trainer, gpus=())
 
     return call
 
@@ -149,13 +152,100 @@ def test_a_flag_that_no_method_reads_is_refused(root, run, capsys):
     assert not trainer.names
 
 
-def test_a_finished_run_with_other_flags_is_not_passed_off(root, run):
+def tables(root):
+    """The sweep's files and what they hold."""
+    return {path.name: path.read_bytes() for path in root.glob("sweep.*")}
+
+
+def test_a_finished_table_is_not_overwritten_by_other_flags(root, run, capsys):
     run(FakeTrainer(), "--epochs", "2")
-    trainer = FakeTrainer()
+    before, trainer = tables(root), FakeTrainer()
     assert run(trainer, "--resume", "--epochs", "3", "--workers", "1") == 2
     assert not trainer.names
-    assert "--epochs 3.0" in cells_of(root)[0]["error"]
-    assert "made with --epochs 2.0" in cells_of(root)[0]["error"]
+    error = capsys.readouterr().err
+    assert f"--epochs 3.0: the run in {root / NAMES[0]} was made with --epochs 2.0" in error
+    assert tables(root) == before
+
+
+def test_a_finished_table_is_not_overwritten_by_a_smaller_one(root, run, capsys):
+    """More cells are welcome."""
+    run(FakeTrainer())
+    before, trainer = tables(root), FakeTrainer()
+    assert run(trainer, "--resume", "--seeds", "0") == 2
+    assert f"the table in {root} holds natural-eps8-seed1, which these" in capsys.readouterr().err
+    assert tables(root) == before
+    assert run(trainer, "--resume", "--seeds", "0,1,2") == 0
+    assert trainer.names == [f"{m}-eps{e}-seed2" for m in ("natural", "free") for e in (8, 32)]
+
+
+def test_a_sweep_is_named_by_its_folder(root, run, capsys):
+    run(FakeTrainer())
+    trainer = FakeTrainer()
+    assert run_sweep([*FLAGS, "--resume", str(root)], trainer) == 0
+    assert not trainer.names
+    assert run_sweep([*FLAGS, "--resume", str(root / NAMES[0])], trainer) == 2
+    assert "nothing to continue there, for it has no sweep.json" in capsys.readouterr().err
+
+
+def test_two_sweeps_do_not_share_a_folder(root, run, capsys):
+    class Second(FakeTrainer):
+        def __call__(self, config):
+            if not self.configs:
+                assert run(FakeTrainer(), "--resume") == 2
+            super().__call__(config)
+
+    assert run(Second()) == 0
+    assert f"--output-dir {root}: in use by process " in capsys.readouterr().err
+
+
+# Writes what a run leaves behind, and which GPU it saw; one of them fails.
+STAND_IN = """import json, os, sys, time
+from pathlib import Path
+folder = Path(sys.argv[sys.argv.index("--output-dir") + 1])
+print(os.environ["CUDA_VISIBLE_DEVICES"], "--resume" in sys.argv, flush=True)
+time.sleep(0.5)
+if folder.name == "free-eps8-seed1":
+    sys.exit("error: --lr 9: became non-finite")
+folder.mkdir(exist_ok=True)
+(folder / "config.yaml").write_text("{}")
+result = dict(clean_accuracy=0.9, robust_accuracy={"pgd-5": 0.5}, passes_per_second=1.0)
+(folder / "result.json").write_text(json.dumps(result | {"train_seconds": 1.0}))
+"""
+
+
+@pytest.fixture
+def _stand_in(monkeypatch):
+    monkeypatch.setattr(sweep, "CELL", STAND_IN)
+    monkeypatch.setattr(sweep, "refuse_other_run", lambda config, folder: None)
+
+
+@pytest.mark.usefixtures("_stand_in")
+def test_each_gpu_takes_a_cell(root, capsys):
+    """In processes of their own, so that all are busy; a failed one stops no other."""
+    (root / NAMES[3]).mkdir(parents=True)
+    trainer = FakeTrainer()
+    flags = [*FLAGS, "--output-dir", str(root), "--resume"]
+    assert run_sweep(flags, trainer, gpus=["GPU-a", "3"]) == 2
+    assert not trainer.names
+    logs = {name: (root / f"{name}.log").read_text().split() for name in NAMES}
+    assert {gpu for gpu, *_ in logs.values()} == {"GPU-a", "3"}
+    assert [name for name, words in logs.items() if words[1] == "True"] == [NAMES[3]]
+    cells = cells_of(root)
+    assert [cell["clean"] for cell in cells] == [0.9] * 5 + [None] + [0.9] * 2
+    assert cells[5]["error"] == "--lr 9: became non-finite"
+    assert f"[6/8] free-eps8-seed1: {root}/free-eps8-seed1.log" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_stand_in")
+def test_a_signal_ends_the_cells_on_all_gpus(root, monkeypatch):
+    """They are told once more, and waited for."""
+    monkeypatch.setattr(sweep, "CELL", STAND_IN.replace("0.5)", "60)", 1))
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    flags = [*FLAGS, "--output-dir", str(root)]
+    assert run_sweep(flags, FakeTrainer(), gpus=["0", "1"]) == 128 + signal.SIGTERM
+    assert sorted(path.stem for path in root.glob("*.log")) == sorted(NAMES[:2])
+    assert {(cell["clean"], cell["error"]) for cell in cells_of(root)} == {(None, "")}
 
 
 @pytest.mark.parametrize(

@@ -6,29 +6,36 @@ Wong et al. 2020, "Fast is better than free", train ImageNet on such copies: sho
 crops of 128 px, 352 for 224 px, the original files for 288 px.
 
 Every file is written beside its name and renamed, so that a name never stands for half an image;
-the same command after an interruption goes on where it stopped.
+the same command after an interruption goes on where it stopped. A file that fails, whatever of, is
+left out and listed, and the others are copied; phases leave it out of the original as well.
 """
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
+import errno
 import functools
+import io
 import multiprocessing
 import os
-import shutil
 import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from PIL import Image
 from tqdm import tqdm
 
-from freeadv_fast.data.headers import BadImage, inspect_image
-from freeadv_fast.data.index import is_image_name
+from freeadv_fast.data.formats.picture_file import BadImage
+from freeadv_fast.data.headers import inspect_image
+from freeadv_fast.data.index import JPEG_EXTENSIONS, is_image_name
+from freeadv_fast.data.names import class_folders, walk
+from freeadv_fast.data.pixels import read_rgb
+from freeadv_fast.data.verdict import first_line
 from freeadv_fast.errors import UserError
 from freeadv_fast.runs.log import read_json, write_json
 from freeadv_fast.runs.whole_file import renamed_when_whole
@@ -39,6 +46,10 @@ BAD_LIST = "resize.bad.txt"
 # A worker takes so many files at a time: about a second of work, so that the bar moves and Ctrl-C
 # does not wait, and few enough messages between the processes.
 PART_FILES = 64
+# One file may be what killed its worker; so many in a row speak of the machine.
+KILLED_IN_A_ROW = 3
+# A copy's name that the target's file system cannot hold; other errors there are not the file's.
+BAD_NAMES = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 
 Outcome = Literal["resized", "copied", "there already", "bad"]
 
@@ -88,7 +99,7 @@ def resize_folder(
 
     Class folders are the same, empty ones included. Copies are RGB JPEGs; one of a file that is
     not named so gets .jpg after its name. Images that are small enough are copied byte for byte.
-    Files that are no whole JPEG or PNG are left out and listed in `BAD_LIST` in the target.
+    Files that cannot be read or resized are left out and listed in `BAD_LIST` in the target.
 
     Args:
         source: Folder that holds train/ and val/ with one folder a class in each.
@@ -98,7 +109,7 @@ def resize_folder(
         workers: Processes; as many as this process may use processors by default.
 
     Raises:
-        UserError: a flag or a folder is wrong, the disk is full, or a worker was killed.
+        UserError: a flag or a folder is wrong, the disk is full, or workers are killed.
     """
     resizing = Resizing(Path(source), Path(target), size, quality)
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
@@ -141,14 +152,33 @@ def refuse_bad_flags(resizing: Resizing, workers: int) -> None:
 
 
 def list_images(resizing: Resizing) -> list[str]:
-    """Images of both splits, relative to the source; makes their folders in the target."""
+    """Images of both splits, relative to the source, as `index` finds them.
+
+    Makes their folders in the target.
+    """
     files = []
     for split in SPLITS:
-        for place, _, names in os.walk(resizing.source / split, followlinks=True):
+        for place, names in folders_of(resizing.source / split):
             inside = os.path.relpath(place, resizing.source)
             (resizing.target / inside).mkdir(parents=True, exist_ok=True)
             files += [os.path.join(inside, name) for name in sorted(names) if is_image_name(name)]
     return files
+
+
+def folders_of(split: Path) -> Iterator[tuple[str, list[str]]]:
+    """The class folders of a split and those below them, and the names of the files in each.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    try:
+        for name in class_folders(str(split))[0]:
+            for place, names, _ in walk(os.path.join(split, name), str(split)):
+                yield place, names
+    except OSError as error:
+        raise UserError(
+            f"SOURCE {error.filename}: {error.strerror}; let this user read it"
+        ) from None
 
 
 def claim(resizing: Resizing) -> None:
@@ -172,34 +202,83 @@ def claim(resizing: Resizing) -> None:
 
 
 def in_processes(resizing: Resizing, files: list[str], workers: int) -> Iterator[Report]:
-    """Resizes the files in parts; when anything fails, no further part is begun.
+    """Resizes the files; when anything but a file fails, no further part is begun.
 
     Raises:
-        UserError: a worker was killed.
+        UserError: workers are killed, whatever they do.
     """
-    # Not fork: the bar runs a thread, and a lock it holds at that moment would never be released.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["freeadv_fast.data"])
-    # Ctrl-C reaches every process of the terminal; only this one answers. Workers inherit what is
-    # blocked: one that ignored the signal only once it runs could die of it while it starts, and
-    # the pool would kill the others in the middle of a file.
+    start_fork_server()
+    done = 0
+    while done < len(files):
+        try:
+            for report in in_parts(resizing, files[done:], workers):
+                done += report.counts.total()
+                yield report
+        except BrokenProcessPool:
+            # A worker was killed, and the file that it was at is one of those under way.
+            suspects = files[done : done + (workers + 1) * PART_FILES]
+            for report in one_by_one(resizing, suspects):
+                done += 1
+                yield report
+
+
+def start_fork_server() -> None:
+    """Starts what forks the workers, deaf to Ctrl-C.
+
+    Ctrl-C reaches every process of the terminal; only this one answers. Workers inherit what is
+    blocked: one that ignored the signal only once it runs could die of it while it starts, and
+    the pool would kill the others in the middle of a file.
+    """
+    context().set_forkserver_preload(["freeadv_fast.data"])
     resource_tracker.ensure_running()  # the fork server would start it, and it unblocks the signal
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context)
+
+
+def context() -> ForkServerContext:
+    """Not fork: the bar runs a thread, and a lock it holds then would never be released."""
+    return multiprocessing.get_context("forkserver")
+
+
+def in_parts(resizing: Resizing, files: list[str], workers: int) -> Iterator[Report]:
+    """Resizes the files in parts.
+
+    Raises:
+        BrokenProcessPool: a worker was killed.
+    """
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context())
     parts = [files[start : start + PART_FILES] for start in range(0, len(files), PART_FILES)]
     try:
         yield from pool.map(functools.partial(resize_part, resizing), parts)
-    except BrokenProcessPool:
-        raise UserError(
-            f"--workers {workers}: one of them was killed, most likely for want of memory; the "
-            "same command with fewer goes on from here"
-        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def one_by_one(resizing: Resizing, files: list[str]) -> Iterator[Report]:
+    """Resizes each file with no other one under way; what kills its worker is bad.
+
+    Raises:
+        UserError: too many in a row are killed.
+    """
+    killed: list[str] = []
+    for file in files:
+        try:
+            (report,) = in_parts(resizing, [file], workers=1)
+            killed.clear()
+        except BrokenProcessPool:
+            killed.append(file)
+            reason = "cannot be resized: the process was killed, most likely for want of memory"
+            report = Report(collections.Counter(["bad"]), {file: reason})
+        if len(killed) == KILLED_IN_A_ROW:
+            raise UserError(
+                f"--workers: one alone was killed at {len(killed)} images in a row, from "
+                f"{killed[0]} on, most likely for want of memory; the same command goes on from "
+                "here"
+            )
+        yield report
 
 
 def resize_part(resizing: Resizing, files: Iterable[str]) -> Report:
@@ -209,9 +288,11 @@ def resize_part(resizing: Resizing, files: Iterable[str]) -> Report:
     for file in files:
         try:
             counts[resize_file(resizing, file)] += 1
-        except BadImage as reason:
+        except (BadImage, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in BAD_NAMES:
+                raise
             counts["bad"] += 1
-            bad[file] = str(reason)
+            bad[file] = first_line(error)
     return Report(counts, bad)
 
 
@@ -223,44 +304,43 @@ def resize_file(resizing: Resizing, file: str) -> Outcome:
         file: Path relative to the source.
 
     Raises:
-        BadImage: not a whole JPEG or PNG.
+        BadImage: it cannot be read or resized.
         OSError: the copy cannot be written.
     """
-    source, same_name = resizing.source / file, resizing.target / file
-    is_jpeg_name = file.lower().endswith((".jpg", ".jpeg"))
+    same_name = resizing.target / file
     # Appended, not replaced: 1.png and 1.jpg may lie side by side.
+    is_jpeg_name = file.lower().endswith(JPEG_EXTENSIONS)
     jpeg_name = same_name if is_jpeg_name else same_name.with_name(same_name.name + ".jpg")
     if same_name.exists() or jpeg_name.exists():
         return "there already"
-    height, width = inspect_image(str(source))
+    try:
+        smaller = smaller_jpeg(resizing, file)
+        content = (resizing.source / file).read_bytes() if smaller is None else smaller
+    except BadImage:
+        raise
+    except Exception as error:  # whatever it is, it is this file's: the others are copied
+        raise BadImage(f"cannot be resized: {first_line(error)}") from None
+    with renamed_when_whole(same_name if smaller is None else jpeg_name) as partial:
+        partial.write_bytes(content)
+    return "copied" if smaller is None else "resized"
+
+
+def smaller_jpeg(resizing: Resizing, file: str) -> bytes | None:
+    """The copy of one image as a JPEG; None where it is small enough as it is."""
+    source = str(resizing.source / file)
+    height, width = inspect_image(source)
     shorter = min(height, width)
     if shorter <= resizing.size:
-        with renamed_when_whole(same_name) as partial:
-            shutil.copyfile(source, partial)
-        return "copied"
-    image = decode(source)
+        return None
     # torchvision.transforms.Resize: the longer side is rounded down.
     scaled = (resizing.size * width // shorter, resizing.size * height // shorter)
     # PIL's bilinear filter widens with the reduction, which is what torchvision's antialias=True
     # does on tensors: a pixel of the copy is the mean of all it covers. Training sees the same
     # filter whether it resizes the original or this copy.
-    image = image.resize(scaled, Image.Resampling.BILINEAR)
-    with renamed_when_whole(jpeg_name) as partial:
-        image.save(partial, "JPEG", quality=resizing.quality)
-    return "resized"
-
-
-def decode(path: Path) -> Image.Image:
-    """The image as RGB, also where the file is grey, CMYK or has a palette.
-
-    Raises:
-        BadImage: PIL cannot decode it.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadImage(f"cannot be decoded: {error}") from None
+    image = read_rgb(source).resize(scaled, Image.Resampling.BILINEAR)
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=resizing.quality)
+    return content.getvalue()
 
 
 def write_bad_list(resizing: Resizing, bad: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 
 from freeadv_fast.config.presets import CPU_EVAL_IMAGES
-from freeadv_fast.distributed.world import World, join_world, leave_world
+from freeadv_fast.distributed.world import World, joined_world
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.evaluate import Evaluation
 from freeadv_fast.evaluation.shifts.folders import look_at_folders, stylized_classes
@@ -45,7 +45,7 @@ def evaluate_robustness(
     on_the_fly: bool = False,
     num_images: int | None = None,
     data: str | None = None,
-    checkpoint: str = "best",
+    checkpoint: str = "last",
 ) -> Robustness:
     """Evaluates a run's network on corrupted and shifted sets.
 
@@ -62,7 +62,7 @@ def evaluate_robustness(
         num_images: Images of each set, or of each corruption and severity, evenly spaced. Default:
             all; 400 without a GPU.
         data: Validation images to corrupt, as `--data`; the run's own by default.
-        checkpoint: ``best``, ``last`` or a path.
+        checkpoint: ``last`` (the run's result), ``best`` (by held-out images) or a path.
 
     Returns:
         The same numbers on every rank.
@@ -78,8 +78,7 @@ def evaluate_robustness(
         )
     if num_images is not None and num_images < 1:
         raise UserError(f"--eval-images {num_images}: must be at least 1")
-    world = join_world()
-    try:
+    with joined_world() as world:
         run = load_run(run_folder, checkpoint)
         # Every folder is looked at before the first is evaluated, which can take hours.
         corruptions = world.together(
@@ -94,8 +93,6 @@ def evaluate_robustness(
         )
         world.barrier()
         return measured
-    finally:
-        leave_world()
 
 
 def _limited(num_images: int | None, world: World) -> int | None:
