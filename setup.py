@@ -80,6 +80,22 @@ def pypi_cuda_folders(kind: str) -> list[str]:
     return sorted(str(path) for path in site_packages.glob(f"nvidia/*/{kind}"))
 
 
+def runtime_paths() -> list[str]:
+    """Linker flags with which `import freeadv_fast._C` finds torch's libraries before torch does.
+
+    torch lies beside the package in a site-packages, and where it was built against in an editable
+    installation. Once torch is imported its libraries are loaded, and nobody looks for them.
+    """
+    site_packages = Path(torch.__file__).parents[1]
+    folders = [Path(torch.__file__).parent / "lib", *map(Path, pypi_cuda_folders("lib"))]
+    needed = [f for f in folders if any(f.glob("libc10.so")) or any(f.glob("libcudart.so*"))]
+    return [
+        f"-Wl,-rpath,{place}"
+        for folder in needed
+        for place in (f"$ORIGIN/../{folder.relative_to(site_packages)}", folder)
+    ]
+
+
 def describe_extension(with_cuda: bool) -> Extension:
     """freeadv_fast._C for torch's BuildExtension, with or without the CUDA sources."""
     from torch.utils import cpp_extension
@@ -94,6 +110,7 @@ def describe_extension(with_cuda: bool) -> Extension:
         extra_compile_args={"cxx": ["-O3", "-Wall"], "nvcc": ["-O3"]},
         py_limited_api=True,
     )
+    extension.extra_link_args += runtime_paths()
     if not with_cuda:
         return extension
     # Last, so that the toolkit's own headers win: they are the ones its nvcc was made for. PyPI's

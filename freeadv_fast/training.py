@@ -37,7 +37,7 @@ from freeadv_fast.session.resume import rank_state, to_cpu
 from freeadv_fast.session.run import Run
 from freeadv_fast.session.selection import measure_held_out, score
 from freeadv_fast.session.signals import Interrupted, StopRequests
-from freeadv_fast.session.start import start_lines
+from freeadv_fast.session.start import resolved, start_lines
 
 
 def train(config: TrainConfig, model: nn.Module | None = None) -> Result:
@@ -291,7 +291,7 @@ def dry_run(config: TrainConfig) -> list[str]:
         learner = build_learner(network, config, world, budget)
         machine = environment(world.size)
         return [
-            config_to_yaml(config).rstrip(),
+            config_to_yaml(resolved(config, phase_loaders[-1])).rstrip(),
             *start_lines(config, world, phase_loaders, budget, learner, machine),
             *first_minibatches(budget, phase_loaders),
         ]

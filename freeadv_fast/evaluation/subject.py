@@ -66,7 +66,8 @@ def evaluate(
         step: Step of the attacks; by default the run's own in proportion to `eps`, and eps / 4 for
             a network.
         num_images: Validation images to attack, evenly spaced; by default as the run, or all.
-        checkpoint: Of a run's folder: ``last`` (the run's result), ``best`` (by held-out images) or a path.
+        checkpoint: Of a run's folder: ``last`` (the run's result), ``best`` (by held-out images)
+            or a path.
         model: Your own network where the run trained one, as for `load_run`.
         image_size: Side of the images that a network takes, in pixels. Default: 32 for CIFAR, SVHN
             and digits, 224 for folders.

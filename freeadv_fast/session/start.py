@@ -5,6 +5,7 @@ Only what differs from the recipe is listed; the whole config is in the run's fo
 
 from __future__ import annotations
 
+import dataclasses
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from freeadv_fast.runs.log import LABEL_WIDTH, labelled
 from freeadv_fast.session.cost import Cost, costs_of, until
 from freeadv_fast.session.network import has_fused_norms, resolve_precision
 from freeadv_fast.step.learner import Learner
+from freeadv_fast.step.mixing import DEFAULT_ALPHA
 
 TEXT_WIDTH = 100 - LABEL_WIDTH
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -65,6 +67,21 @@ def start_lines(
         "output": [f"{config.run_folder} (config.yaml holds every field)"],
     }
     return [line for label, lines in table.items() for line in labelled(label, lines)]
+
+
+def resolved(config: TrainConfig, loaders: Loaders) -> TrainConfig:
+    """The config with what its unset fields come to on these data; what stays unset means none."""
+    settled: dict[str, Any] = {
+        "step_size": config.threat.step,
+        "resize_size": config.evaluation_resize,
+        "holdout_images": len(loaders.held_out),
+        "guard_images": loaders.guard.num_images if loaders.guard else None,
+        "eval_images": loaders.val.num_images,
+        "reg_lambda": config.term_weight if reads(config.method, "reg_lambda") else None,
+        "mix_alpha": DEFAULT_ALPHA.get(config.mix),
+    }
+    unset = {name: value for name, value in settled.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **unset)
 
 
 def describe_data(phase_loaders: tuple[Loaders, ...]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import sysconfig
 
 import pytest
@@ -87,3 +88,12 @@ def test_the_toolkit_behind_an_nvcc_elsewhere_is_found(how, tmp_path, monkeypatc
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
     assert toolchain.find_cuda_home() == home
+
+
+def test_the_extension_can_be_imported_before_torch():
+    if environment()["build"]["extension"] is None:
+        pytest.skip("the extension was not built")
+    code = "import freeadv_fast._C, sys; print('torch' in sys.modules); import torch"
+    command = [sys.executable, "-c", code + "; print(torch.ops.freeadv_fast.build_info()[0])"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["False", "{"], done.stderr

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from freeadv_fast.cli import run_training
 from freeadv_fast.config.phases import Phases
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.schedule import Schedule
@@ -343,3 +344,13 @@ def test_a_run_tells_its_readings(start, monkeypatch, capsys):
     assert [line.partition(" passes")[0] for line in lines if " left" in line] == [
         "112 of 228", "224 of 228", "228 of 228",
     ]  # fmt: skip
+
+
+def test_a_dry_run_prints_what_unset_fields_come_to(small_images, capsys):
+    flags = ["--data", str(small_images), "--method", "gradalign", "--arch", "test_resnet"]
+    flags += ["--image-size", "16", "--batch-size", "12", "--augment", "none", "--eval-images", "8"]
+    assert run_training("free", "cifar", [*flags, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    for line in ("step_size: 8/255", "resize_size: 32", "holdout_images: 11", "guard_images: 11"):
+        assert line in printed
+    assert "reg_lambda: null" not in printed
