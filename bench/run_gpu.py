@@ -35,8 +35,8 @@ import harness
 import torch
 import torch.nn.functional as F
 
+from freeadv_fast import toolchain
 from freeadv_fast.models.zoo import build_model
-from freeadv_fast.runs import environment
 
 BENCH = Path(__file__).resolve().parent
 # Below this a section is not started: the process, CUDA and the network need about as long.
@@ -240,7 +240,7 @@ def try_and_decide(flags: argparse.Namespace) -> list[Section]:
             step_section("compiled", "resnet50", 224, 256, 30, flags, methods, limit_s=360)
         )
     # No CUDA graph holds the last two, so that all three are compared without one.
-    optimizers = ["sgd", "sgd-foreach"] + (["apex-sgd"] if environment.has_nvidia_apex() else [])
+    optimizers = ["sgd", "sgd-foreach"] + (["apex-sgd"] if toolchain.has_nvidia_apex() else [])
     for name in optimizers:
         more = ["--graphs", "off", "--optimizer", name]
         sections.append(step(f"optimizer_{name}", more))

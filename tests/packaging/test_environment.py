@@ -8,7 +8,8 @@ import sysconfig
 import pytest
 
 from freeadv_fast import toolchain
-from freeadv_fast.runs.environment import environment, git_state, has_nvidia_apex
+from freeadv_fast.runs.environment import environment, git_state
+from freeadv_fast.toolchain import has_nvidia_apex
 
 
 def test_environment_is_json_and_has_what_a_resume_compares():
