@@ -31,7 +31,7 @@ from freeadv_fast.session.conclude import conclude
 from freeadv_fast.session.guard import Count
 from freeadv_fast.session.method import enter_phase
 from freeadv_fast.session.network import build_learner, build_network
-from freeadv_fast.session.prepare import prepare, with_precision
+from freeadv_fast.session.prepare import prepare, remake_folder, with_precision
 from freeadv_fast.session.result import Result, read_result
 from freeadv_fast.session.resume import rank_state, to_cpu
 from freeadv_fast.session.run import Run
@@ -236,6 +236,7 @@ def save(run: Run) -> None:
     sums are each rank's own. Inside ``model`` the running statistics are the ranks' mean.
     """
     refuse_nonfinite_weights(run)
+    run.world.on_main(lambda: remake_folder(run))
     run.progress.train_seconds = run.clock.seconds
     rank_states = run.world.gather_on_host(to_cpu(rank_state(run)))
     good = run.guard.good and rewind.gathered(run.guard.good, run.world)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import inspect
 import os
 import select
@@ -19,7 +18,7 @@ from freeadv_fast.cli.resolve import resolve
 from freeadv_fast.config.method_names import Method
 from freeadv_fast.distributed.heartbeat import PeerLost
 from freeadv_fast.distributed.world import is_main_rank
-from freeadv_fast.errors import UserError
+from freeadv_fast.errors import UserError, remedy
 from freeadv_fast.session.signals import Interrupted
 
 
@@ -109,9 +108,10 @@ def status_of(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:  # before or after training, when nothing needs saving
         return 128 + signal.SIGINT
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if (help := remedy(error)) is None:
             raise
-        print(f"error: --output-dir: {error.strerror}; free some space and add --resume",
+        place = f" {error.filename}" if error.filename else ""
+        print(f"error: --output-dir:{place}: {error.strerror}; {help} and add --resume",
               file=sys.stderr, flush=True)  # fmt: skip
         return 2
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from freeadv_fast.distributed.world import World
-from freeadv_fast.errors import UserError
+from freeadv_fast.errors import UserError, remedy
 from freeadv_fast.models.batch_norm import branch_parameters, without_auxiliary
 from freeadv_fast.models.normalize import plain_network
 from freeadv_fast.runs.foreign import (
@@ -39,7 +39,7 @@ def save_checkpoint(state: dict[str, Any], folder: Path, name: str = LAST) -> No
     """Writes ``folder/name`` atomically; a replaced `LAST` stays as `PREVIOUS`.
 
     Raises:
-        UserError: the file cannot be written (no space left); the old checkpoint is untouched.
+        UserError: the file cannot be written, for want of space or else; the old one stays.
     """
     buffer = io.BytesIO()  # torch.save to a full disk dies inside its zip writer, without an errno
     torch.save(state, buffer)
@@ -57,8 +57,8 @@ def save_checkpoint(state: dict[str, Any], folder: Path, name: str = LAST) -> No
         with contextlib.suppress(OSError):
             partial.unlink()
         raise UserError(
-            f"--output-dir: cannot save {path}: {error.strerror or error}; "
-            "the checkpoint before it is kept, free some space and add --resume"
+            f"--output-dir: cannot save {path}: {error.strerror or error}; the one before it is "
+            f"kept, {remedy(error) or 'mend that'} and add --resume"
         ) from None
 
 

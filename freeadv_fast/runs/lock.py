@@ -66,6 +66,11 @@ class FolderLock:
         threading.Thread(target=self._beat, name="lock heartbeat", daemon=True).start()
         return dead and f"the lock of {dead} in {self.folder} is taken over: that process is gone"
 
+    def renew(self) -> None:
+        """Makes the file again where somebody has removed it; without effect when not held."""
+        if self._own is not None:
+            self._create(self._own)
+
     def release(self) -> None:
         """Gives the lock back, unless it has become another's; without effect when not held."""
         self._released.set()

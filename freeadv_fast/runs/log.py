@@ -184,6 +184,7 @@ class RunLog:
         self.file = folder.log.open("a+b")
         self.file.truncate(min(log_bytes, self.file.seek(0, os.SEEK_END)))
         self.file.seek(0, os.SEEK_END)
+        self.folder = folder
         self.board: SummaryWriter | None = None
         # What was written for these passes stands: of what TensorBoard shows, only later points go.
         self.decorate(lambda: self.open_board(folder, passes + 1 if passes else None))
@@ -199,6 +200,12 @@ class RunLog:
     def open_board(self, folder: RunFolder, purge_step: int | None) -> None:
         """Opens TensorBoard's file; it hides what earlier sessions wrote from a step on."""
         self.board = SummaryWriter(str(folder.root), purge_step=purge_step)
+
+    def reopen(self) -> None:
+        """Begins the files anew, in a folder that somebody has removed and that is there again."""
+        self.file.close()
+        self.file = self.folder.log.open("a+b")
+        self.decorate(lambda: self.open_board(self.folder, None))
 
     def decorate(self, work: Callable[[], object]) -> None:
         """Does something for TensorBoard. No run ends because that cannot be: a line says so, once.

@@ -23,6 +23,7 @@ from freeadv_fast.runs import checkpoint, export
 from freeadv_fast.runs.environment import hardware, versions
 from freeadv_fast.runs.log import read_log, write_json
 from freeadv_fast.session.guard import Count
+from freeadv_fast.session.prepare import remake_folder
 from freeadv_fast.session.result import Result
 from freeadv_fast.session.run import Run
 from freeadv_fast.session.selection import exceeds_chance, measure_held_out, score
@@ -126,6 +127,7 @@ def leave_behind(run: Run, result: Result, chosen: dict[str, Any] | None) -> Non
 
     result.json is what says that a run is finished, so a run killed before it is evaluated again.
     """
+    remake_folder(run)
     last = contextlib.nullcontext()
     with weights_of(run, chosen) if chosen and result.exported == "best" else last:
         attempt(

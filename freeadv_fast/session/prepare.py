@@ -217,6 +217,23 @@ def move_in(folder: RunFolder, lock: FolderLock, resume: bool) -> None:
         print(f"the result so far is kept as {kept}", flush=True)
 
 
+def remake_folder(run: Run) -> None:
+    """Makes a run's folder again where somebody has removed it: what is in memory is not lost.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    if run.folder.config.exists():
+        return
+    run.folder.claim(resume=True)
+    run.lock.renew()
+    write_description(run.folder, run.recorded, environment(ranks=run.world.size))
+    run.log.reopen()
+    run.log.say(
+        f"{run.folder.root} was gone and is made anew: what it held is lost, training goes on"
+    )
+
+
 def with_precision(config: TrainConfig, world: World) -> TrainConfig:
     """The config with the precision that its ``auto`` means here."""
     precision = resolve_precision(config.precision, world.device)
