@@ -312,7 +312,7 @@ if __name__ == "__main__":
 def test_an_interruption_leaves_whole_files_and_a_quiet_end(tmp_path, build_tree):
     source, small = build_tree(train=400, val=1, classes=2, side=200), tmp_path / "small"
     command = [sys.executable, "-m", "freeadv_fast.data.resize", source, str(small)]
-    command += ["--size", "160", "--workers", "2"]
+    command += ["--size", "160", "--workers", "1"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
