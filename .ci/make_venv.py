@@ -219,7 +219,8 @@ except ChildFailedError as failed:
 def describe_extension() -> str:
     """One line about freeadv_fast._C."""
     ask = (
-        "import json; from freeadv_fast.runs import environment as e; print(json.dumps(e.build_info()))"
+        "import json; from freeadv_fast.runs.environment import build_info; "
+        "print(json.dumps(build_info()))"
     )
     done = subprocess.run([PYTHON, "-c", ask], capture_output=True, text=True, check=False)
     if done.returncode != 0:

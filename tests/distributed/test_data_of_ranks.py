@@ -17,7 +17,7 @@ def on_two_ranks(*arguments):
     command = [launcher, "--standalone", "--nproc-per-node", "2", WORKER, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=200
+        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600
     )
 
 

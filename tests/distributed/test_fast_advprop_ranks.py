@@ -83,7 +83,7 @@ def test_two_ranks_equal_one_rank_of_twice_the_batch(small_network, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [launcher, "--standalone", "--nproc-per-node", "2", WORKER, fixture, tmp_path],
-        env=environment, capture_output=True, text=True, timeout=300,
+        env=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     states = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]

@@ -18,7 +18,7 @@ def test_two_ranks_agree_on_a_collapse(small_images, tmp_path):
             "--nproc-per-node", "2", str(WORKER), str(small_images), str(tmp_path),
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("warning: catastrophic overfitting") == 1

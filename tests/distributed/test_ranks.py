@@ -28,7 +28,7 @@ def torchrun(num_ranks, *arguments):
 def call(command):
     """Runs a command, one thread a process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def load_worker():

@@ -26,7 +26,7 @@ def call_worker(num_ranks, task, output):
     launcher = Path(sys.executable).with_name("torchrun")
     command = [launcher, "--standalone", "--nproc-per-node", str(num_ranks), WORKER, task, output]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     return [torch.load(path, weights_only=True) for path in sorted(output.glob("rank*.pt"))]
 

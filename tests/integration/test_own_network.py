@@ -222,7 +222,7 @@ def test_ranks_train_it_with_its_unused_part(small_images, tmp_path):
     command += ["--nproc-per-node", "2", str(script), str(Path(__file__).parent)]
     command += [str(small_images), str(tmp_path / "run")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr
     hashes = [line for line in done.stdout.splitlines() if line.startswith("hash")]
     assert len(hashes) == 2

@@ -67,12 +67,12 @@ def test_a_job_out_of_time_is_requeued_and_goes_on(repository, small_images, tmp
         assert time.monotonic() < deadline
         time.sleep(0.02)
     job.send_signal(signal.SIGUSR1)
-    _, complaint = job.communicate(timeout=120)
+    _, complaint = job.communicate(timeout=400)
     assert job.returncode == 0, complaint
     assert asked.read_text() == "requeue 77\n"
     assert not (folder / "result.json").exists()
 
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stderr
     assert "resuming from" in again.stdout
     passes = [json.loads(line)["passes"] for line in log.read_text().splitlines()]

@@ -21,7 +21,7 @@ def run_script(repository, *arguments):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 
