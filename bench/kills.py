@@ -30,10 +30,11 @@ from harness import environment_record, write_json
 CHILD = Path(__file__).with_name("kills_child.py")
 METHODS = ("free", "fgsm-rs", "fast-advprop")
 RANKS = (1, 2)
-MOMENTS = ("start", "minibatch", "saving", "guard", "selection", "evaluation", "export")
+# Each run is killed in four of the first and, because the result ends it, then in one of the last.
+EARLY, LATE = ("start", "minibatch", "saving", "guard", "selection"), ("evaluation", "export")
 # How many of the calls that a moment is made of may pass before the kill, and how long it may wait
 # after that call has begun, in seconds: about as long as the call takes here.
-CALLS = {"minibatch": 40, "saving": 8, "guard": 4, "selection": 3}
+CALLS = {"minibatch": 20, "saving": 3, "guard": 2}
 LONGEST_DELAY = {"start": 1.0, "minibatch": 0.05, "saving": 0.05, "guard": 0.1, "selection": 0.3,
                  "evaluation": 0.5, "export": 0.3}  # fmt: skip
 KILLS_OF_A_RUN = 5
@@ -105,9 +106,9 @@ def kill_and_resume(
 ) -> list[dict[str, Any]]:
     """Kills a run so many times, each in another moment, and lets it finish."""
     kills: list[dict[str, Any]] = []
-    for moment in draw.sample(MOMENTS, len(MOMENTS)):
-        if len(kills) == num_kills:
-            break
+    early = [moment for moment in EARLY if moment != "guard" or method != "fast-advprop"]
+    moments = draw.sample(early, KILLS_OF_A_RUN - 1) + draw.sample(LATE, 1)
+    for moment in moments[:num_kills]:
         kill = {
             "moment": moment,
             "signal": draw.choice(["SIGKILL", "SIGTERM"]),
