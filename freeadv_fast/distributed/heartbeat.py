@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -51,7 +52,7 @@ class Beat:
     """What a rank says of itself.
 
     Attributes:
-        host: Its machine. pid: Its process there.
+        host: Where its process can be seen, `process_space`. pid: Its process there.
         count: Beats so far. arrivals: Places that it has come to.
         place: The newest of them, for users. has_left: Whether it left in good order.
     """
@@ -86,7 +87,7 @@ class Heartbeat:
     def __init__(self, rank: int, size: int, store: Store) -> None:
         """Beats once, so that every rank's beat is there before anybody looks for it."""
         self._rank, self._size, self._store = rank, size, store
-        self._host, self._pid = socket.gethostname(), os.getpid()
+        self._host, self._pid = process_space(), os.getpid()
         self._count = 0
         # Written by the main thread alone, so that none of its arrivals is lost to a beat.
         self._arrivals, self._place = 0, "the start"
@@ -230,8 +231,21 @@ def lost_line(rank: int, why: str) -> str:
     return f"rank {rank} is lost ({why}); restart all ranks with --resume"
 
 
+def process_space() -> str:
+    """What processes have in common that see each other: the boot, and the process namespace.
+
+    Containers may share a host's name, and then a process id of one means another process, or none,
+    in the other.
+    """
+    boot, namespace = socket.gethostname(), ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+    return f"{boot} {namespace}"
+
+
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs; one that ended but was not waited for does not."""
+    """Whether a process that can be seen runs; one that ended unwaited for does not."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
             return file.read().rpartition(")")[2].split()[0] not in ("Z", "X")

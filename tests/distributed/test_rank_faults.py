@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from freeadv_fast.distributed.heartbeat import Beat, is_alive
+from freeadv_fast.distributed.heartbeat import Beat, Heartbeat, is_alive, process_space
 
 WORKER = Path(__file__).with_name("faults_worker.py")
 
@@ -72,6 +72,19 @@ def test_a_late_rank_is_named_and_waited_for(kind, faulty_rank, tmp_path):
     assert f"rank {faulty_rank} is late: at step 3 while others have waited" in text
     assert text.count("is late") == 1
     assert told.splitlines()[1] == "nothing"
+
+
+def test_a_process_of_another_container_is_not_looked_for_here():
+    """Its id means nothing here, even where both containers have one host's name."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    watcher = object.__new__(Heartbeat)
+    watcher._rank, watcher._host = 0, process_space()
+    mine, other = (
+        Beat(host, ended.pid, 1, 1, "step 1", False) for host in (process_space(), "boot pid:[9]")
+    )
+    assert "its process ended" in watcher._find_lost([mine, mine], {1: 0.0})
+    assert watcher._find_lost([mine, other], {1: 0.0}) == ""
 
 
 def test_beats_travel_as_text():
