@@ -4,11 +4,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define FREEADV_FAST_HOST_DEVICE __host__ __device__
-#else
-#define FREEADV_FAST_HOST_DEVICE
-#endif
+#include "philox.h"
 
 #ifdef FREEADV_FAST_WITH_CUDA
 #include <cuda_runtime_api.h>
@@ -27,23 +23,10 @@ struct RowOrder {
   uint32_t rank;
   Side side;
 
-  // The first 64 bits of Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
-  // 1, 2, 3", SC 2011).
   FREEADV_FAST_HOST_DEVICE uint64_t key(uint32_t row) const {
-    uint32_t c0 = row, c1 = uint32_t(step), c2 = uint32_t(step >> 32);
-    uint32_t c3 = 2 * rank + uint32_t(side);
-    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t product0 = uint64_t(0xD2511F53u) * c0;
-      const uint64_t product1 = uint64_t(0xCD9E8D57u) * c2;
-      c0 = uint32_t(product1 >> 32) ^ c1 ^ k0;
-      c1 = uint32_t(product1);
-      c2 = uint32_t(product0 >> 32) ^ c3 ^ k1;
-      c3 = uint32_t(product0);
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
-    return uint64_t(c1) << 32 | c0;
+    const uint32_t last = 2 * rank + uint32_t(side);
+    const Words random = philox({row, uint32_t(step), uint32_t(step >> 32), last}, seed);
+    return uint64_t(random.w1) << 32 | random.w0;
   }
 };
 

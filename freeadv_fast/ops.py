@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from freeadv_fast.kernels import ascend_normalize as _ascend_normalize
 from freeadv_fast.kernels import batch_norm as _batch_norm
+from freeadv_fast.kernels import lalr as _lalr
 from freeadv_fast.kernels import perturb_normalize as _perturb_normalize
 from freeadv_fast.kernels import sign_ascent as _sign_ascent
 
 Backend = Literal["triton", "eager"]
 
-ExchangeBackend = Literal["compiled", "eager"]
+ExtensionBackend = Literal["compiled", "eager"]
 
 # Triton compiles for Volta and newer; a Pascal GPU runs the references.
 OLDEST_CAPABILITY = (7, 0)
@@ -253,8 +254,70 @@ def batch_norm_act(
     return y
 
 
+def lalr_table(params: Sequence[Tensor], exempt: bool) -> _lalr.Table | None:
+    """What `lalr_` needs beside tensors where kernels do it; None where the reference does.
+
+    Args:
+        params: Tensors of one parameter group, as they lie in memory while they train.
+        exempt: Whether vectors and scalars among them have ratio 1.
+    """
+    device = params[0].device
+    if backend(device) == "triton" and all(
+        p.dtype is torch.float32 and p.device == device for p in params
+    ):
+        return _lalr.Table(params, exempt)
+    return None
+
+
+def lalr_(
+    table: _lalr.Table | None,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    beta: float,
+    weight_decay: float,
+    min_norm: float,
+    max_norm: float,
+    exempt: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One update with layer-wise adaptive rates, in place, of many tensors at once.
+
+    For each tensor theta with a gradient g: ``m <- beta m + (1 - beta) g``, ``v <- 0.999 v + 0.001
+    g^2``, ``u = m / (sqrt(v) + 1e-6) + weight_decay theta``, ``theta <- theta - lr ratio u`` with
+    ``ratio = clip(|theta|_2, min_norm, max_norm) / |u|_2``, and 1 where either is 0. Nothing is
+    corrected for m and v starting at 0. The host never waits for a GPU.
+
+    Args:
+        table: Of these parameters, from `lalr_table`.
+        params: theta, dense in memory; updated.
+        grads: g, copied unless in their parameter's order; None leaves a parameter as it is.
+        exp_avgs: m, in the parameters' order; updated. exp_avg_sqs: v, likewise.
+        lr: Learning rate; a () float32 tensor on the device for CUDA graphs.
+        beta: Decay of m.
+        weight_decay: Coefficient of theta in u.
+        min_norm: c_l. max_norm: c_u.
+        exempt: Whether the ratio of vectors and scalars is 1; as the table was made.
+        grad_scale: () float32, what the gradients were multiplied by. Kernels only.
+        found_inf: () float32; unless 0, nothing is updated. Kernels only.
+
+    Source: Zhang et al., UAI 2022, Algorithm 1, as its authors' optimizer computes it.
+    """
+    tensors = (params, grads, exp_avgs, exp_avg_sqs)
+    numbers = {"lr": lr, "beta": beta, "weight_decay": weight_decay}
+    numbers |= {"min_norm": min_norm, "max_norm": max_norm}
+    if table is not None:
+        _lalr.lalr_(table, *tensors, **numbers, grad_scale=grad_scale, found_inf=found_inf)
+    else:
+        _lalr.lalr_ref_(*tensors, **numbers, exempt=exempt)
+
+
 @functools.cache
-def exchange_backend(device_type: str) -> ExchangeBackend:
+def exchange_backend(device_type: str) -> ExtensionBackend:
     """Which implementation of the exchange runs on a kind of device.
 
     Args:
@@ -264,12 +327,31 @@ def exchange_backend(device_type: str) -> ExchangeBackend:
         "compiled": csrc/shuffle_exchange.cpp. "eager": `distributed.shuffle.start_eagerly`, where
         `freeadv_fast._C` was not built, or built without CUDA (env.json says why).
     """
+    return _extension_backend("shuffle_exchange", device_type)
+
+
+@functools.cache
+def codec_backend(device_type: str) -> ExtensionBackend:
+    """Which implementation of the gradients' codecs runs on a kind of device.
+
+    Args:
+        device_type: ``cpu`` or ``cuda``.
+
+    Returns:
+        "compiled": csrc/gradient_codec.cpp. "eager": the references in `distributed.codec`, where
+        `freeadv_fast._C` was not built, or built without CUDA (env.json says why).
+    """
+    return _extension_backend("encode_gradients", device_type)
+
+
+def _extension_backend(op: str, device_type: str) -> ExtensionBackend:
+    """Whether `freeadv_fast._C` has an op for a kind of device."""
     try:
-        import freeadv_fast._C  # noqa: F401 - loads the op
+        import freeadv_fast._C  # noqa: F401 - loads the ops
     except ImportError:
         return "eager"
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(
-        "freeadv_fast::shuffle_exchange", device_type.upper()
+        f"freeadv_fast::{op}", device_type.upper()
     )
     return "compiled" if has_kernel else "eager"
 
@@ -318,3 +400,56 @@ def start_exchange(
     )
     wait: Callable[[], tuple[Tensor, Tensor]] = under_way.wait
     return wait
+
+
+def encode_gradients(
+    gradients: Tensor,
+    table: Tensor,
+    segments: Tensor | None,
+    update: Tensor,
+    seed: int,
+    word: int,
+    message: Tensor,
+) -> None:
+    """Writes levels and scales of gradients into messages; nothing waits for the device.
+
+    The compiled twin of `distributed.codec.encode_gradients_ref`, as the next two are of theirs;
+    that file tells the formula. Only where `codec_backend` says "compiled".
+
+    Args:
+        gradients: (n,) float32, contiguous.
+        table: (K, 6) int32 and segments: (T + 1,) int32 or None, of `distributed.codec.Blocks`.
+        update: (1,) int64, read on the device. seed, word: With it they name the random bits.
+        message: (bytes,) uint8, contiguous; written where the table says.
+    """
+    torch.ops.freeadv_fast.encode_gradients(gradients, table, segments, update, seed, word, message)
+
+
+def encode_mean(
+    messages: Tensor,
+    table: Tensor,
+    segments: Tensor | None,
+    update: Tensor,
+    seed: int,
+    word: int,
+    message: Tensor,
+) -> None:
+    """Decodes messages, averages them and encodes the mean, without a tensor in between.
+
+    Args:
+        messages: (W, bytes) uint8, contiguous.
+        table, segments, update, seed, word: As `encode_gradients` takes them.
+        message: (bytes,) uint8, contiguous; written where the table says.
+    """
+    torch.ops.freeadv_fast.encode_mean(messages, table, segments, update, seed, word, message)
+
+
+def decode_gradients(message: Tensor, table: Tensor, gradients: Tensor) -> None:
+    """Writes the gradients that messages hold.
+
+    Args:
+        message: (bytes,) uint8, contiguous.
+        table: (K, 6) int32, of `distributed.codec.Blocks`.
+        gradients: (n,) float32, contiguous; overwritten where the table says.
+    """
+    torch.ops.freeadv_fast.decode_gradients(message, table, gradients)

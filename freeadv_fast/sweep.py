@@ -28,6 +28,7 @@ from freeadv_fast.cli.flags import (
     value_of,
     with_resumed_folder,
 )
+from freeadv_fast.cli.help import asks_for_help, tool_page
 from freeadv_fast.cli.resolve import resolve
 from freeadv_fast.cli.run import guard
 from freeadv_fast.config.file import config_to_dict, load_config
@@ -35,7 +36,9 @@ from freeadv_fast.config.method_names import DUAL
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.errors import UserError
-from freeadv_fast.evaluation.report import markdown_table, plot_sweep, results_table
+from freeadv_fast.evaluation.accuracy import attack_columns
+from freeadv_fast.evaluation.report import plot_sweep
+from freeadv_fast.evaluation.tables import markdown_table, results_table
 from freeadv_fast.recipes.catalogue import DEFAULTS
 from freeadv_fast.runs.lock import FolderLock
 from freeadv_fast.runs.log import RunFolder, read_json, write_json
@@ -91,7 +94,8 @@ class Cell:
     """One run of a sweep, and what came of it.
 
     Attributes:
-        eps: Radius of training and evaluation. attack: The run's last evaluation attack.
+        eps: Radius of training and evaluation.
+        attack: The run's last evaluation attack. attack_step: Its step, such as ``1/255``.
         clean, robust: Accuracies, fractions; robust under `attack`.
         passes_per_second: Image passes for the weights. seconds: In the training loop.
         collapsed: Whether the run's guard saw robustness collapse; None where no result says so.
@@ -102,6 +106,7 @@ class Cell:
     eps: str
     seed: int
     attack: str | None = None
+    attack_step: str | None = None
     clean: float | None = None
     robust: float | None = None
     passes_per_second: float | None = None
@@ -157,6 +162,9 @@ def run_sweep(
 
 def _sweep(arguments: list[str], train: Train, gpus: Sequence[str]) -> int:
     """`run_sweep` with its mistakes raised."""
+    if asks_for_help(arguments):
+        print(tool_page(Sweep))
+        return 0
     own, flags = split_arguments(arguments)
     sweep = parse_with_tyro(Sweep, with_resumed_folder(own, TABLE), Sweep())
     sweep = dataclasses.replace(sweep, output_dir=os.path.expanduser(sweep.output_dir))
@@ -186,7 +194,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], list[str]]:
 
     A bare ``--`` may stand between them; what follows it goes to the cells.
     """
-    names = {field.name for field in dataclasses.fields(Sweep)} | {"help"}
+    names = {field.name for field in dataclasses.fields(Sweep)}
     own: list[str] = []
     flags: list[str] = []
     target = flags
@@ -368,6 +376,7 @@ def read_result(cell: Cell, config: TrainConfig | None) -> Cell:
     return dataclasses.replace(
         cell,
         attack=attack,
+        attack_step=attack and result["attack_step"],
         clean=result["clean_accuracy"],
         robust=robust,
         passes_per_second=result["passes_per_second"],
@@ -393,12 +402,13 @@ def refuse_other_run(config: TrainConfig, folder: RunFolder) -> None:
 
 
 def table_rows(cells: Sequence[Cell]) -> list[dict[str, object]]:
-    """A line a cell, for `report.results_table`."""
+    """A line a cell, for `tables.results_table`."""
     rows: list[dict[str, object]] = []
     for cell in cells:
         collapsed = {None: "-", False: "no", True: "yes"}[cell.collapsed]
         row: dict[str, object] = {"method": cell.method, "eps": cell.eps, "seed": cell.seed}
-        row |= {"clean": cell.clean, "robust": cell.robust, "under": cell.attack or "-"}
+        row |= {"clean": cell.clean, "robust": cell.robust}
+        row |= attack_columns(cell.attack or "-", cell.attack_step)
         row |= {
             "passes/s": cell.passes_per_second and round(cell.passes_per_second),
             "seconds": cell.seconds and round(cell.seconds),

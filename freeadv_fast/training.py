@@ -18,7 +18,8 @@ from torch import nn
 from freeadv_fast.config.budget import Budget
 from freeadv_fast.config.file import config_to_dict, config_to_yaml
 from freeadv_fast.config.run import TrainConfig
-from freeadv_fast.data.build import Loaders, build_phase_loaders
+from freeadv_fast.data.agreement import open_together
+from freeadv_fast.data.build import Loaders, deal_images
 from freeadv_fast.data.loader import Batch
 from freeadv_fast.distributed.heartbeat import arrive
 from freeadv_fast.distributed.world import joined_world
@@ -31,7 +32,13 @@ from freeadv_fast.session.conclude import conclude
 from freeadv_fast.session.guard import Count
 from freeadv_fast.session.method import enter_phase
 from freeadv_fast.session.network import build_learner, build_network
-from freeadv_fast.session.prepare import prepare, remake_folder, with_precision
+from freeadv_fast.session.prepare import (
+    prepare,
+    refuse_different_configs,
+    refuse_empty_exchange,
+    remake_folder,
+    with_precision,
+)
 from freeadv_fast.session.result import Result, read_result
 from freeadv_fast.session.resume import rank_state, to_cpu
 from freeadv_fast.session.run import Run
@@ -170,6 +177,8 @@ def measure(run: Run, batch: Batch) -> None:
         "passes_per_second": run.clock.lap(progress.passes),
         "nonfinite_gradients": reading.nonfinite_gradients,
     }
+    if reading.skipped_updates:
+        line["skipped_updates"] = reading.skipped_updates
     if progress.attack_passes:
         line["attack_passes"] = progress.attack_passes
     for role, accuracy in reading.accuracy.items():
@@ -285,16 +294,20 @@ def refuse_nonfinite_weights(run: Run) -> None:
 def dry_run(config: TrainConfig) -> list[str]:
     """What `train` would do: its config, its start and the first minibatches; writes nothing."""
     with joined_world() as world:
+        refuse_different_configs(config, world)
         config = with_precision(config, world)
-        phase_loaders = build_phase_loaders(config, world)
+        refuse_empty_exchange(config, world)
+        opened = open_together(config, world)
+        phase_loaders = world.together(lambda: deal_images(config, world, opened))
         budget = Budget.of(config, [loaders.train.num_batches for loaders in phase_loaders])
-        network = build_network(config, phase_loaders[-1].train.classes, is_fresh=True)
+        classes = phase_loaders[-1].train.classes
+        network = world.together(lambda: build_network(config, classes, is_fresh=True))
         learner = build_learner(network, config, world, budget)
         machine = environment(world.size)
         return [
             config_to_yaml(resolved(config, phase_loaders[-1])).rstrip(),
             *start_lines(config, world, phase_loaders, budget, learner, machine),
-            *first_minibatches(budget, phase_loaders),
+            *world.together(lambda: first_minibatches(budget, phase_loaders)),
         ]
 
 

@@ -11,28 +11,26 @@ from pathlib import Path
 
 from freeadv_fast.cli import run_training
 from freeadv_fast.cli.flags import share_of
-from freeadv_fast.evaluation.report import results_table
+from freeadv_fast.evaluation.accuracy import side_by_side
 from freeadv_fast.runs.log import read_json
 
 
 def main() -> int:
     """Trains both networks, each in a folder of its own, and prints their results as a table."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    rows = []
+    stamp, networks = time.strftime("%Y%m%d-%H%M%S"), {}
     for method in ("natural", "free"):
         folder = Path("runs") / f"quickstart-{stamp}-{method}"
         flags = ["--output-dir", str(folder), *share_of(sys.argv[1:], method, ("natural", "free"))]
         status = run_training(method, "digits", flags)
         if status != 0:
             return status
-        if not (folder / "result.json").exists():  # --dry-run
-            continue
-        result = read_json(folder / "result.json")
-        row = {"method": method, "clean": result["clean_accuracy"]}
-        row |= {f"{k} at {result['eps']}": v for k, v in result["robust_accuracy"].items()}
-        row |= {"image passes": result["passes"], "seconds": round(result["train_seconds"])}
-        rows.append(row)
-    print(f"\n{results_table(rows)}\n\npictures: runs/quickstart-{stamp}-*/plots/*.png")
+        if (folder / "result.json").exists():  # none after --dry-run
+            result = read_json(folder / "result.json")
+            networks[method] = result["clean_accuracy"], result["robust_accuracy"]
+    if networks:
+        print(f"\n{' and '.join(networks)} at eps {result['eps']}")
+        print(side_by_side(networks, result["attack_step"]))
+        print(f"\npictures: runs/quickstart-{stamp}-*/plots/*.png")
     return 0
 
 

@@ -10,14 +10,30 @@ from PIL import Image
 from torch import nn
 
 from freeadv_fast.distributed.world import World
+from freeadv_fast.session import conclude
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+DRAW = conclude.draw
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Two OpenMP threads on a busy machine can stall a step by seconds."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_pictures():
+    """Runs end without their two pictures, which take 2 s and longer than most runs here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conclude, "draw", lambda run: None)
+        yield
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Lets runs draw."""
+    monkeypatch.setattr(conclude, "draw", DRAW)
 
 
 @pytest.fixture(scope="session")

@@ -93,8 +93,11 @@ def with_resumed_folder(arguments: list[str], mark: str = CONFIG_NAME) -> list[s
     other = value_of(arguments, "--output-dir")
     if other is not None and Path(other) != Path(folder):
         raise UserError(f"--resume {folder}: --output-dir names {other}; leave one of them out")
-    if not Path(folder).expanduser().joinpath(mark).is_file():
-        raise UserError(f"--resume {folder}: nothing to continue there, for it has no {mark}")
+    place = Path(folder).expanduser()
+    if not place.joinpath(mark).is_file():
+        again = f"type its own flags again and add --output-dir {folder} --resume"
+        hint = f"; if a run was killed before it wrote one, {again}" if place.is_dir() else ""
+        raise UserError(f"--resume {folder}: nothing to continue there, for it has no {mark}{hint}")
     rest, is_value = [], False
     for argument in arguments:
         if argument.partition("=")[0] != "--resume" and not is_value:

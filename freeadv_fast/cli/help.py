@@ -1,22 +1,24 @@
 """What --help prints: flags by what they are for, with the defaults that the other flags imply.
 
-A flag's text is the docstring of its field. tyro, which reads the command line, is not asked: it
-knows neither which method reads a flag nor what a group of flags is for.
+A flag's text is the docstring of its field, or of the argument that it sets. tyro, which reads the
+command line, is not asked: it knows neither which method reads a flag nor what a group is for.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import shutil
 import sys
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
-from docstring_parser import parse_from_object
+from docstring_parser import DocstringParam, parse_from_object
 
 from freeadv_fast.cli.flags import CommandLine, implied_config, value_of
 from freeadv_fast.config.fields import RunFields
@@ -45,8 +47,10 @@ GROUPS = {
 NEGATIVES = {
     "decoupled": "Train on every image clean and attacked, instead of attacking the share --p-adv "
     "and training on the rest as it is.",
-    "reg_adaptive": "Keep elle's weight at --reg-lambda, instead of letting it fall until the loss "
-    "stops being linear (ELLE instead of ELLE-A).",
+    "reg_adaptive": "Keep elle's weight at --reg-lambda, instead of 0 until the loss is suddenly "
+    "less linear, and decaying from --reg-lambda after that (ELLE instead of ELLE-A).",
+    "lalr_exempt": "lalr moves batch norm's parameters and biases as every other tensor, as the "
+    "authors' code does.",
     "sync_speed": "Divide each parameter's gradient by all images, instead of by those that it saw "
     "(Fast AdvProp, section 4.3).",
     "shuffle": "Do not shuffle Fast AdvProp's adversarial images over batch-norm groups and ranks, "
@@ -58,6 +62,12 @@ STAND_INS: dict[Any, str] = {
     "recipe": "NAME",
     "arch": "NAME",
     "phase_data": "PATH,PATH",
+    "attacks": "NAME,NAME",
+    "checkpoint": "NAME",
+    "eps": "K/255",
+    "methods": "NAME,NAME",
+    "seeds": "N,N",
+    "step": "K/255",
     int: "N",
     float: "X",
     str: "PATH",
@@ -102,7 +112,6 @@ def help_page(arguments: list[str], method: Method, dataset: str) -> str:
     Raises:
         UserError: no such --config or --recipe.
     """
-    width = max(NARROWEST, min(shutil.get_terminal_size((WIDEST, 0)).columns, WIDEST))
     defaults = implied_defaults(arguments, method, dataset)
     on_collapse = value_of(arguments, "--on-collapse") or "stop"
     groups, others = grouped_flags(defaults, on_collapse)
@@ -110,12 +119,55 @@ def help_page(arguments: list[str], method: Method, dataset: str) -> str:
     if "--help-all" in arguments:
         groups["other methods"] = others
         last = "--help hides the flags of other methods"
-    head = [*wrapped(origin_of(defaults, arguments), width), f"usage: {sys.argv[0]} [flags]"]
+    head = page(origin_of(defaults, arguments), "[flags]", groups)
+    return f"{head}\n\n{last}"
+
+
+def tool_page(tool: Callable[..., Any]) -> str:
+    """The help of a script that does not train, as wide as the terminal.
+
+    Args:
+        tool: The function whose arguments its flags set, or the dataclass whose fields.
+    """
+    docstring = parse_from_object(tool)
+    described, hints = in_words(docstring.params), typing.get_type_hints(tool, include_extras=True)
+    groups: dict[str, list[Flag]] = {}
+    typed = []
+    for name, parameter in inspect.signature(tool).parameters.items():
+        if typing.get_origin(hints[name]) is typing.Annotated:  # tyro.conf.Positional
+            typed.append(name.upper())
+            groups.setdefault("arguments", []).append(Flag(name.upper(), described[name]))
+            continue
+        flag = tool_flag(name, hints[name], parameter.default, described[name])
+        groups.setdefault("flags", []).append(flag)
+        if parameter.default is parameter.empty:
+            typed.append(flag.form)
+    about = " ".join(filter(None, (docstring.short_description, docstring.long_description)))
+    return page(about, " ".join([*typed, "[flags]"]), groups)
+
+
+def page(about: str, typed: str, groups: Mapping[str, Sequence[Flag]]) -> str:
+    """A page of help, as wide as the terminal.
+
+    Args:
+        about: What stands above all.
+        typed: What follows the script's name.
+        groups: Flags by their group's title.
+    """
+    width = max(NARROWEST, min(shutil.get_terminal_size((WIDEST, 0)).columns, WIDEST))
+    head = [*wrapped(about, width), f"usage: {program()} {typed}"]
     bodies = (
         [title, *(line for flag in flags for line in rendered(flag, width))]
         for title, flags in groups.items()
     )
-    return "\n\n".join("\n".join(lines) for lines in (head, *bodies, [last]))
+    return "\n\n".join("\n".join(lines) for lines in (head, *bodies))
+
+
+def program() -> str:
+    """What is typed to start this script."""
+    spec = sys.modules["__main__"].__spec__
+    is_package = spec is not None and Path(sys.argv[0]).name == "__main__.py"
+    return f"python -m {spec.parent}" if spec is not None and is_package else sys.argv[0]
 
 
 def implied_defaults(arguments: list[str], method: Method, dataset: str) -> dict[str, Any]:
@@ -173,23 +225,45 @@ def flag_for(name: str, default: Any) -> Flag:
         return Flag("--resume [FOLDER]", texts()[name])
     if isinstance(default, bool):
         return Flag(as_typed(name, not default), NEGATIVES[name] if default else texts()[name])
-    text, _, said = texts()[name].partition(" Default: ")
-    if default not in (None, ()):
+    return Flag(f"{flag_of(name)} {stand_in(name)}", with_default(texts()[name], default))
+
+
+def tool_flag(name: str, hint: Any, default: Any, text: str) -> Flag:
+    """The flag of a tool's argument, which is false by default where it is a bool."""
+    if name == "resume":
+        return Flag("--resume [FOLDER]", text)
+    if hint is bool:
+        return Flag(flag_of(name), text)
+    return Flag(f"{flag_of(name)} {stand_in(name, hint)}", with_default(text, default))
+
+
+def with_default(text: str, default: Any) -> str:
+    """A flag's text, its default in place of the rule that it follows."""
+    text, _, said = text.partition(" Default: ")
+    if default not in (None, (), inspect.Parameter.empty):
         said = as_written(default)
-    said = said and f" Default:{NO_BREAK}{said}"
-    return Flag(f"{flag_of(name)} {stand_in(name)}", text + said)
+    return text + (said and f" Default:{NO_BREAK}{said}")
 
 
 @functools.cache
 def texts() -> dict[str, str]:
     """Each field's docstring, as one line."""
     params = [*parse_from_object(RunFields).params, *parse_from_object(CommandLine).params]
+    return in_words(params)
+
+
+def in_words(params: Sequence[DocstringParam]) -> dict[str, str]:
+    """Each parameter's text, as one line."""
     return {param.arg_name: " ".join((param.description or "").split()) for param in params}
 
 
-def stand_in(name: str) -> str:
-    """What stands for a field's value: ``{mixup,cutmix,none}``, ``N``, ``K/255``."""
-    hint = field_types().get(name, str)
+def stand_in(name: str, hint: Any = None) -> str:
+    """What stands for a value: ``{mixup,cutmix,none}``, ``N``, ``K/255``.
+
+    Args:
+        name: The field that the flag sets. hint: Its type; None for that of a run's field.
+    """
+    hint = field_types().get(name, str) if hint is None else hint
     alternatives = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     (kind,) = (kind for kind in alternatives if kind is not type(None))
     if typing.get_origin(kind) is Literal:

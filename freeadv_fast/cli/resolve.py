@@ -31,12 +31,9 @@ def resolve(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str
         remarks.append(
             f"recipe batches over {num_ranks} ranks: {config.phases} (--phases sets them per rank)"
         )
-    elif not config.phases and num_ranks > 1 and "batch_size" not in typed:
-        share = max(2, config.batch_size // num_ranks)
-        remarks.append(
-            f"recipe batch {config.batch_size} over {num_ranks} ranks: {share} per rank "
-            "(--batch-size sets it per rank)"
-        )
+    elif not config.phases and config.accumulate * num_ranks > 1 and "batch_size" not in typed:
+        share = max(2, config.batch_size // (config.accumulate * num_ranks))
+        remarks.append(divided_batch(config, num_ranks, share))
         config = with_batch_size(config, share, typed)
     if not torch.cuda.is_available() and config.eps.levels:
         is_dear = passes(config.eval_attacks) > passes(CPU_EVAL_ATTACKS)
@@ -51,6 +48,18 @@ def resolve(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str
                 "more: --eval-images N, or launch/evaluate.py afterwards"
             )
     return config, remarks + exceeded_budget(config)
+
+
+def divided_batch(config: TrainConfig, num_ranks: int, share: int) -> str:
+    """A remark on the minibatch that a recipe's global batch leaves to each rank."""
+    parts = [f"{num_ranks} ranks"] * (num_ranks > 1)
+    parts += [f"{config.accumulate} minibatches"] * (config.accumulate > 1)
+    total = share * config.accumulate * num_ranks
+    rest = f", {total:,} in all" if total != config.batch_size else ""
+    return (
+        f"recipe batch {config.batch_size} over {' and '.join(parts)}: {share} per "
+        f"{'rank' if config.accumulate == 1 else 'minibatch'}{rest} (--batch-size sets it per rank)"
+    )
 
 
 def exceeded_budget(config: TrainConfig) -> list[str]:

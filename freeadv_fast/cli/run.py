@@ -11,10 +11,12 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from freeadv_fast.cli.flags import parse, parse_with_tyro, refuse_unknown_flags
-from freeadv_fast.cli.help import asks_for_help, help_page
+from freeadv_fast.cli.help import asks_for_help, help_page, tool_page
 from freeadv_fast.cli.resolve import resolve
+from freeadv_fast.config.file import CONFIG_NAME, remarks_on
 from freeadv_fast.config.method_names import Method
 from freeadv_fast.distributed.heartbeat import PeerLost
 from freeadv_fast.distributed.world import is_main_rank
@@ -42,6 +44,10 @@ def run_training(method: Method, dataset: str, argv: Sequence[str] | None = None
         from freeadv_fast.training import dry_run, train  # seconds of imports that --help spares
 
         config, remarks = resolve(command.run, typed)
+        own = Path(config.run_folder) / CONFIG_NAME
+        saved = own if config.resume else command.config
+        if saved is not None and Path(saved).is_file():
+            remarks = remarks_on(Path(saved)) + remarks
         if is_main_rank():
             print_remarks(remarks, is_embedded="data" not in typed and config.data == "digits")
         if command.dry_run:
@@ -65,6 +71,10 @@ def run_tool(function: Callable[..., int]) -> int:
 
     def work() -> int:
         arguments = sys.argv[1:]
+        if asks_for_help(arguments):
+            if is_main_rank():
+                print(tool_page(function))
+            return 0
         refuse_unknown_flags(arguments, names)
         return parse_with_tyro(function, arguments)
 

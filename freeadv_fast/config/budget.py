@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -70,6 +71,12 @@ class Budget:
     def begins_phase(self, epoch: int) -> bool:
         """Whether a phase ends where this data epoch begins, and another one begins."""
         return any(epoch == span.epochs.start for span in self.spans[1:])
+
+    def updates_before(self, data_epochs: float) -> int:
+        """Updates whose place is before so many passes over the data; inverts the next one."""
+        span = [span for span in self.spans if data_epochs >= span.epochs.start][-1]
+        in_span = (data_epochs - span.epochs.start) * span.updates_per_epoch
+        return span.updates.start + math.ceil(in_span - 1e-9)
 
     def data_epochs_before(self, update: int) -> float:
         """Passes over the data that are done before an update, fractions counted.

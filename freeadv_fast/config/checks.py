@@ -90,6 +90,10 @@ def check_values(config: RunFields) -> None:
     for flag, number in (
         ("--weight-decay", config.weight_decay),
         ("--checkpoint-every", config.checkpoint_every),
+        ("--warmup-epochs", config.warmup_epochs),
+        ("--dat-clean-weight", config.dat_clean_weight),
+        ("--lalr-min", config.lalr_min),
+        ("--lalr-max", config.lalr_max),
     ):
         if not (math.isfinite(number) and number >= 0):
             raise UserError(f"{flag} {number:g}: must be zero or a positive number")
@@ -109,6 +113,14 @@ def check_values(config: RunFields) -> None:
     ):
         if count < 0:
             raise UserError(f"{flag} {count}: cannot be negative")
+    if not 0 <= config.unlabelled_fraction < 1:
+        raise UserError(
+            f"--unlabelled-fraction {config.unlabelled_fraction:g}: must be at least 0 and below 1"
+        )
+    if config.lalr_min > config.lalr_max:
+        raise UserError(
+            f"--lalr-min {config.lalr_min:g}: above --lalr-max {config.lalr_max:g}; swap them"
+        )
     if config.seed >= 2**63:
         raise UserError(f"--seed {config.seed}: must be below 2^63")
     if config.workers > 512:
@@ -122,6 +134,7 @@ def check_values(config: RunFields) -> None:
         ("--attack-steps", config.attack_steps),
         ("--reg-every", config.reg_every),
         ("--yopo-inner", config.yopo_inner),
+        ("--accumulate", config.accumulate),
     ):
         if count < 1:
             raise UserError(f"{flag} {count}: must be at least 1")
@@ -171,6 +184,28 @@ def check_combinations(config: RunFields) -> None:
     if config.eps.levels and config.eval_step.levels == 0:
         raise UserError(
             "--eval-step 0: attacks that stand still; give a step above 0, or leave it out"
+        )
+    if config.steps is None and config.warmup_epochs >= config.epochs:
+        raise UserError(
+            f"--warmup-epochs {config.warmup_epochs:g}: leaves nothing of --epochs "
+            f"{config.epochs:g} to the schedule; warm up for less"
+        )
+    if config.method == "dat" and config.dat_attack == "fgsm" and config.dat_unlabelled == "kl":
+        raise UserError(
+            "--dat-unlabelled kl: compares with clean predictions, which --dat-attack fgsm does "
+            "not make; use --dat-attack pgd"
+        )
+    if config.unlabelled and config.update_size - config.num_unlabelled < 1:
+        raise UserError(
+            f"--unlabelled-fraction {config.unlabelled_fraction:g}: leaves no labelled image in "
+            f"{config.update_size}; use a smaller one, or a larger --batch-size"
+        )
+    if config.unlabelled and config.phases:
+        raise UserError("--unlabelled: has images of one size; leave out --phases")
+    if config.unlabelled and config.augment == "random-resized-crop":
+        raise UserError(
+            "--unlabelled: its images are cropped on the device; use --augment pad-crop-flip, "
+            "pad-crop or none"
         )
     if config.method != "natural" and config.threat.eps.levels == 0:
         raise UserError(f"--eps 0: {config.method} needs a radius above 0, such as 4/255")

@@ -15,6 +15,10 @@ from typing import Literal, Self
 from freeadv_fast.config.choices import (
     AttackStart,
     Augment,
+    Compress,
+    DatAttack,
+    DatMode,
+    DatUnlabelled,
     Decay,
     Mix,
     Norm,
@@ -48,7 +52,7 @@ class RunFields:
     fgsm-rs, n-fgsm: one attack step from the image, from a point of the ball, from wider noise.
     gradalign, elle: fgsm with a term against catastrophic overfitting. pgd: K attack steps.
     trades, free-trades: clean accuracy against the distance of predictions. yopo: K passes with n
-    cheap steps each. fast-advprop, advprop: adversarial examples that improve clean accuracy,
+    cheap steps each. dat: clean and attacked images with one weight, for large batches. fast-advprop, advprop: adversarial examples that improve clean accuracy,
     through an auxiliary batch norm; with and without reuse of the attack's gradients."""
     m: int = 4
     """Minibatch replays: forward-backward passes on each minibatch before the next one is read.
@@ -58,11 +62,11 @@ class RunFields:
     it to attack the trained network."""
     step_size: Perturbation | None = None
     """Length of one ascent step on the perturbation, such as 4/255. Default: the paper's; eps for
-    free and the single-step methods, 1.25 eps for fgsm-rs, 2.5 eps / K for pgd and trades, eps / 4
-    for yopo."""
+    free and the single-step methods, 1.25 eps for fgsm-rs and dat's fgsm, 2.5 eps / K for pgd,
+    trades and dat's pgd, eps / 4 for yopo."""
     attack_steps: int = 1
-    """Steps K of the attack in each update: pgd, trades, AdvProp's PGD-K (Fast AdvProp's is 1);
-    K of yopo."""
+    """Steps K of the attack in each update: pgd, trades, dat's pgd, AdvProp's PGD-K (Fast AdvProp's
+    is 1); K of yopo."""
     attack_start: AttackStart = "uniform"
     """Where the attack starts: at a uniform point of the ball, or zero, at the image itself."""
     attack_warmup: float = 0.0
@@ -79,11 +83,23 @@ class RunFields:
     """Gradients that gradalign differentiates: the second, as the authors' code does, or both, as
     the paper's text says."""
     reg_adaptive: bool = True
-    """elle's weight falls from --reg-lambda until the loss stops being linear (ELLE-A)."""
+    """elle's weight is 0 until the loss is suddenly less linear; then it is --reg-lambda and decays
+    by 0.99 an update (ELLE-A)."""
     trades_beta: float = 6.0
     """Weight of the distance between clean and adversarial predictions in trades."""
     yopo_inner: int = 3
     """Steps n through the first layer in each of yopo's K passes."""
+    dat_attack: DatAttack = "pgd"
+    """DAT's attack: pgd trains on clean images and on those that K steps have moved; fgsm on those
+    of one step from a random start alone, as the authors' code does."""
+    dat_mode: DatMode = "eval"
+    """Batch norm of dat's pgd attacks: running statistics (eval), as the authors' code does, or
+    those of the attacked images (train)."""
+    dat_clean_weight: float = 1.0
+    """Weight lambda of the clean images' loss in dat's pgd."""
+    dat_unlabelled: DatUnlabelled = "pseudo-labels"
+    """What dat asks of unlabelled images: their pseudo labels, as the authors' code does, or, as
+    the paper's text says, that clean and attacked predictions agree (kl)."""
     norm: Norm = "linf"
     """Ball of pgd and trades: linf or l2."""
     p_adv: float = 0.2
@@ -123,6 +139,12 @@ class RunFields:
     """Mix pairs of clean training images: mixup, cutmix or none (natural and the AdvProps)."""
     mix_alpha: float | None = None
     """Both parameters of the Beta distribution of the mixture. Default: 0.2 mixup, 1 cutmix."""
+    unlabelled: str | None = None
+    """Images without labels to train on beside those of --data, with pseudo labels: the pickle of
+    Carmon et al. (data, extrapolated_targets) or an .npz with image and label, such as EDM's. For
+    dat, pgd and trades."""
+    unlabelled_fraction: float = 0.5
+    """Share of each minibatch that --unlabelled fills. An epoch is one pass over --data."""
     workers: int = 4
     """Threads (DALI) or processes (torchvision) that decode images, per rank."""
     max_bad_fraction: float = 0.001
@@ -153,7 +175,8 @@ class RunFields:
     space-to-depth layout. auto: both on a GPU with Triton, the stem alone for free training on a
     CPU, neither for methods with second derivatives."""
     graphs: Switch = "auto"
-    """One CUDA graph launch per update: auto is on for free and natural training on one GPU."""
+    """One CUDA graph launch per update. auto: on one GPU, for all methods but fast-advprop and
+    gradalign, and not with --mix."""
     init_from: str | None = None
     """Weights to start from: a checkpoint of ours or a plain state dict. Nothing else is read."""
 
@@ -168,6 +191,9 @@ class RunFields:
     batch_size: int = 256
     """Images per minibatch on each rank (GPU), Fast AdvProp's two shares together. The global size
     is printed at the start. With --phases, the last one's."""
+    accumulate: int = 1
+    """Minibatches that a rank adds up to one update. Each is a batch of its own to batch norm and
+    attack; schedule, replays and log count updates."""
     phases: Phases = Phases()
     """Image and batch size by epochs of the natural budget, such as
     0-6:128:512,6-12:224:224,12-15:288:128 (epochs:side:batch on each rank); none for one of each.
@@ -176,23 +202,37 @@ class RunFields:
     """Folders that hold the training images of each phase, separated by commas, such as smaller
     copies of --data, whose validation images are evaluated. Default: --data for every phase."""
     lr: float = 0.1
-    """Peak learning rate of SGD."""
+    """Peak learning rate."""
     schedule: Schedule = Schedule.parse("every:30")
     """Learning rate over the run. every:30 divides it by 10 each ceil(30/m) data epochs; at:30,60
     at these epochs of the natural budget; steps:40000,60000 at these updates; linear:0.4 rises
     from 0 to --lr at 40 % of the updates and falls back to 0; piecewise:0=0,1=1,6=0.1 draws lines
     between these factors of --lr at these epochs of the natural budget; constant."""
+    warmup_epochs: float = 0.0
+    """Epochs of the natural budget, the first of --epochs, over which the learning rate rises to
+    --lr in a straight line; --schedule begins where they end."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD; beta_1 of lalr."""
     weight_decay: float = 1e-4
     """L2 penalty on the weights."""
     decay: Decay = "all"
     """Parameters under weight decay: all, only convolution and linear kernels, or no-bn for all but
     batch norm's."""
     optimizer: OptimizerName = "sgd"
-    """The code that computes SGD's update: sgd is torch's, fused on a GPU; sgd-foreach torch's
-    foreach operations; apex-sgd the kernel of NVIDIA's apex, where that is installed. The last two
-    are for comparison, and no CUDA graph holds them."""
+    """sgd is torch's SGD, fused on a GPU; sgd-foreach torch's foreach operations and apex-sgd the
+    kernel of NVIDIA's apex, both for comparison. lalr: layer-wise adaptive rates for large batches,
+    Adam's direction at the length of each tensor."""
+    lalr_min: float = 0.0
+    """Least length c_l of a tensor that lalr counts with."""
+    lalr_max: float = 10.0
+    """Greatest length c_u of a tensor that lalr counts with."""
+    lalr_exempt: bool = False
+    """lalr moves batch norm's parameters and biases by Adam's direction at --lr itself. The authors'
+    code does so only while they are zero; afterwards their rate falls to next to nothing."""
+    compress: Compress = "none"
+    """Average gradients over ranks in one byte an element, both ways: bucket scales 512 of them by
+    their largest magnitude, paper a whole tensor by its L2 norm, which zeroes nearly all of a large
+    one."""
     max_passes: int | None = None
     """Stop after this many images forwarded and backwarded for the weights, over all ranks, at the
     next minibatch boundary. The schedule stays that of --epochs; evaluation follows."""
@@ -315,6 +355,16 @@ class RunFields:
         return round(self.p_adv * self.batch_size) if self.is_split else self.batch_size
 
     @property
+    def update_size(self) -> int:
+        """Images of a rank in one update: all its minibatches."""
+        return self.accumulate * self.batch_size
+
+    @property
+    def num_unlabelled(self) -> int:
+        """Unlabelled images of a rank in one update: round(fraction * images), or none."""
+        return round(self.unlabelled_fraction * self.update_size) if self.unlabelled else 0
+
+    @property
     def cost(self) -> float:
         """Epochs of the budget that one pass over the data takes; --epochs is divided by it.
 
@@ -338,6 +388,8 @@ class RunFields:
                 return 4
             case "yopo":
                 return self.attack_steps
+            case "dat":
+                return 2 if self.dat_attack == "pgd" else 1
             case "fast-advprop":
                 return self.cost
             case "advprop":
@@ -348,7 +400,7 @@ class RunFields:
     def threat(self) -> AnyThreatModel:
         """The training threat model; the step is the paper's unless given.
 
-        Free AT, GradAlign and N-FGSM step by eps, FGSM-RS by 1.25 eps, YOPO by eps / 4; 2.5 eps / K
+        Free AT, GradAlign and N-FGSM step by eps, FGSM-RS and DAT-FGSM by 1.25 eps, YOPO by eps / 4; 2.5 eps / K
         (Madry et al.'s code for MNIST, TRADES' 2/255 at eps 8/255 and K 10) lets PGD reach every
         point of the ball.
         """
@@ -356,7 +408,9 @@ class RunFields:
         match self.method:
             case "fgsm-rs":
                 share = Fraction(5, 4)
-            case "pgd" | "trades":
+            case "dat" if self.dat_attack == "fgsm":
+                share = Fraction(5, 4)
+            case "pgd" | "trades" | "dat":
                 share = Fraction(5, 2 * self.attack_steps)
             case "yopo":
                 share = Fraction(1, 4)

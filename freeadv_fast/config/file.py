@@ -39,10 +39,12 @@ def config_to_dict(config: TrainConfig) -> dict[str, Any]:
 def config_from_dict(plain: dict[str, Any], origin: str = "--config") -> TrainConfig:
     """Rebuilds a config; fields that are missing keep their defaults.
 
+    So does a step of 0, with which earlier versions let an evaluation's attacks stand still.
+
     Raises:
         UserError: unknown fields, or a value that the config refuses.
     """
-    plain = dict(plain)
+    plain = {name: value for name, value in plain.items() if not stands_still(name, value)}
     unknown = sorted(set(plain) - {field.name for field in dataclasses.fields(TrainConfig)})
     if unknown:
         raise UserError(f"{origin}: unknown fields {', '.join(unknown)}")
@@ -51,6 +53,11 @@ def config_from_dict(plain: dict[str, Any], origin: str = "--config") -> TrainCo
         if isinstance(value, bool) and {"on", "off"} <= set(typing.get_args(hints[name])):
             plain[name] = "on" if value else "off"  # as YAML reads on and off without quotes
     return TrainConfig(**plain)
+
+
+def stands_still(name: str, value: Any) -> bool:
+    """Whether a saved field is an attack's step of 0."""
+    return name == "eval_step" and Perturbation.parse(value).levels == 0
 
 
 def config_to_yaml(config: TrainConfig) -> str:
@@ -65,6 +72,27 @@ def load_config(path: Path) -> TrainConfig:
     Raises:
         UserError: no such file, not YAML, or not a config of ours.
     """
+    return config_from_dict(read_plain(path), f"--config {path}")
+
+
+def remarks_on(path: Path) -> list[str]:
+    """What is no longer read as a saved config says it, a line each.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    taken = load_config(path)
+    if not any(stands_still(name, value) for name, value in read_plain(path).items()):
+        return []
+    return [f"{path}: eval_step 0 lets attacks stand still; {taken.eval_step} is taken instead"]
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """The fields of a saved config as YAML holds them.
+
+    Raises:
+        UserError: no such file, not YAML, or no fields.
+    """
     try:
         plain = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
     except OSError as error:
@@ -73,4 +101,4 @@ def load_config(path: Path) -> TrainConfig:
         raise UserError(f"--config {path}: not a YAML file") from None
     if not isinstance(plain, dict):
         raise UserError(f"--config {path}: not a saved configuration")
-    return config_from_dict(plain, f"--config {path}")
+    return plain

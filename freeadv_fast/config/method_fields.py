@@ -20,7 +20,7 @@ _GUARDED = all_but("natural", *DUAL)
 READERS: dict[str, tuple[Method, ...]] = {
     "m": REPLAYING,
     "step_size": all_but("natural"),
-    "attack_steps": ("pgd", "trades", "yopo", *DUAL),
+    "attack_steps": ("pgd", "trades", "yopo", "dat", *DUAL),
     "attack_start": ("pgd", *DUAL),
     "attack_warmup": WARMING,
     "noise_radius": ("n-fgsm",),
@@ -30,7 +30,14 @@ READERS: dict[str, tuple[Method, ...]] = {
     "reg_adaptive": ("elle",),
     "trades_beta": ("trades", "free-trades"),
     "yopo_inner": ("yopo",),
+    "dat_attack": ("dat",),
+    "dat_mode": ("dat",),
+    "dat_clean_weight": ("dat",),
+    "dat_unlabelled": ("dat",),
     "norm": ("pgd", "trades"),
+    "unlabelled": ("pgd", "trades", "dat"),
+    "unlabelled_fraction": ("pgd", "trades", "dat"),
+    "accumulate": all_but(*DUAL),
     "p_adv": DUAL,
     "decoupled": ("advprop",),
     "noise_weight": ("fast-advprop",),
@@ -47,7 +54,14 @@ READERS: dict[str, tuple[Method, ...]] = {
 
 # What a method does that does not read the field. It may be said, for a recipe of another method
 # may say something else; any other value is refused, wherever it comes from (`checks`).
-NEUTRAL: dict[str, object] = {"m": 1, "attack_warmup": 0.0, "norm": "linf", "mix": "none"}
+NEUTRAL: dict[str, object] = {
+    "m": 1,
+    "attack_warmup": 0.0,
+    "norm": "linf",
+    "mix": "none",
+    "unlabelled": None,
+    "accumulate": 1,
+}
 
 # What a run needs to know that may go on as GradAlign.
 _GRADALIGN_TERM = ("reg_lambda", "reg_every", "reg_through")

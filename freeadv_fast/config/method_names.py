@@ -16,6 +16,7 @@ Method = Literal[
     "trades",
     "free-trades",
     "yopo",
+    "dat",
     "fast-advprop",
     "advprop",
 ]

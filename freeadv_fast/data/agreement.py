@@ -10,6 +10,9 @@ from typing import cast
 
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.data.build import OpenedData, open_data
+from freeadv_fast.data.folder import FolderLoader, roll_of_files
+from freeadv_fast.data.loader import Loader
+from freeadv_fast.data.resident import ResidentImages, ResidentLoader
 from freeadv_fast.data.roll import Changes, Roll
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError, blaming
@@ -33,6 +36,14 @@ def open_together(config: TrainConfig, world: World) -> OpenedData:
     if world.size > 1:
         refuse_different_data(opened.rolls(config), world)
     return opened
+
+
+def roll_of(loader: Loader) -> Roll:
+    """Which images the split of an evaluation's loader holds, however few of them it reads."""
+    if isinstance(loader, FolderLoader):
+        return roll_of_files(loader.index)
+    assert isinstance(loader, ResidentLoader)
+    return ResidentImages(loader.images, loader.labels.numpy(), loader.classes).roll
 
 
 def refuse_different_data(rolls: dict[str, Roll], world: World) -> None:

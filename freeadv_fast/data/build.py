@@ -27,16 +27,18 @@ from freeadv_fast.data.folder import (
     available_backend,
     build_decoder,
     refuse_other_classes,
+    roll_of_files,
     split_folder,
 )
-from freeadv_fast.data.index import ImageIndex, image_name, index_images, shortened
+from freeadv_fast.data.index import ImageIndex, index_images, shortened
 from freeadv_fast.data.loader import Loader
 from freeadv_fast.data.resident import ResidentImages, ResidentLoader
-from freeadv_fast.data.roll import Changes, Roll, Stamps
+from freeadv_fast.data.roll import Changes, Roll
 from freeadv_fast.data.split import balanced_rows, evenly_spaced_rows
 from freeadv_fast.data.stream import Ints, Keys, Stream
 from freeadv_fast.data.svhn import load_svhn
 from freeadv_fast.data.synthetic import build_synthetic
+from freeadv_fast.data.unlabelled import SemiSupervisedLoader, UnlabelledImages, open_unlabelled
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError, blaming
 
@@ -54,13 +56,15 @@ class Loaders:
     """The splits of a run, as one rank sees them.
 
     Attributes:
-        train: Training images without the held-out ones.
+        train: Training images without the held-out ones, unlabelled ones among them.
         holdout: Training images that choose the best checkpoint, read with the evaluation's
             preprocessing; None where none are held out.
         guard: Held-out images of the guard's checks; None likewise.
         val: Validation images: those of --eval-images, evenly spaced over the set.
         lines: What the user should know about the data, a line each.
-        roll: The training images, with the held-out ones. held_out: Keys of the latter.
+        roll: The training images of --data, with the held-out ones. held_out: Keys of the latter.
+        num_labelled: Images of --data in `train`.
+        unlabelled: What --unlabelled holds; None without.
     """
 
     train: Loader
@@ -70,6 +74,8 @@ class Loaders:
     lines: tuple[str, ...]
     roll: Roll
     held_out: Keys
+    num_labelled: int
+    unlabelled: Roll | None
 
     @functools.cached_property
     def state(self) -> dict[str, Any]:
@@ -77,13 +83,14 @@ class Loaders:
         return {
             "roll": self.roll.state_dict(),
             "held_out": torch.from_numpy(self.held_out.view(np.int64).copy()),
+            "unlabelled": self.unlabelled.state_dict() if self.unlabelled else None,
         }
 
     def describe(self) -> list[str]:
         """Lines for the user: how many images, read by what, and which files were left out."""
         held_out = f", {self.holdout.num_images:,} held out" if self.holdout else ""
         counts = (
-            f"data: {self.train.num_images:,} training images{held_out}, "
+            f"data: {self.num_labelled:,} training images{held_out}, "
             f"{self.val.num_images:,} validation images, {len(self.train.classes):,} classes"
         )
         return [counts, *self.lines]
@@ -91,19 +98,21 @@ class Loaders:
 
 @dataclasses.dataclass(frozen=True)
 class OpenedData:
-    """What --data and --phase-data name, as one rank found it.
+    """What --data, --phase-data and --unlabelled name, as one rank found it.
 
     Attributes:
         trains: The training images of each phase.
         rows: Those of each phase that every phase has.
         val: The validation images, which all phases share.
         lines: What the user should know about the phases' folders, a line each.
+        unlabelled: The images of --unlabelled; None without.
     """
 
     trains: tuple[_Split, ...]
     rows: tuple[Ints, ...]
     val: _Split
     lines: tuple[str, ...]
+    unlabelled: UnlabelledImages | None
 
     @functools.cached_property
     def roll(self) -> Roll:
@@ -111,12 +120,14 @@ class OpenedData:
         return self.trains[-1].roll.of(self.rows[-1])
 
     def rolls(self, config: TrainConfig) -> dict[str, Roll]:
-        """What every split holds, by the flag that names it and the split's folder."""
+        """What every split and file holds, by the flag that names it and the split's folder."""
         flags = [f"--phase-data {folder}" for folder in config.phase_data]
         flags = flags or [f"--data {config.data}"] * len(self.trains)
         rolls = {f"--data {config.data}: val": self.val.roll}
         for flag, train in zip(flags, self.trains, strict=True):
             rolls[f"{flag}: train"] = train.roll
+        if self.unlabelled is not None:
+            rolls[f"--unlabelled {config.unlabelled}"] = self.unlabelled.roll
         return rolls
 
 
@@ -124,7 +135,7 @@ def open_data(config: TrainConfig, world: World) -> OpenedData:
     """Opens what a run reads; no rank waits for another one here.
 
     Args:
-        config: The run; `data` and `phase_data` say what to read.
+        config: The run; `data`, `phase_data` and `unlabelled` say what to read.
         world: This process among the others, and its device.
 
     Raises:
@@ -139,7 +150,10 @@ def open_data(config: TrainConfig, world: World) -> OpenedData:
     refuse_other_classes(config.phase_configs[-1].data, trains[-1].classes, val.classes)
     _refuse_other_images(config, trains)
     rows, lines = _common_rows(trains)
-    return OpenedData(tuple(trains), rows, val, lines)
+    unlabelled = None
+    if config.unlabelled is not None:
+        unlabelled = open_unlabelled(config, trains[-1].classes, world.device)
+    return OpenedData(tuple(trains), rows, val, lines, unlabelled)
 
 
 def deal_images(
@@ -258,14 +272,21 @@ def _phase_loaders(
             f"--guard-images {config.guard_images}: only {len(evaluated)} images are held out; use "
             f"--guard-images {len(evaluated)} or a larger --holdout-images"
         )
+    labelled = train.loader(_training_stream(config, world, rows[~is_held], keys[~is_held]))
+    mixed, unlabelled = None, opened.unlabelled
+    if unlabelled is not None:
+        mixed = SemiSupervisedLoader(labelled, unlabelled, config, world)
+    lines = train.lines + val.lines + opened.lines + ((mixed.describe(),) if mixed else ())
     return Loaders(
-        train=train.loader(_training_stream(config, world, rows[~is_held], keys[~is_held])),
+        train=mixed or labelled,
         holdout=train.loader(_stream(config, world, evaluated)) if num_held else None,
         guard=train.loader(_stream(config, world, guarded)) if num_held else None,
         val=val.loader(_stream(final, world, _val_rows(val, config.eval_images))),
-        lines=tuple(dict.fromkeys(train.lines + val.lines + opened.lines)),
+        lines=tuple(dict.fromkeys(lines)),
         roll=opened.roll,
         held_out=drawn,
+        num_labelled=labelled.num_images,
+        unlabelled=unlabelled.roll if unlabelled else None,
     )
 
 
@@ -333,7 +354,17 @@ def _stream(config: TrainConfig, world: World, rows: Ints) -> Stream:
 def _training_stream(config: TrainConfig, world: World, rows: Ints, keys: Keys) -> Stream:
     """The training stream; methods with shares and branches train on whole minibatches only."""
     smallest = config.batch_size if config.has_branches else 2
-    return Stream(rows, config.batch_size, world.rank, world.size, config.seed, smallest, keys)
+    return Stream(
+        rows,
+        config.batch_size,
+        world.rank,
+        world.size,
+        config.seed,
+        smallest,
+        keys,
+        config.accumulate,
+        config.num_unlabelled,
+    )
 
 
 class _Split(Protocol):
@@ -389,10 +420,7 @@ class _FolderSplit:
     @functools.cached_property
     def roll(self) -> Roll:
         """Which images these are."""
-        index = self.index
-        stamps: Stamps = index.num_bytes.astype(np.uint32)
-        bad = {image_name(file): reason for file, reason in index.bad.items()}
-        return Roll(index.classes, index.names, stamps, "bytes", bad)
+        return roll_of_files(self.index)
 
     def loader(self, stream: Stream) -> FolderLoader:
         """A loader for some of its rows."""

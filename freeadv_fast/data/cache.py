@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def cache_folder() -> Path:
@@ -13,12 +16,12 @@ def cache_folder() -> Path:
     return Path(base) / "freeadv_fast"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that other processes see whole or not at all.
+@contextlib.contextmanager
+def written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which other processes see whole at the end or not at all.
 
     Args:
         path: The file; its folder is created.
-        content: Its bytes.
 
     Raises:
         OSError: the folder cannot be written; nothing is left behind.
@@ -27,8 +30,14 @@ def write_atomically(path: Path, content: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """`written_atomically` of bytes that are there."""
+    with written_atomically(path) as file:
+        file.write(content)

@@ -22,6 +22,9 @@ from freeadv_fast.errors import UserError
 
 IMAGE_SIZE = 32
 
+# What pickled arrays name of numpy; `_frombuffer` in protocol 5.
+ARRAY_NAMES = frozenset({"_reconstruct", "_frombuffer", "ndarray", "dtype", "scalar"})
+
 
 @dataclasses.dataclass(frozen=True)
 class CifarFiles:
@@ -124,13 +127,13 @@ def _read(name: str, path: str) -> bytes:
         raise UserError(f"--data {name}: {path} cannot be read ({error.strerror})") from None
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+class ArrayUnpickler(pickle.Unpickler):
     """Reads dictionaries of arrays, and runs nothing else that a pickle may hold."""
 
     def find_class(self, module: str, name: str) -> Any:
         """The few names that numpy's arrays are rebuilt from."""
         root = module.split(".")[0]
-        if root == "numpy" and name in {"_reconstruct", "ndarray", "dtype", "scalar"}:
+        if root == "numpy" and name in ARRAY_NAMES:
             return super().find_class(module, name)
         if (module, name) == ("_codecs", "encode"):
             return super().find_class(module, name)
@@ -140,7 +143,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _unpickle(name: str, path: str, content: bytes) -> dict[bytes, Any]:
     """The dictionary in an official file, keys as bytes."""
     try:
-        value = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+        value = ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
         return {key: value[key] for key in value}
     except Exception as error:  # a damaged pickle raises nearly anything
         words = str(error) or type(error).__name__

@@ -10,16 +10,18 @@ import shlex
 from collections.abc import Generator, Iterator
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.data.crop import pad_images, random_crop_flip
-from freeadv_fast.data.index import ImageIndex, is_image_name, shortened
+from freeadv_fast.data.index import ImageIndex, image_name, is_image_name, shortened
 from freeadv_fast.data.loader import Batch
 from freeadv_fast.data.names import class_folders
 from freeadv_fast.data.plan import Plan, plan_evaluation, plan_random_resized_crop
 from freeadv_fast.data.prefetch import prefetched
+from freeadv_fast.data.roll import Roll, Stamps
 from freeadv_fast.data.stream import Share, Stream
 from freeadv_fast.errors import UserError
 
@@ -117,20 +119,24 @@ class FolderLoader:
 
     def _batches(self, epoch: int, start: int) -> Generator[Batch, None, None]:
         """The minibatches on the current stream."""
+        dealt: collections.deque[Share] = collections.deque()
         decoding: collections.deque[Share] = collections.deque()
 
         def plans() -> Iterator[Plan]:
             for share in self.stream.shares(epoch, start):
-                decoding.append(share)
-                yield self._plan(share, epoch)
+                dealt.append(share)
+                for part in share.parts(self.stream.batch_size):
+                    decoding.append(part)
+                    yield self._plan(part, epoch)
 
         with contextlib.closing(self.decoder.decode(plans())) as decoded:
-            for images in decoded:
-                share = decoding.popleft()
+            parts = (self._augmented(images, decoding.popleft(), epoch) for images in decoded)
+            for first in parts:
+                share = dealt.popleft()
                 rows = torch.from_numpy(share.rows.copy())
                 labels = torch.from_numpy(self.index.labels[share.rows])
                 yield Batch(
-                    self._augmented(images, share, epoch),
+                    _joined(first, parts, len(rows)),
                     labels.to(self.device, non_blocking=True),
                     share.global_size,
                     rows,
@@ -153,6 +159,27 @@ class FolderLoader:
         flip = self.augment == "pad-crop-flip"
         seed = self.config.seed
         return random_crop_flip(padded, slots, share.keys, padding, seed, epoch, flip=flip)
+
+
+def _joined(first: Tensor, parts: Iterator[Tensor], num_images: int) -> Tensor:
+    """A share's images from as many parts as they come in, which are let go of one by one."""
+    if len(first) == num_images:
+        return first
+    images = first.new_empty((num_images, *first.shape[1:]))
+    images[: len(first)] = first
+    filled = len(first)
+    while filled < num_images:
+        part = next(parts)
+        images[filled : filled + len(part)] = part
+        filled += len(part)
+    return images
+
+
+def roll_of_files(index: ImageIndex) -> Roll:
+    """Which images a split of files holds."""
+    stamps: Stamps = index.num_bytes.astype(np.uint32)
+    bad = {image_name(file): reason for file, reason in index.bad.items()}
+    return Roll(index.classes, index.names, stamps, "bytes", bad)
 
 
 def split_folder(data: str, split: Literal["train", "val"]) -> str:

@@ -57,6 +57,27 @@ class Entry(NamedTuple):
     reason: str
 
 
+class TooManyBad(UserError):
+    """More files of a split are bad than may be left out.
+
+    Attributes:
+        found: How many, and which.
+        max_bad_fraction: The share that may be left out.
+    """
+
+    def __init__(self, found: str, max_bad_fraction: float) -> None:
+        """Keeps both."""
+        super().__init__(found, max_bad_fraction)  # as ranks hand it over
+        self.found, self.max_bad_fraction = found, max_bad_fraction
+
+    def __str__(self) -> str:
+        """The line for who trains on the split."""
+        return (
+            f"--max-bad-fraction {self.max_bad_fraction:g}: {self.found}; repair or remove them, "
+            "or raise --max-bad-fraction"
+        )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageIndex:
     """The good images of one split.
@@ -133,7 +154,8 @@ def index_images(
     if news or len(known) != len(found) or bool(bad) != bad_list.exists():
         _save_cache(cache, entries)
         _save_bad_list(bad_list, folder, bad)
-    _refuse_too_many_bad(folder, bad, len(found), max_bad_fraction)
+    if len(bad) > max_bad_fraction * len(found):
+        raise TooManyBad(_describe_bad(folder, bad, len(found), bad_list), max_bad_fraction)
     good = [file for file in found if file not in bad]
     labels = np.repeat(np.arange(len(classes)), [len(listing) for listing in listings])
     labels = labels[[file not in bad for file in found]]
@@ -209,17 +231,11 @@ def _refuse_empty_classes(folder: str, classes: list[str], counts: list[int]) ->
         )
 
 
-def _refuse_too_many_bad(
-    folder: str, bad: dict[str, str], num_files: int, max_bad_fraction: float
-) -> None:
-    """Raises UserError where more files are bad than the user allows."""
-    if len(bad) <= max_bad_fraction * num_files:
-        return
+def _describe_bad(folder: str, bad: dict[str, str], num_files: int, bad_list: Path) -> str:
+    """How many files are bad, and the first of them; where all are listed, if they are."""
     named = shortened([f"{file} ({reason})" for file, reason in bad.items()])
-    raise UserError(
-        f"--max-bad-fraction {max_bad_fraction:g}: {len(bad)} of {num_files} files in {folder} "
-        f"cannot be trained on: {named}; repair or remove them, or raise --max-bad-fraction"
-    )
+    listed = f", all in {bad_list}" if len(bad) > NUM_NAMED and bad_list.exists() else ""
+    return f"{len(bad)} of {num_files} files in {folder} cannot be used: {named}{listed}"
 
 
 def shortened(names: list[str]) -> str:

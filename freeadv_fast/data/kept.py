@@ -44,11 +44,12 @@ def recognise(state: dict[str, Any], config: TrainConfig, opened: OpenedData) ->
         opened: Its data; under another path than before, they may lack images but hold no others.
 
     Raises:
-        UserError: other classes, or other images under another path.
+        UserError: other classes, other unlabelled images, or other images under another path.
     """
     saved, now = state["config"], config_to_dict(config)
     moved = [name for name in ("data", "phase_data") if saved.get(name) != now[name]]
     _refuse_other_classes(state["classes"], opened.roll.classes, config)
+    _refuse_other_unlabelled(state, config, opened)
     if "data" not in state:
         if moved:
             raise UserError(
@@ -82,3 +83,30 @@ def _refuse_other_classes(before: list[str], now: list[str], config: TrainConfig
         f"{shortened(left) or 'none'} left, {shortened(came) or 'none'} came; resume it with the "
         "same class folders"
     )
+
+
+def _refuse_other_unlabelled(
+    state: dict[str, Any], config: TrainConfig, opened: OpenedData
+) -> None:
+    """Raises UserError where the unlabelled images are not the checkpoint's, whatever their path.
+
+    Their order is drawn from their number, and which of them changed is not known.
+    """
+    saved, before = state.get("data", {}).get("unlabelled"), state["config"].get("unlabelled")
+    if saved is None and config.unlabelled is None:
+        return
+    if saved is None:
+        raise UserError(
+            f"--unlabelled {config.unlabelled}: the run was made without; leave it out, or choose "
+            "another --output-dir"
+        )
+    if opened.unlabelled is None:
+        raise UserError(
+            f"--unlabelled None: the run was made with {before}; resume it with that, or choose "
+            "another --output-dir"
+        )
+    if Roll.from_state(saved).digest != opened.unlabelled.roll.digest:
+        raise UserError(
+            f"--unlabelled {config.unlabelled}: not the images that the run was trained on under "
+            f"{before}; resume it with those, or choose another --output-dir"
+        )

@@ -13,9 +13,11 @@ class Batch(NamedTuple):
 
     Attributes:
         images: (n, H, W, 3) uint8 on the training device, contiguous.
-        labels: (n,) int64 on the same device.
+        labels: (n,) int64 on the same device. Of unlabelled images the pseudo labels; ~y, below 0,
+            where the method treats them apart (dat with --dat-unlabelled kl).
         global_size: Images of this minibatch over all ranks; losses are sums divided by it.
-        indices: (n,) int64 on the CPU: row of each image in the split's file list.
+        indices: (n,) int64 on the CPU: row of each image in the split's file list; ~row, below 0,
+            of each in the file of --unlabelled.
     """
 
     images: Tensor
@@ -34,7 +36,7 @@ class Loader(Protocol):
     classes: list[str]
     """Class names; a label is an index into this list."""
     num_images: int
-    """Images of the split, over all ranks."""
+    """Images of the split, and unlabelled ones that an epoch reads as well, over all ranks."""
     num_batches: int
     """Minibatches of one epoch, the same on every rank."""
 

@@ -137,24 +137,32 @@ class Share(NamedTuple):
     keys: Keys
     global_size: int
 
+    def parts(self, size: int) -> Iterator[Share]:
+        """Its rows in consecutive parts of `size`, the last one smaller."""
+        for start in range(0, len(self.rows), size):
+            part = slice(start, start + size)
+            yield Share(self.rows[part], self.keys[part], self.global_size)
+
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
     """Which images a rank sees, and when.
 
-    Global minibatch t holds rows [t B W, (t + 1) B W) of the epoch's order, and rank r takes
-    rows r, r + W, r + 2W, ... of it. A training epoch leaves out a last global minibatch of fewer
-    than `smallest` images a rank: batch norm cannot train on one, and some methods on no fewer than
-    a whole minibatch.
+    Global minibatch t holds rows [t A B W, (t + 1) A B W) of the epoch's order, and rank r takes
+    rows r, r + W, r + 2W, ... of it, those that it sums one gradient over. A training epoch leaves
+    out a last global minibatch of fewer than `smallest` images a rank: batch norm cannot train on
+    one, and some methods on no fewer than a whole minibatch.
 
     Attributes:
         rows: (N,) int64 rows of the split's file list that this stream walks.
-        batch_size: B, images of a minibatch on one rank.
+        batch_size: B, images that a rank decodes, and takes through the network, at once.
         rank: r, this process.
         world_size: W, processes.
         seed: Seed of the order; None for evaluation: fixed order, nothing left out.
         smallest: Fewest images of a rank's last minibatch in training.
         names: (N,) keys of the images, aligned with `rows`; None where a row's number is its name.
+        accumulate: A, how many times as many a rank's share of a global minibatch has.
+        num_unlabelled: U, of these A B images: not of `rows`, but of --unlabelled.
     """
 
     rows: Ints
@@ -164,16 +172,24 @@ class Stream:
     seed: int | None = None
     smallest: int = 2
     names: Keys | None = None
+    accumulate: int = 1
+    num_unlabelled: int = 0
 
     def __post_init__(self) -> None:
         """Raises UserError where a training minibatch is larger than a rank's share."""
         share = len(self.rows) // self.world_size
-        if self.seed is not None and self.batch_size > share:
+        if self.seed is not None and self.share_size > share:
+            times = f" --accumulate {self.accumulate}" if self.accumulate > 1 else ""
             ranks = f" over {self.world_size} ranks" if self.world_size > 1 else ""
             raise UserError(
-                f"--batch-size {self.batch_size}: larger than a rank's share of the training "
-                f"images, {share} ({len(self.rows)} images{ranks})"
+                f"--batch-size {self.batch_size}{times}: larger than a rank's share of the "
+                f"training images, {share} ({len(self.rows)} images{ranks})"
             )
+
+    @property
+    def share_size(self) -> int:
+        """Images of `rows` in a rank's share of a whole minibatch."""
+        return self.accumulate * self.batch_size - self.num_unlabelled
 
     @property
     def num_images(self) -> int:
@@ -183,7 +199,7 @@ class Stream:
     @property
     def num_batches(self) -> int:
         """Global minibatches of one epoch, the same on every rank."""
-        full, rest = divmod(len(self.rows), self.batch_size * self.world_size)
+        full, rest = divmod(len(self.rows), self.share_size * self.world_size)
         fewest = 1 if self.seed is None else self.smallest * self.world_size
         return full + (rest >= fewest)
 
@@ -209,7 +225,7 @@ class Stream:
         In an evaluation's last minibatch a rank may have no image; it then yields one share less.
         """
         order, keys = self._places(epoch), self.keys
-        global_batch = self.batch_size * self.world_size
+        global_batch = self.share_size * self.world_size
         for number in range(start, self.num_batches):
             places = order[number * global_batch : (number + 1) * global_batch]
             mine = places[self.rank :: self.world_size]

@@ -13,8 +13,10 @@ from typing import TypeVar
 
 from freeadv_fast.errors import UserError
 
-# A file server that is started again takes minutes, and a run should survive it.
+# A file server that is started again takes minutes, and a run should survive it; its user should
+# know sooner what it waits for.
 SILENT_SECONDS = 600.0
+SLOW_SECONDS = 60.0
 # Slurm and torchrun kill 30 s after they asked. A minibatch that comes in time lets the run save.
 GRACE_SECONDS = 20.0
 LOOK_SECONDS = 0.5
@@ -33,7 +35,7 @@ def next_item(items: queue.SimpleQueue[Item]) -> Item:
     with contextlib.suppress(queue.Empty):
         return items.get_nowait()
     with _noted_signals() as asked:
-        started = time.monotonic()
+        started, is_told = time.monotonic(), False
         while True:
             with contextlib.suppress(queue.Empty):
                 return items.get(timeout=LOOK_SECONDS)
@@ -42,6 +44,13 @@ def next_item(items: queue.SimpleQueue[Item]) -> Item:
                 raise UserError(
                     f"{asked[0][0].name} came, and no minibatch in {GRACE_SECONDS:.0f} s: left "
                     "without the work since the last checkpoint; go on with --resume"
+                )
+            if now - started > SLOW_SECONDS and not is_told:
+                is_told = True
+                print(
+                    f"no minibatch for {SLOW_SECONDS:.0f} s: waiting for its disk or file server, "
+                    f"for {SILENT_SECONDS / 60:.0f} minutes at most",
+                    flush=True,
                 )
             if now - started > SILENT_SECONDS:
                 raise UserError(

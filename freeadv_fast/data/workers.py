@@ -16,6 +16,7 @@ import mmap
 import multiprocessing
 import os
 import signal
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection
@@ -26,6 +27,7 @@ from numpy.typing import NDArray
 
 from freeadv_fast.data.plan import Plan
 from freeadv_fast.data.stream import Ints
+from freeadv_fast.data.waiting import SILENT_SECONDS, SLOW_SECONDS
 from freeadv_fast.errors import UserError
 
 # Plans that a worker holds: one that it executes and one that waits.
@@ -140,14 +142,28 @@ class _Worker:
             raise self._death() from None
 
     def take(self) -> Pixels:
-        """The pixels of the oldest plan.
+        """The pixels of the oldest plan, with a line where a file takes long.
 
         Raises:
-            UserError: what the worker returned in their place, or died of.
+            UserError: what the worker returned in their place, died of, or is silent at.
         """
+        row, since, is_told = self.row.item(), time.monotonic(), False
         while not self.pipe.poll(LOOK_SECONDS):
             if not self.process.is_alive() and not self.pipe.poll():
                 raise self._death()
+            if self.row.item() != row:
+                row, since, is_told = self.row.item(), time.monotonic(), False
+            seconds = time.monotonic() - since
+            if seconds > SLOW_SECONDS and not is_told:
+                is_told = True
+                at = f"process {self.process.pid} has been at {self.path(row)}"
+                print(f"{at} for {seconds:.0f} s: a slow disk, or it is stopped", flush=True)
+            if seconds > SILENT_SECONDS:
+                raise UserError(
+                    f"--data: {self.path(row)} was not read in {SILENT_SECONDS / 60:.0f} minutes; "
+                    f"see whether its disk or file server answers and process {self.process.pid}, "
+                    "which decodes it, is not stopped, then --resume"
+                )
         try:
             error: UserError | None = self.pipe.recv()
         except (EOFError, OSError):

@@ -101,6 +101,8 @@ class Heartbeat:
         self._said_late = -1
         self._beats: list[Beat] = []
         self._read_at = 0.0
+        # When a rank's process was first seen to have ended.
+        self._ended: dict[int, float] = {}
         self._write()
         self._threads = [
             threading.Thread(target=work, name="heartbeat", daemon=True)
@@ -149,7 +151,8 @@ class Heartbeat:
         with contextlib.suppress(RuntimeError):  # the store lives in rank 0's process
             while not self._is_leaving.wait(SECONDS_BETWEEN_BEATS):
                 self._write()
-                self._beats, self._read_at = self._read(), time.monotonic()
+                began = time.monotonic()
+                self._beats, self._read_at = self._read(), began
             self._say_goodbye()
 
     def _watch(self) -> None:
@@ -203,13 +206,24 @@ class Heartbeat:
         for rank, beat in enumerate(beats):
             if rank == self._rank or beat.has_left:
                 continue
-            if beat.host == self._host and not is_alive(beat.pid):
+            if self._has_ended(rank, beat):
                 return lost_line(rank, f"its process ended at {beat.place}")
             if silence[rank] >= PATIENCE:
                 return lost_line(
                     rank, f"not heard from for {silence[rank]:.0f} s, last at {beat.place}"
                 )
         return ""
+
+    def _has_ended(self, rank: int, beat: Beat) -> bool:
+        """Whether a rank's process ended on this machine, and without a goodbye.
+
+        Its last beat may be newer than the one at hand: what is read afterwards decides. Rank 0's
+        is, because it stays until its own has been read; later the store is gone with it.
+        """
+        if beat.host != self._host or is_alive(beat.pid):
+            return False
+        ended_at = self._ended.setdefault(rank, time.monotonic())
+        return rank == 0 or self._read_at > ended_at
 
     def _say_late(self, beats: Sequence[Beat], seconds: float) -> None:
         """Names a rank that is waited for, once a place, on the first rank that waits."""

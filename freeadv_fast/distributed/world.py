@@ -162,7 +162,7 @@ class World:
         section 3.3, whose gather-everything this replaces.
         """
         route = self._route(len(images), seed, step, counts)
-        return exchange(images, labels, route, self._device_group, timeout)
+        return self._exchange(images, labels, route, timeout)
 
     def unshuffle(
         self,
@@ -192,6 +192,18 @@ class World:
             PeerLost: as `shuffle`.
         """
         route = self._route(len(images), seed, step, counts).inverted()
+        return self._exchange(images, labels, route, timeout)
+
+    def _exchange(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        route: Route,
+        timeout: datetime.timedelta,
+    ) -> Exchange:
+        """Begins an exchange; a rank that waits in it has come further than one that is late."""
+        if self.size > 1:
+            arrive()
         return exchange(images, labels, route, self._device_group, timeout)
 
     def _route(self, count: int, seed: int, step: int, counts: Sequence[int] | None) -> Route:
@@ -205,6 +217,11 @@ class World:
     def _device_group(self) -> dist.ProcessGroup | None:
         """The group over which tensors of the training step travel."""
         return dist.group.WORLD if self.size > 1 else None
+
+    def new_group(self) -> dist.ProcessGroup:
+        """All ranks once more, for tensors on the device that shall not wait for the others."""
+        group: dist.ProcessGroup = dist.new_group(timeout=PATIENCE)
+        return group
 
     def barrier(self) -> None:
         """Waits on the host until every rank is here."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from freeadv_fast.config.attack import Attack
 from freeadv_fast.evaluation.evaluate import Evaluation
-from freeadv_fast.evaluation.report import results_table
+from freeadv_fast.evaluation.tables import results_table
 
 # 95 % of a normal distribution lie within so many standard deviations.
 Z95 = 1.959964
@@ -62,14 +63,39 @@ def accuracy_table(measured: Evaluation, step: str) -> str:
     return results_table(rows)
 
 
-def _row(name: str, step: str | None, accuracy: float, num_images: int) -> dict[str, object]:
-    """One accuracy; without a step it is a clean one."""
+def side_by_side(networks: Mapping[str, tuple[float, Mapping[str, float]]], step: str) -> str:
+    """A line for the clean images and one for each attack, a column for each network.
+
+    Args:
+        networks: Column's title to the clean accuracy and the one under each attack.
+        step: The attacks' step, such as ``1/255``.
+
+    Returns:
+        Lines joined by newlines, without a last one.
+    """
+    clean = {title: accuracy for title, (accuracy, _) in networks.items()}
+    rows = [attack_columns("none", None) | clean]
+    attacks = dict.fromkeys(name for _, robust in networks.values() for name in robust)
+    for name in attacks:
+        under = {title: robust.get(name) for title, (_, robust) in networks.items()}
+        rows.append(attack_columns(name, step) | under)
+    return results_table(rows)
+
+
+def attack_columns(name: str, step: str | None) -> dict[str, object]:
+    """What makes an attack weak or strong, a column each; no step: there is no attack."""
     attack = None if step is None else Attack.parse(name)
     return {
         "attack": name,
         "steps": attack and attack.steps,
         "step": step or "-",
         "restarts": attack and attack.restarts,
+    }
+
+
+def _row(name: str, step: str | None, accuracy: float, num_images: int) -> dict[str, object]:
+    """One accuracy; without a step it is a clean one."""
+    return attack_columns(name, step) | {
         "images": num_images,
         "accuracy": accuracy,
         "95% interval": interval_text(accuracy, num_images),

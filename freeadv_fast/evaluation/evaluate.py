@@ -72,7 +72,7 @@ def evaluate(
         mean: Per-channel mean that the network's input was normalised with, in [0, 1].
         std: Per-channel standard deviation, likewise.
         clean_loader: This rank's share of the images that the clean accuracies are over, where
-            they are others than the attacked ones (`subject.whole_val_loader`).
+            they are others than the attacked ones (`images.whole_val_loader`).
         seed: Seed of the random starts.
         progress: Draw a bar, on rank 0 of a terminal.
         label: Text before the bar.

@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 from freeadv_fast.config.attack import Attack, doubt_about_steps, parsed, passes
-from freeadv_fast.config.file import load_config
-from freeadv_fast.config.presets import CPU_CLEAN_SIDE, CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES
+from freeadv_fast.config.file import load_config, remarks_on
+from freeadv_fast.config.presets import CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.threat import Perturbation
-from freeadv_fast.data.build import build_val_loader
 from freeadv_fast.data.loader import Loader
 from freeadv_fast.distributed.world import World, joined_world
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.accuracy import accuracy_table
 from freeadv_fast.evaluation.evaluate import Evaluation, eval_mode
 from freeadv_fast.evaluation.evaluate import evaluate as measure
+from freeadv_fast.evaluation.images import open_val, whole_val_loader
 from freeadv_fast.models.own import check_logits
 from freeadv_fast.runs.environment import versions
 from freeadv_fast.runs.log import write_json
@@ -108,6 +108,9 @@ def _names(attacks: Sequence[Attack | str] | str) -> tuple[str, ...]:
 
 def _evaluate_run(run: SavedRun, chosen: dict[str, Any], world: World) -> Evaluation:
     """`evaluate` of a run, with what the user chose instead of the run's own."""
+    if world.is_main and chosen["eval_step"] is None:
+        for line in remarks_on(run.folder.config):
+            print(line, flush=True)
     if world.device.type != "cuda" and run.config.eval_images is None:
         limit_without_gpu(chosen, run.config.eval_attacks, world)
     scale_step(chosen, run.config, world)
@@ -148,7 +151,7 @@ def _evaluate_network(
         augment="none",
         normalization="none",
     )
-    loader = world.together(lambda: build_val_loader(config, world, config.eval_images))
+    loader = open_val(config, world, config.eval_images)
     network.to(world.device)
     with eval_mode(network):
         check_logits(network, name, len(loader.classes), side, world.device)
@@ -190,22 +193,10 @@ def limit_without_gpu(chosen: dict[str, Any], attacks: Sequence[str], world: Wor
         print("\n".join(said), flush=True)
 
 
-def whole_val_loader(config: TrainConfig, world: World) -> Loader | None:
-    """All validation images, for a clean accuracy that hangs on no choice of images to attack.
-
-    None where that is no other set than the attacked one, and where it would take hours: images
-    of more than `CPU_CLEAN_SIDE` pixels without a GPU.
-    """
-    is_cheap = world.device.type == "cuda" or config.image_size <= CPU_CLEAN_SIDE
-    if config.eval_images is None or not is_cheap:
-        return None
-    return build_val_loader(config, world, None)
-
-
 def _measure(run: SavedRun, world: World) -> Evaluation:
     """Evaluates the run's network as its config says."""
     config = run.config
-    loader = world.together(lambda: build_val_loader(config, world, config.eval_images))
+    loader = open_val(config, world, config.eval_images)
     if loader.classes != run.classes:
         raise UserError(
             f"--data {config.data}: its {len(loader.classes)} classes are not the "

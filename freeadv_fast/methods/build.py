@@ -10,6 +10,7 @@ from torch import Tensor
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.threat import ThreatModel
 from freeadv_fast.methods.advprop import AdvProp
+from freeadv_fast.methods.dat import Dat
 from freeadv_fast.methods.elle import Elle
 from freeadv_fast.methods.fast_advprop import FastAdvProp, Shuffle
 from freeadv_fast.methods.fgsm import Fgsm
@@ -56,11 +57,12 @@ def build_method(
 
     Args:
         config: The run.
-        learner: The network in training.
+        learner: The network in training; from now on it takes this config's minibatches.
         device: Where training runs.
         num_classes: Of the data.
         shuffle: Moves Fast AdvProp's adversarial images between batch-norm groups and ranks.
     """
+    learner.minibatch_size = config.batch_size
     threat = config.threat
     if config.method == "pgd":
         return Pgd(learner, threat, attack_steps=config.attack_steps, start=config.attack_start)
@@ -69,7 +71,7 @@ def build_method(
     assert isinstance(threat, ThreatModel)  # TrainConfig gives an L2 ball to these two only
     mixing: dict[str, Any] = {"kind_of_mix": config.mix, "mix_alpha": config.mix_alpha}
     buffer: dict[str, Any] = {
-        "minibatch_shape": (config.batch_size, config.image_size, config.image_size, 3),
+        "minibatch_shape": (config.update_size, config.image_size, config.image_size, 3),
         "device": device,
     }
     branches: dict[str, Any] = mixing | {
@@ -106,6 +108,17 @@ def build_method(
         case "yopo":
             return Yopo(
                 learner, threat, outer_steps=config.attack_steps, inner_steps=config.yopo_inner
+            )
+        case "dat" if config.dat_attack == "fgsm":
+            return Fgsm(learner, threat, start="uniform")
+        case "dat":
+            return Dat(
+                learner,
+                threat,
+                attack_steps=config.attack_steps,
+                mode=config.dat_mode,
+                clean_weight=config.dat_clean_weight,
+                has_marks=config.dat_unlabelled == "kl" and config.num_unlabelled > 0,
             )
         case "advprop":
             return AdvProp(

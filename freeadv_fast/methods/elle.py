@@ -80,6 +80,7 @@ class Elle:
         self.lam = torch.tensor(0.0 if adaptive else lambda_max, device=device)
         # Of the E_lin so far: count, mean, sum of squared distances from the mean.
         self.history = torch.zeros(3, dtype=torch.float64, device=device)
+        self.errors: list[Tensor] = []  # of the parts of the update in progress
 
     def train_minibatch(self, images: Tensor, labels: Tensor, global_size: int) -> Passes:
         """Makes one update from one minibatch.
@@ -105,7 +106,10 @@ class Elle:
         errors = self.linearity_errors(images, labels)
         learner.add_gradients(self.lam * learner.share(errors.sum(), global_size))
         if self.adaptive:
-            self.adapt(errors.detach().mean())
+            before = [] if learner.part.is_first else self.errors
+            self.errors = [*before, errors.detach()]
+            if learner.part.is_last:
+                self.adapt(torch.cat(self.errors).mean())
         learner.apply_gradients()
 
     def linearity_errors(self, images: Tensor, labels: Tensor) -> Tensor:

@@ -101,12 +101,21 @@ class FastAdvProp:
             labels: (n,) int64.
             global_size: Images over all ranks, n on each.
         """
+        num_ranks, num_adv = global_size // len(images), round(self.p_adv * len(images))
+        self.learner.update(self.descend, images, labels, num_adv, num_ranks)
+        return Passes(global_size + self.attack_steps * num_ranks * num_adv)
+
+    def descend(self, images: Tensor, labels: Tensor, num_adv: int, num_ranks: int) -> None:
+        """The attack, whose passes train the auxiliary branch, the exchange and the update.
+
+        Args:
+            images: (n, H, W, 3) uint8, `num_adv` of them to be attacked. labels: (n,) int64.
+            num_adv: Of this rank. num_ranks: With as many images each.
+        """
         learner = self.learner
-        num_adv = round(self.p_adv * len(images))
         (attacked, clean), (adv_labels, clean_labels) = (
             tensor.tensor_split([num_adv]) for tensor in (images, labels)
         )
-        num_ranks = global_size // len(images)
         num_clean, num_adv = num_ranks * len(clean), num_ranks * num_adv
         # Weighted images that each group of parameters sees in this update, over all ranks.
         aux_size = num_adv * (self.attack_steps * self.noise_weight + self.adv_weight)
@@ -149,8 +158,7 @@ class FastAdvProp:
         if self.sync_speed:
             learner.scale_gradients(self.main_parameters, total_size / num_clean)
             learner.scale_gradients(self.auxiliary_parameters, total_size / aux_size)
-        learner.step()
-        return Passes(num_clean + (self.attack_steps + 1) * num_adv)
+        learner.apply_gradients()
 
     def start(self, images: Tensor) -> tuple[Tensor, float]:
         """Where the attack starts: the perturbation, and grey levels in one unit of it."""

@@ -28,7 +28,7 @@ class Free:
         learner: The network in training.
         threat: Radius eps and step size of the perturbation; the paper's step is eps.
         m: Replays of each minibatch.
-        minibatch_shape: (N, H, W, 3) of a full minibatch on this rank.
+        minibatch_shape: (N, H, W, 3) of a full minibatch on this rank, all parts of an update.
         device: Where training runs.
     """
 
@@ -72,7 +72,8 @@ class Free:
             images: (n, H, W, 3) uint8. labels: (n,) int64.
             global_size: Images of the minibatch over all ranks.
         """
-        learner, delta = self.learner, self.delta[: len(images)]
+        learner = self.learner
+        delta = self.delta[learner.slots(images)]
         loss = learner.loss(x, labels, global_size, role="adversarial")
         learner.backward(loss)  # one pass: g_theta and g_adv
         learner.ascend_to_next_input_(

@@ -73,9 +73,17 @@ class GradAlign:
             images: (n, H, W, 3) uint8. labels: (n,) int64.
             global_size: Images of the minibatch over all ranks.
         """
+        learner = self.learner
+        has_term = learner.updates % self.every == 0
+        learner.update(self.descend, images, labels, global_size, learner.attack_scale, has_term)
+        return Passes(global_size, (1 + has_term) * global_size)
+
+    def descend(
+        self, images: Tensor, labels: Tensor, global_size: int, attack_scale: float, has_term: bool
+    ) -> None:
+        """The attack, and the update where it ends, with the term or without."""
         learner, threat = self.learner, self.threat
         delta = torch.zeros(images.shape, device=images.device)
-        has_term = learner.updates % self.every == 0
         clean = learner.network_input(images)
         if has_term and self.through == "both":
             g1 = self.differentiable_gradient(clean, labels)
@@ -86,7 +94,7 @@ class GradAlign:
             g1.detach(),
             images,
             learner.meters.nonfinite_gradients,
-            step=float(threat.step.levels) * learner.attack_scale,
+            step=float(threat.step.levels) * attack_scale,
             eps=float(threat.eps.levels),
         )
         x = learner.network_input(images, delta)
@@ -95,8 +103,7 @@ class GradAlign:
             term = self.misalignment_at(clean, labels, g1)
             loss = loss + learner.share(term, global_size, self.weight * self.every)
         learner.backward(loss)
-        learner.step()
-        return Passes(global_size, (1 + has_term) * global_size)
+        learner.apply_gradients()
 
     def misalignment_at(self, clean: Tensor, labels: Tensor, g1: Tensor) -> Tensor:
         """1 - cos(g1, g2), summed over the images; g2 at a uniform point around each.

@@ -146,7 +146,7 @@ class FreeTrades:
         threat: Radius eps and step size of the perturbation; free training's step is eps.
         m: Replays of each minibatch.
         beta: Weight of the divergence.
-        minibatch_shape: (N, H, W, 3) of a full minibatch on this rank.
+        minibatch_shape: (N, H, W, 3) of a full minibatch on this rank, all parts of an update.
         device: Where training runs.
     """
 
@@ -196,7 +196,8 @@ class FreeTrades:
             images: (n, H, W, 3) uint8. labels: (n,) int64.
             global_size: Images of the minibatch over all ranks.
         """
-        learner, delta = self.learner, self.delta[: len(images)]
+        learner = self.learner
+        delta = self.delta[learner.slots(images)]
         loss = trades_loss(learner, clean, x, labels, global_size, self.beta)
         learner.backward(loss)  # one pass: g_theta and g_adv
         learner.ascend_to_next_input_(

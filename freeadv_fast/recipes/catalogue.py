@@ -11,7 +11,7 @@ import difflib
 from freeadv_fast.config.method_names import METHODS
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.errors import UserError
-from freeadv_fast.recipes import advprop, digits, fast, free, gradalign, pgd, trades, yopo
+from freeadv_fast.recipes import advprop, dat, digits, fast, free, gradalign, pgd, trades, yopo
 
 # Each paper's recipes by name.
 PAPERS: dict[str, dict[str, TrainConfig]] = {
@@ -25,6 +25,7 @@ PAPERS: dict[str, dict[str, TrainConfig]] = {
         "Fast is better than free (Wong et al. 2020)": fast,
         "You Only Propagate Once (Zhang et al. 2019)": yopo,
         "TRADES (Zhang et al. 2019)": trades,
+        "Distributed Adversarial Training (Zhang et al. 2022)": dat,
     }.items()
 }
 RECIPES = {name: config for rows in PAPERS.values() for name, config in rows.items()}
@@ -46,6 +47,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "trades": "cifar10-wrn34-trades",
         "free-trades": "cifar10-wrn34-free-trades-m4",
         "yopo": "cifar10-preact18-yopo-5-3",
+        "dat": "cifar10-preact18-dat-pgd",
     },
     "svhn": {
         "free": "svhn-preact18-free-m8-eps8",
@@ -64,6 +66,7 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "advprop": "imagenet-rn50-advprop-pgd5-1x",
         "fgsm-rs": "imagenet-rn50-fgsm-rs-eps4",
         "pgd": "imagenet-rn50-pgd2-eps4",
+        "dat": "imagenet-rn50-dat-pgd",
     },
 }
 

@@ -69,6 +69,7 @@ def rows() -> dict[str, TrainConfig]:
         "trades": {"epochs": 4, "attack_steps": 5},
         "free-trades": {"epochs": 10, "m": 4},
         "yopo": {"epochs": 4, "attack_steps": 3},
+        "dat": {"epochs": 4, "attack_steps": 5},
     }
     for method, changes in few.items():
         own: dict[str, Any] = {"method": method, "m": 1} | changes

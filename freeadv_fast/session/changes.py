@@ -21,6 +21,7 @@ EVALUATION = ("eval_attacks", "eval_images", "eval_step", "export")
 SURROUNDINGS = (
     "data",  # the same images under another path
     "phase_data",
+    "unlabelled",
     "workers",
     "max_bad_fraction",
     "graphs",
@@ -95,9 +96,15 @@ def for_ranks(config: TrainConfig, made_for: int, num_ranks: int) -> TrainConfig
         return whole
 
     phases = (dataclasses.replace(p, batch_size=share(p.batch_size)) for p in config.phases)
-    return dataclasses.replace(
+    shared = dataclasses.replace(
         config, batch_size=share(config.batch_size), phases=Phases(tuple(phases))
     )
+    if shared.num_unlabelled * num_ranks != config.num_unlabelled * made_for:
+        raise UserError(
+            f"--nproc-per-node {num_ranks}: the {config.num_unlabelled * made_for} unlabelled "
+            f"images of a minibatch cannot be dealt out equally; resume it with {made_for}"
+        )
+    return shared
 
 
 def refuse_fixed(names: list[str], saved: TrainConfig, config: TrainConfig, folder: object) -> None:

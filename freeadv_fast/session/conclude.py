@@ -13,10 +13,10 @@ import torch
 from freeadv_fast.data.build import build_val_loader
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation import report
-from freeadv_fast.evaluation.accuracy import accuracy_table
+from freeadv_fast.evaluation.accuracy import accuracy_table, side_by_side
 from freeadv_fast.evaluation.class_words import class_words
 from freeadv_fast.evaluation.evaluate import Evaluation, evaluate
-from freeadv_fast.evaluation.subject import whole_val_loader
+from freeadv_fast.evaluation.images import whole_val_loader
 from freeadv_fast.models.normalize import with_normalizer
 from freeadv_fast.models.own import hand_back
 from freeadv_fast.runs import checkpoint, export
@@ -188,6 +188,7 @@ def describe(run: Run, measured: Evaluation, best: dict[str, Any] | None) -> Res
         holdout_images=holdout.num_images if holdout else 0,
         best_epoch=best["epoch"] if best else -1,
         best=best,
+        gradients=gradient_traffic(run),
         exported=config.export if best else "last",
         collapse=next(reversed(run.guard.history.collapses), None),
         seed=config.seed,
@@ -198,6 +199,20 @@ def describe(run: Run, measured: Evaluation, best: dict[str, Any] | None) -> Res
         folder=run.folder.root,
         load_model=lambda: with_normalizer(run.model, config.pixel_mean, config.pixel_std).eval(),
     )
+
+
+def gradient_traffic(run: Run) -> dict[str, Any] | None:
+    """What compressed gradients were to the network; None where they were not compressed."""
+    learner, size = run.learner, run.world.size
+    if learner.compression is None:
+        return None
+    num_elements = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    return {
+        "codec": run.config.compress,
+        "bytes_sent": learner.gradient_bytes,
+        "bytes_an_update": round(learner.gradient_bytes / max(learner.updates, 1)),
+        "float32_bytes_an_update": 2 * (size - 1) * 4 * num_elements // size,
+    }
 
 
 def draw(run: Run) -> None:
@@ -256,6 +271,12 @@ def summary(result: Result, measured: Evaluation) -> list[str]:
         f"last weights at eps {result.eps}",
         *accuracy_table(measured, result.attack_step).splitlines(),
     ]
+    if (sent := result.gradients) is not None:
+        saved = sent["float32_bytes_an_update"] / sent["bytes_an_update"]
+        lines.append(
+            f"gradients: {sent['bytes_sent'] / 1e6:,.1f} MB left rank 0 as {sent['codec']} bytes, "
+            f"{saved:.1f} times fewer than float32"
+        )
     if result.best is not None and not result.best["is_last"]:
         lines += beside_the_last(result, result.best)
     return [*lines, f"exported: the {result.exported} weights (--export last or best)"]
@@ -263,16 +284,13 @@ def summary(result: Result, measured: Evaluation) -> list[str]:
 
 def beside_the_last(result: Result, best: dict[str, Any]) -> list[str]:
     """The weights that held-out images chose, beside the last ones, and what that is worth."""
-    rows = {
+    weights = {
         "last": (result.clean_accuracy, result.robust_accuracy),
         f"best, of epoch {best['epoch']}": (best["clean_accuracy"], best["robust_accuracy"]),
     }
-    table = report.results_table(
-        [{"weights": name, "clean": clean} | robust for name, (clean, robust) in rows.items()]
-    )
     verdict = "are better than the last by more" if best["is_better"] else "are no better than"
     chance = "than chance explains" if best["is_better"] else "chance explains"
     return [
-        *table.splitlines(),
+        *side_by_side(weights, result.attack_step).splitlines(),
         f"the best {verdict} {chance}, on {result.holdout_images:,} held-out images",
     ]

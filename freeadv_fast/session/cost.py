@@ -46,7 +46,9 @@ class Cost:
         match config.method:
             case "fast-advprop":
                 return Passes(int(images + config.attack_steps * attacked))
-            case "pgd" | "trades" | "advprop":
+            case "dat" if config.dat_attack == "fgsm":
+                attack = images
+            case "pgd" | "trades" | "advprop" | "dat":
                 attack = int(config.attack_steps * attacked)
             case "fgsm" | "fgsm-rs" | "n-fgsm" | "elle":
                 attack = images
@@ -90,7 +92,7 @@ def costs_of(
             config=phase,
             num_images=loaders.train.num_images,
             num_batches=loaders.train.num_batches,
-            global_batch=phase.batch_size * num_ranks,
+            global_batch=phase.update_size * num_ranks,
             first_update=span.updates.start,
             minibatches=math.ceil(len(span.updates) / config.m),
         )

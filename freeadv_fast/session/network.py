@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from freeadv_fast import ops
 from freeadv_fast.config.budget import Budget
 from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.distributed.compress import GradientCompression
 from freeadv_fast.distributed.world import World, is_main_rank
 from freeadv_fast.errors import UserError, blaming
 from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
@@ -24,7 +26,7 @@ from freeadv_fast.runs import checkpoint
 from freeadv_fast.session.run import say
 from freeadv_fast.step.graphs import WARM_UP, WARM_UP_OF_RANKS, CudaRecorder, GraphRunner
 from freeadv_fast.step.learner import Learner, Pixels
-from freeadv_fast.step.optim import build_sgd, is_capturable
+from freeadv_fast.step.optim import build_optimizer, is_capturable
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -74,13 +76,16 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
     has_packed_input = wants_packed_input(config, world) and use_space_to_depth(model)
     # Together, for apex may be missing on one node of several.
     optimizer = world.together(
-        lambda: build_sgd(
+        lambda: build_optimizer(
             model,
+            name=config.optimizer,
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             decay=config.decay,
-            name=config.optimizer,
+            lalr_min=config.lalr_min,
+            lalr_max=config.lalr_max,
+            lalr_exempt=config.lalr_exempt,
         )
     )
     obstacle = obstacle_to_graphs(config, world, optimizer)
@@ -90,14 +95,9 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
         say(world, f"graphs: off, {obstacle}")
     recorder = None if obstacle else CudaRecorder()
     net = DualNetwork(model) if config.has_branches else model
-    if world.size > 1:
-        # On the stream of the recordings, because its hooks run where it was built. Each rank keeps
-        # its own running statistics (checkpoint.averaged_buffers); broadcasting them at every
-        # forward would also break two forwards before one backward.
-        with recorder.warming_up() if recorder else contextlib.nullcontext():
-            net = DistributedDataParallel(
-                net, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+    # On the stream of the recordings, because data parallelism's hooks run where it was built.
+    with recorder.warming_up() if recorder else contextlib.nullcontext():
+        net, compression = over_ranks(net, config, world)
     precision = PRECISIONS[resolve_precision(config.precision, world.device)]
     pixels = Pixels(
         torch.tensor(config.pixel_mean, device=world.device),
@@ -108,24 +108,66 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
         has_packed_input,
     )
 
-    def lr_at(update: int) -> float:
-        return config.lr * config.schedule.factor(
-            update,
-            total_updates=budget.total_updates,
-            data_epochs_before=budget.data_epochs_before,
-            cost=config.cost,
-        )
-
     def attack_scale_at(update: int) -> float:
         if config.attack_warmup == 0:
             return 1.0
         return min(1.0, budget.data_epochs_before(update) * config.cost / config.attack_warmup)
 
-    learner = Learner(net, optimizer, lr_at, pixels, precision, world.size, attack_scale_at)
+    lr_at = learning_rates(config, budget)
+    learner = Learner(
+        net, optimizer, lr_at, pixels, precision, world.size, attack_scale_at, compression
+    )
     if recorder is not None:
         warm_up = WARM_UP if world.size == 1 else WARM_UP_OF_RANKS
         learner.record_with(GraphRunner(lambda line: say(world, line), recorder, warm_up))
     return learner
+
+
+def over_ranks(
+    net: nn.Module, config: TrainConfig, world: World
+) -> tuple[nn.Module, GradientCompression | None]:
+    """The network with gradients that are averaged over the ranks, and what compresses them.
+
+    Each rank keeps its own running statistics (checkpoint.averaged_buffers); broadcasting them at
+    every forward would also break two forwards before one backward.
+    """
+    if world.size == 1:
+        return net, None
+    parallel = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if config.compress == "none":
+        return parallel, None
+    compression = GradientCompression(
+        config.compress,
+        rank=world.rank,
+        size=world.size,
+        seed=config.seed,
+        device=world.device,
+        group=world.new_group(),
+    )
+    compression.attach(parallel)
+    return parallel, compression
+
+
+def learning_rates(config: TrainConfig, budget: Budget) -> Callable[[int], float]:
+    """The learning rate of an update, by its index: the warm-up, then the schedule from its start.
+
+    A run of 5 + 100 epochs drops by 10 where one of 100 does, 5 epochs later (Zhang et al., UAI
+    2022, main.py: the warm-up's epochs come on top, and its last update is at the full rate).
+    """
+    warm_epochs = config.warmup_epochs / config.cost
+    warm_updates = budget.updates_before(warm_epochs)
+
+    def lr_at(update: int) -> float:
+        if update < warm_updates:
+            return config.lr * (update + 1) / warm_updates
+        return config.lr * config.schedule.factor(
+            update - warm_updates,
+            total_updates=budget.total_updates - warm_updates,
+            data_epochs_before=lambda u: budget.data_epochs_before(warm_updates + u) - warm_epochs,
+            cost=config.cost,
+        )
+
+    return lr_at
 
 
 def has_fused_norms(config: TrainConfig, world: World) -> bool:

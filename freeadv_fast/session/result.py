@@ -34,6 +34,9 @@ class Result:
         best: Null, or what the weights of that epoch come to: ``epoch``, ``clean_accuracy``,
             ``clean_top5_accuracy``, ``robust_accuracy`` as above; ``is_last`` where they are the
             last ones; ``is_better`` where the held-out images say so beyond chance.
+        gradients: Null, or how they travelled where --compress is on: ``codec``, ``bytes_sent``
+            (by rank 0, in all sessions), ``bytes_an_update``, ``float32_bytes_an_update`` (what a
+            ring of float32 all-reduces sends).
         exported: Which weights are in export/, ``last`` or ``best``.
         collapse: Null, or the last collapse that the guard saw: ``detected_at_passes``, ``epoch``
             (with its fraction), ``robust_accuracy_before`` and ``_after`` (held-out images under
@@ -63,6 +66,7 @@ class Result:
     holdout_images: int
     best_epoch: int
     best: dict[str, Any] | None = None
+    gradients: dict[str, Any] | None = None
     exported: str | None = None
     collapse: dict[str, Any] | None
     seed: int

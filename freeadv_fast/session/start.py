@@ -59,6 +59,7 @@ def start_lines(
         "network": [network_text(config, world, learner)],
         "device": [device_text(world, machine)],
         "batch": [batch_text(config, world.size)],
+        "gradients": gradient_lines(config, world.size),
         "cost": cost_lines(config, costs_of(config, budget, phase_loaders, world.size)),
         "evaluation": [
             evaluation_text(config, phase_loaders[-1].val.num_images),
@@ -167,10 +168,23 @@ def device_text(world: World, machine: dict[str, Any]) -> str:
 
 
 def batch_text(config: TrainConfig, num_ranks: int) -> str:
-    """The global minibatch of each phase and each rank's share."""
-    sizes = [phase.batch_size for phase in config.phase_configs]
-    ranks = counted(num_ranks, "rank")
-    return ", then ".join(f"{size * num_ranks:,} = {ranks} x {size}" for size in sizes)
+    """The images of an update in each phase, and how they come together."""
+    factors = [counted(num_ranks, "rank")]
+    if config.accumulate > 1:
+        factors.append(f"{config.accumulate} minibatches")
+    return ", then ".join(
+        f"{phase.update_size * num_ranks:,} = {' x '.join(factors)} x {phase.batch_size}"
+        for phase in config.phase_configs
+    )
+
+
+def gradient_lines(config: TrainConfig, num_ranks: int) -> list[str]:
+    """How gradients travel, where they are asked to travel compressed."""
+    if config.compress == "none":
+        return []
+    if num_ranks == 1:
+        return [f"--compress {config.compress}: nothing to do, one rank sends none"]
+    return [f"{config.compress} codec, one byte an element to their owners and back"]
 
 
 def evaluation_text(config: TrainConfig, num_images: int) -> str:

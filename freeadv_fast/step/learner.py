@@ -10,8 +10,9 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from freeadv_fast import ops
 from freeadv_fast.config.threat import AnyThreatModel, L2ThreatModel, clip_to_pixels_
+from freeadv_fast.distributed.compress import GradientCompression
 from freeadv_fast.distributed.heartbeat import arrive
 from freeadv_fast.models.batch_norm import Branch, DualNetwork
 from freeadv_fast.step.graphs import GraphRunner, Step
 from freeadv_fast.step.meters import Meters, Role
-from freeadv_fast.step.mixing import Labels, cross_entropy_sum, num_hits
+from freeadv_fast.step.mixing import Labels, MixedLabels, cross_entropy_sum, num_hits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,23 @@ class Pixels:
     space_to_depth: bool = False
 
 
+class Part(NamedTuple):
+    """Which images of an update the step in progress has.
+
+    Attributes:
+        first_slot: Batch slot of the first.
+        is_first: Whether nothing of the update was done before.
+        is_last: Whether nothing of it comes after.
+    """
+
+    first_slot: int
+    is_first: bool
+    is_last: bool
+
+
+WHOLE = Part(first_slot=0, is_first=True, is_last=True)
+
+
 class Learner:
     """A network in training.
 
@@ -59,6 +78,12 @@ class Learner:
         num_ranks: Ranks over which gradients are averaged.
         attack_scale_at: Share of its full length at which an attack steps, by the index of the
             update; methods that warm their attack up multiply by it.
+        compression: What averages gradients over the ranks in place of an all-reduce.
+
+    Attributes:
+        minibatch_size: Images that go through the network together, at most; an update on more is
+            made in parts and adds their gradients up. None for all of them.
+        part: Of the update in progress.
     """
 
     def __init__(
@@ -70,6 +95,7 @@ class Learner:
         precision: torch.dtype | None = None,
         num_ranks: int = 1,
         attack_scale_at: Callable[[int], float] = lambda update: 1.0,
+        compression: GradientCompression | None = None,
     ) -> None:
         """Starts at update 0."""
         device = pixels.mean.device
@@ -80,12 +106,21 @@ class Learner:
         self.precision = precision or pixels.dtype
         self.num_ranks = num_ranks
         self.attack_scale_at = attack_scale_at
+        self.compression = compression
+        self._bytes_before = 0
         self.updates = 0
+        self.minibatch_size: int | None = None
+        self.part = WHOLE
         self.runner: GraphRunner | None = None
         self._rate: Tensor | None = None
         self.meters = Meters(device)
+        # Compressed gradients that are not finite end as NaN on every rank. The scaler skips such
+        # an update in any precision, at a scale of 1 where fp16 needs none.
+        self.loss_scale = None if self.precision is torch.float16 else 1.0
         self.scaler = torch.amp.grad_scaler.GradScaler(
-            device.type, enabled=self.precision is torch.float16
+            device.type,
+            init_scale=self.loss_scale or 2.0**16,
+            enabled=self.precision is torch.float16 or compression is not None,
         )
 
     def network_input(
@@ -116,6 +151,12 @@ class Learner:
     def attack_scale(self) -> float:
         """Share of its full length at which an attack of this update steps, in 0..1."""
         return self.attack_scale_at(self.updates)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of compressed gradients that have left this rank, in all sessions of the run."""
+        own = self.compression.bytes_sent if self.compression is not None else 0
+        return self._bytes_before + own
 
     @property
     def module(self) -> nn.Module:
@@ -284,12 +325,13 @@ class Learner:
         x.grad = None
 
     def zero_grad(self) -> None:
-        """Drops the last update's gradients.
+        """Drops the last update's gradients, before the first part of this one.
 
         Just before the new ones come: dropped right after the update, their pages went back to the
         system and were faulted in again, 9 % of a step on a CPU (ResNet-18 at 32 px, 16 images).
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.part.is_first:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def add_gradients(self, loss: Tensor) -> None:
         """One backward pass on top of the gradients that are there.
@@ -299,7 +341,7 @@ class Learner:
         self.scaler.scale(loss).backward()
 
     def backward(self, loss: Tensor) -> None:
-        """An update's only backward pass: nothing of the last update is left in the gradients."""
+        """A step's only backward pass: nothing of the last update is left in the gradients."""
         self.zero_grad()
         self.add_gradients(loss)
 
@@ -324,26 +366,45 @@ class Learner:
 
         Args:
             step: Does a whole update, up to `apply_gradients`, and leaves the host nothing to do.
-            *inputs: Its tensors and numbers, all that differs between two updates.
+                Of more images than `minibatch_size` it is given one part after the other, see
+                `InParts`.
+            *inputs: Its tensors and numbers, all that differs between two updates. Tensors have a
+                row an image, the first of them is one.
         """
         arrive()  # where ranks wait for each other's gradients next
         self._set_rate()
+        if self.compression is not None:
+            self.compression.begin_update(self.updates)
+        step = self._in_parts(step, len(inputs[0]))
         if self.runner is None:
             step(*inputs)
         else:
             self.runner(step, *inputs)
         self.updates += 1
 
-    def step(self) -> None:
-        """One optimizer update at this update's learning rate."""
-        self._set_rate()
-        self.apply_gradients()
-        self.updates += 1
+    def _in_parts(self, step: Step, num_images: int) -> Step:
+        """A step on so many images as the network can take it."""
+        size = self.minibatch_size or num_images
+        # No part of one image: batch norm cannot train on it.
+        num_parts = min(math.ceil(num_images / size), num_images // 2)
+        return InParts(self, step, num_parts) if num_parts > 1 else step
+
+    def slots(self, images: Tensor) -> slice:
+        """Batch slots of the images that a step is given: what it keeps for them lies there."""
+        return slice(self.part.first_slot, self.part.first_slot + len(images))
 
     def apply_gradients(self) -> None:
-        """The optimizer's part on the device; fp16 overflows skip it."""
+        """The optimizer's half of an update on the device, once all parts' gradients are there.
+
+        fp16 overflows in any of them skip it, as do compressed gradients that are not finite.
+        """
+        if not self.part.is_last:
+            return
         self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if self.scaler.is_enabled():
+            (is_skipped,) = self.scaler._found_inf_per_device(self.optimizer).values()
+            self.meters.skipped_updates += is_skipped.to(torch.int64)
+        self.scaler.update(self.loss_scale)
 
     def record_with(self, runner: GraphRunner) -> None:
         """Lets `runner` record updates; the learning rate then lives on the device."""
@@ -375,16 +436,18 @@ class Learner:
         """
         was_training = self.module.training
         self.module.eval()
-        logits = self.forward(self.network_input(images), attack=True)
+        minibatches = images.split(self.minibatch_size or len(images))
+        logits = [self.forward(self.network_input(part), attack=True) for part in minibatches]
         self.module.train(was_training)
-        return (logits.argmax(1) == labels).sum()
+        return (torch.cat(logits).argmax(1) == labels).sum()
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer, scaler and update counter; weights and meters are saved apart."""
+        """Optimizer, scaler and counters; weights and meters are saved apart."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "updates": self.updates,
+            "gradient_bytes": self.gradient_bytes,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -397,6 +460,51 @@ class Learner:
         self.forget_recordings()  # the optimizer's tensors are others now
         self.scaler.load_state_dict(state["scaler"])
         self.updates = int(state["updates"])
+        sent = self.compression.bytes_sent if self.compression is not None else 0
+        self._bytes_before = int(state.get("gradient_bytes", 0)) - sent  # also after a rewind
+
+
+@dataclasses.dataclass(frozen=True)
+class InParts:
+    """A step on parts of its inputs, one after the other, that makes one update of them all.
+
+    Each part is a minibatch of its own to attacks and to batch norm, whose running statistics move
+    with each. Losses are divided by the size of the whole, so that gradients add up to those of its
+    mean. They are dropped before the first part, reduced over the ranks in the last one, and
+    applied after it. Ranks may have different numbers of parts: each reduces once.
+
+    Attributes:
+        learner: Runs the parts.
+        step: Takes tensors with a row an image, and numbers.
+        num_parts: Of near-equal size, as `torch.tensor_split` makes them and groups of batch norm.
+    """
+
+    learner: Learner
+    step: Step
+    num_parts: int
+
+    def __call__(self, *inputs: Any) -> None:
+        """Runs the step on each part."""
+        learner, last = self.learner, self.num_parts - 1
+        size, rest = divmod(len(inputs[0]), self.num_parts)
+        ends = [size * number + min(number, rest) for number in range(self.num_parts + 1)]
+        try:
+            for number, rows in enumerate(map(slice, ends, ends[1:])):
+                learner.part = Part(rows.start, is_first=number == 0, is_last=number == last)
+                is_reduced = learner.part.is_last
+                with contextlib.nullcontext() if is_reduced else learner.without_reduction():
+                    self.step(*(_rows_of(value, rows) for value in inputs))
+        finally:
+            learner.part = WHOLE
+
+
+def _rows_of(value: Any, rows: slice) -> Any:
+    """Rows of a step's input in its own memory, a leaf where it is one; a number as it is."""
+    if isinstance(value, MixedLabels):
+        return MixedLabels(value.own[rows], value.other[rows], value.share)
+    if isinstance(value, Tensor):
+        return value.detach()[rows].requires_grad_(value.requires_grad)
+    return value
 
 
 def evaluating_tree(module: nn.Module) -> nn.Module:

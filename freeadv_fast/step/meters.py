@@ -26,6 +26,7 @@ class Reading:
         passes: Images forwarded and backwarded.
         nonfinite_losses: Passes over a minibatch whose loss was not finite.
         nonfinite_gradients: Input-gradient entries that were not finite; they moved nothing.
+        skipped_updates: Updates whose weight gradients were not finite; they moved nothing.
     """
 
     loss: float
@@ -33,6 +34,7 @@ class Reading:
     passes: int
     nonfinite_losses: int
     nonfinite_gradients: int
+    skipped_updates: int
 
 
 class Meters:
@@ -44,6 +46,7 @@ class Meters:
         # counts images exactly and sums losses without drift.
         self.sums = torch.zeros(len(ROLES), 4, dtype=torch.float64, device=device)
         self.nonfinite_gradients = torch.zeros(1, dtype=torch.int64, device=device)
+        self.skipped_updates = torch.zeros(1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def add(self, role: Role, loss_sum: Tensor, hits: Tensor, num_images: int) -> None:
@@ -63,10 +66,11 @@ class Meters:
 
     def read(self, world: World) -> Reading:
         """Sums over the ranks, resets, and returns the means; waits for the device."""
-        flat = torch.cat([self.sums.flatten(), self.nonfinite_gradients.to(torch.float64)])
-        *sums, gradients = world.sum_(flat).tolist()
-        self.sums.zero_()
-        self.nonfinite_gradients.zero_()
+        counters = [self.nonfinite_gradients, self.skipped_updates]
+        flat = torch.cat([self.sums.flatten(), *(c.to(torch.float64) for c in counters)])
+        *sums, gradients, skipped = world.sum_(flat).tolist()
+        for sum_or_count in (self.sums, *counters):
+            sum_or_count.zero_()
         losses, correct, images, nonfinite = (sums[column::4] for column in range(4))
         return Reading(
             loss=sum(losses) / max(sum(images), 1.0),
@@ -74,13 +78,20 @@ class Meters:
             passes=int(sum(images)),
             nonfinite_losses=int(sum(nonfinite)),
             nonfinite_gradients=int(gradients),
+            skipped_updates=int(skipped) // world.size,  # all ranks skip together
         )
 
     def state_dict(self) -> dict[str, Tensor]:
         """The sums so far, for a checkpoint."""
-        return {"sums": self.sums.cpu(), "nonfinite_gradients": self.nonfinite_gradients.cpu()}
+        return {
+            "sums": self.sums.cpu(),
+            "nonfinite_gradients": self.nonfinite_gradients.cpu(),
+            "skipped_updates": self.skipped_updates.cpu(),
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continues from saved sums."""
         self.sums.copy_(state["sums"])
         self.nonfinite_gradients.copy_(state["nonfinite_gradients"])
+        if "skipped_updates" in state:  # not counted before 0.2.0
+            self.skipped_updates.copy_(state["skipped_updates"])

@@ -1,4 +1,4 @@
-"""SGD as the papers use it, ready for a training loop that never waits for the device."""
+"""The optimizers of the papers, ready for a training loop that never waits for the device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from freeadv_fast.config.choices import Decay, OptimizerName
 from freeadv_fast.errors import UserError
+from freeadv_fast.step.lalr import Lalr
 from freeadv_fast.toolchain import has_nvidia_apex
 
 BUILD_APEX = (
@@ -43,6 +44,45 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay) -> lis
         {"params": [p for p in parameters if p in exempt], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    name: OptimizerName,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    decay: Decay,
+    lalr_min: float,
+    lalr_max: float,
+    lalr_exempt: bool,
+) -> torch.optim.Optimizer:
+    """The optimizer of a network's parameters that a config names.
+
+    Args:
+        model: The network, on the device where it trains.
+        name: ``lalr`` (layer-wise adaptive rates), or one of `build_sgd`.
+        lr: Learning rate. momentum: Of SGD's velocity, or of lalr's mean gradient.
+        weight_decay: L2 coefficient. decay: Parameters under it; see `parameter_groups`.
+        lalr_min: Least norm of a tensor that lalr counts with. lalr_max: Greatest.
+        lalr_exempt: Whether batch norm's parameters and biases move at `lr` itself.
+
+    Raises:
+        UserError: no such optimizer, or it cannot run here; names the fix.
+    """
+    if name == "lalr":
+        return Lalr(
+            parameter_groups(model, weight_decay, decay),
+            lr=lr,
+            beta=momentum,
+            min_norm=lalr_min,
+            max_norm=lalr_max,
+            exempt=lalr_exempt,
+        )
+    return build_sgd(
+        model, lr=lr, momentum=momentum, weight_decay=weight_decay, decay=decay, name=name
+    )
 
 
 def build_sgd(
@@ -97,12 +137,12 @@ def build_sgd(
 def is_capturable(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a CUDA graph can hold the optimizer's step.
 
-    Only that of torch's fused SGD: given the learning rate as a tensor on the device, it reads
-    nothing on the host. The foreach SGD turns it into a Python number (`torch.optim.sgd`,
-    ``_to_scalar``), and apex's kernel takes it by value, so that a graph would repeat the rate of
-    its capture.
+    That of torch's fused SGD and that of lalr's kernels: given the learning rate as a tensor on the
+    device, they read nothing on the host. The foreach SGD turns it into a Python number
+    (`torch.optim.sgd`, ``_to_scalar``), and apex's kernel takes it by value, so that a graph would
+    repeat the rate of its capture.
     """
-    return isinstance(optimizer, torch.optim.SGD) and all(
+    return isinstance(optimizer, torch.optim.SGD | Lalr) and all(
         bool(group["fused"]) for group in optimizer.param_groups
     )
 

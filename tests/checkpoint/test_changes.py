@@ -2,15 +2,12 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from forked import run_ranks
 from freeadv_fast import training
 from freeadv_fast.cli import run_training
 from freeadv_fast.cli.flags import parse
@@ -195,25 +192,18 @@ def training_command(*flags):
     return parse(list(flags), "free", "imagenet")
 
 
-def torchrun(num_ranks, *flags):
-    """Trains on several ranks of this machine."""
-    code = Path(__file__).parents[2] / "launch" / "imagenet_free.py"
-    command = [Path(sys.executable).with_name("torchrun"), "--standalone", "--nproc-per-node"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, str(num_ranks), "--", code, *map(str, flags)],
-        env=environment, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_ranks(tmp_path, capsys):
+def test_a_run_goes_on_with_other_ranks(repository, tmp_path, capsys):
     """Two ranks, then one, one again, then two: always the same global minibatches."""
-    folder = tmp_path / "run"
+    folder, script = tmp_path / "run", repository / "launch" / "imagenet_free.py"
+
+    def on_two_ranks(name, *flags):
+        done = run_ranks(2, script, *flags, output=tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     flags = [*FLAGS, "--batch-size", "12", "--output-dir", folder]
-    torchrun(2, *flags, "--max-passes", "96")
+    on_two_ranks("first", *flags, "--max-passes", "96")
     status, said = resume(capsys, folder, "--max-passes", "240")
     assert status == 0, said
     assert "ranks: 1 (was 2); the global minibatches stay the same" in said
@@ -225,7 +215,7 @@ def test_a_run_goes_on_with_other_ranks(tmp_path, capsys):
     # What was typed at first may be typed again.
     status, said = resume(capsys, folder, "--batch-size", "12", "--max-passes", "300")
     assert (status, "ranks: 1 (was" in said) == (0, False), said
-    said = torchrun(2, "--resume", folder, "--max-passes", "None")
+    said = on_two_ranks("last", "--resume", folder, "--max-passes", "None")
     assert "ranks: 2 (was 1)" in said
     assert "24 = 2 ranks x 12" in said
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

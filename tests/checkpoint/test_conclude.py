@@ -65,7 +65,7 @@ def same(weights, others):
     return all(torch.equal(weights[name], value) for name, value in others.items())
 
 
-def test_what_draws_fails_no_run(run, monkeypatch):
+def test_what_draws_fails_no_run(pictures, run, monkeypatch):
     for name in ("plot_training", "plot_perturbations"):
         monkeypatch.setattr(report, name, breaks)
     folder, result, said = run("--max-passes", "48")
@@ -97,7 +97,7 @@ def test_an_export_that_fails_does_not_take_the_result_with_it(run, monkeypatch)
     assert f"not exported, python launch/export.py {folder} does it later: RuntimeError" in said
 
 
-def test_class_folders_may_be_called_anything(run, small_images, tmp_path):
+def test_class_folders_may_be_called_anything(pictures, run, small_images, tmp_path):
     """matplotlib reads what stands between dollar signs as mathematics."""
     images = shutil.copytree(small_images, tmp_path / "images")
     for split in ("train", "val"):
@@ -186,7 +186,13 @@ def test_the_result_is_that_of_the_last_weights(run, preferring):
     assert measured.robust_accuracy == result["best"]["robust_accuracy"]
     assert "the best are no better than chance explains, on 6 held-out images" in said
     assert "exported: the last weights (--export last or best)" in said
-    assert "best, of epoch 0" in said
+    table = said.splitlines()
+    (title,) = (number for number, line in enumerate(table) if "best, of epoch 0" in line)
+    assert table[title].split()[:5] == ["attack", "steps", "step", "restarts", "last"]
+    attacked = [result["robust_accuracy"]["pgd-2"], result["best"]["robust_accuracy"]["pgd-2"]]
+    step = result["attack_step"]
+    shown = ["pgd-2", "2", step, "1", *(f"{accuracy:.1%}" for accuracy in attacked)]
+    assert table[title + 3].split() == shown
     assert same(ff.load_run(folder).model.state_dict(), last["model"])
 
 

@@ -2,20 +2,34 @@
 
 import importlib.util
 import random
+import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
+
+from forked import run_script
 
 NUM_KILLS = 3
 
 
 @pytest.fixture
-def kills(repository, monkeypatch):
-    """bench/kills.py as a module."""
+def kills(repository, tmp_path, monkeypatch):
+    """bench/kills.py as a module, its children forks."""
+
+    def run(command, **options):
+        if command[0] != sys.executable:
+            return subprocess.run(command, **options)
+        return run_script(Path(command[1]), *command[2:], output=tmp_path / "output")
+
     monkeypatch.syspath_prepend(repository / "bench")
     spec = importlib.util.spec_from_file_location("kills", repository / "bench" / "kills.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "subprocess", types.SimpleNamespace(run=run))
+    # One epoch over the data, which the kills of seed 1 all find their moment in.
+    module.FLAGS[module.FLAGS.index("--epochs") + 1] = "2"
     yield module
     sys.modules.pop("harness", None)
 

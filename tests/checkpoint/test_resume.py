@@ -4,13 +4,12 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
+from forked import run_script, start
 from freeadv_fast import training
 from freeadv_fast.cli import run_training
 from freeadv_fast.errors import UserError
@@ -104,30 +103,24 @@ def test_a_stopped_run_resumes_bit_for_bit(straight, tmp_path, monkeypatch, caps
         assert ours[key] == theirs[key]
 
 
-def test_a_run_killed_at_several_points_resumes_bit_for_bit(straight, tmp_path):
+@pytest.mark.slow
+def test_a_run_killed_at_several_points_resumes_bit_for_bit(straight, repository, tmp_path):
     """kill -9, twice, wherever it happens to be; seconds of all sessions add up."""
-    folder = tmp_path / "run"
-    command = [
-        sys.executable, "-c",
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from freeadv_fast.cli import run_training\n"
-        "sys.exit(run_training('free', 'imagenet', sys.argv[1:]))",
-        *FLAGS, "--output-dir", str(folder), "--checkpoint-every", "0", "--resume",
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    folder, script = tmp_path / "run", repository / "launch" / "imagenet_free.py"
+    words = [script, *FLAGS, "--output-dir", folder, "--checkpoint-every", "0", "--resume"]
     log, seconds = folder / "log.jsonl", []
     for lines_before_kill in (2, 5):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        process = start(*words, output=tmp_path / "output")
         deadline = time.monotonic() + 120
         while not (log.exists() and log.read_bytes().count(b"\n") >= lines_before_kill):
-            assert process.poll() is None, "finished before it could be killed"
+            assert process.exitcode is None, "finished before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.kill()
-        process.wait()
+        process.join()
         path = newest_intact(folder / "checkpoints")
         seconds.append(load_checkpoint(path)["progress"]["train_seconds"])
-    assert subprocess.run(command, env=environment, stdout=subprocess.DEVNULL).returncode == 0
+    assert run_script(*words, output=tmp_path / "output").returncode == 0
     seconds.append(json.loads((folder / "result.json").read_text())["train_seconds"])
     assert 0 < seconds[0] < seconds[1] < seconds[2]
     assert_same_run(folder, straight)
@@ -209,16 +202,15 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path):
     (folder / "result.json").unlink()
     before = (folder / "checkpoints" / "last.pt").read_bytes()
     limit = len(before) // 2
-    code = (
-        "import resource, sys, torch; torch.set_num_threads(1)\n"
+    script = tmp_path / "limited.py"
+    script.write_text(
+        "import resource, sys\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {resource.RLIM_INFINITY}))\n"
         "from freeadv_fast.cli import run_training\n"
         "sys.exit(run_training('free', 'imagenet', sys.argv[1:]))"
     )
     more = ["--resume", str(folder), "--max-passes", "480"]
-    command = [sys.executable, "-c", code, *more]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_script(script, *more, output=tmp_path / "output")
     assert done.returncode == 2, done.stderr
     assert "cannot save" in done.stderr
     assert "Traceback" not in done.stderr

@@ -79,6 +79,23 @@ def test_a_smaller_last_minibatch_is_trained(backend, build_tree, config, world_
     assert [batch.global_size for batch in batches] == [8, 8, 8, 8, 4]
 
 
+@pytest.mark.parametrize("augment", ["random-resized-crop", "pad-crop-flip"])
+def test_minibatches_that_add_up_are_one_of_their_size(
+    backend, augment, build_tree, config, world_of
+):
+    """Decoders, which have room for one minibatch, are given one at a time."""
+    options = {"augment": augment, "holdout_images": 9}
+    settings = config(build_tree(), batch_size=4, accumulate=2, **options)
+    loaders = build_loaders(settings, world_of())
+    alone = build_loaders(config(settings.data, batch_size=8, **options), world_of())
+    assert loaders.train.num_batches == alone.train.num_batches == 4
+    whole = list(alone.train.epoch(1))
+    assert [len(batch.images) for batch in whole] == [8, 8, 8, 3]
+    assert_same(list(loaders.train.epoch(1)), whole)
+    assert_same(list(loaders.train.epoch(1, 2)), whole[2:])
+    assert [len(batch.images) for batch in loaders.holdout.epoch(0)] == [4, 4, 1]
+
+
 def test_ranks_share_each_minibatch(backend, build_tree, config, world_of):
     settings = config(build_tree(), batch_size=8)
     per_rank = [list(build_loaders(settings, world_of(r, 2)).train.epoch(0)) for r in range(2)]

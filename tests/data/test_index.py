@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import re
 import shutil
 import struct
@@ -21,8 +22,9 @@ from freeadv_fast.data import index
 from freeadv_fast.data.build import build_loaders, build_val_loader
 from freeadv_fast.data.formats.picture_file import BadImage
 from freeadv_fast.data.headers import inspect_image
-from freeadv_fast.data.index import index_images
+from freeadv_fast.data.index import TooManyBad, index_images
 from freeadv_fast.errors import UserError
+from freeadv_fast.evaluation.images import open_folder, open_val
 
 
 def jpeg(image, **options):
@@ -365,3 +367,31 @@ def test_synthetic_needs_a_number_of_classes(data, config, world_of):
         return
     with pytest.raises(UserError, match=r"synthetic:CLASSES"):
         build_loaders(config(data, image_size=8), world_of())
+
+
+def test_an_evaluation_names_no_flag_that_it_lacks(build_tree, config, world_of):
+    """launch/evaluate.py has no --max-bad-fraction; a folder of images has its own flag."""
+    data = Path(build_tree())
+    for name in sorted(os.listdir(data / "val/class1"))[:2]:
+        (data / "val/class1" / name).write_bytes(b"<html>404</html>")
+    found = rf"2 of \d+ files in {data}/val cannot be used: class1/.*; repair or remove them, for "
+    found += r"an evaluation leaves out no more than 0\.10%$"
+    with pytest.raises(UserError, match=f"^--data: {found}"):
+        open_val(config(str(data)), world_of(), None)
+    with pytest.raises(UserError, match=f"^--imagenet-r: {found}"):
+        open_folder("--imagenet-r", data / "val", config(""), world_of(), None)
+    (data / "val/class9").mkdir()
+    with pytest.raises(UserError, match=r"^--stylized: 1 class folders without images in .*class9"):
+        open_folder("--stylized", data / "val", config(""), world_of(), None)
+
+
+def test_a_refusal_of_bad_files_travels_between_ranks_and_names_their_list(build_tree):
+    data = Path(build_tree())
+    for name in os.listdir(data / "train/class1")[:4]:
+        (data / "train/class1" / name).write_bytes(b"")
+    with pytest.raises(TooManyBad) as caught:
+        scan(data / "train", 0.0)
+    received = pickle.loads(pickle.dumps(caught.value))
+    assert str(received) == str(caught.value)
+    listed = re.search(r", and 1 more, all in (\S+); repair or remove", str(received))[1]
+    assert len(Path(listed).read_text().splitlines()) == 4

@@ -63,6 +63,24 @@ def test_a_batch_beyond_a_ranks_share_is_refused(build_tree, config, world_of):
         build_loaders(config(data, batch_size=19), world_of(0, 2))
 
 
+def test_an_update_beyond_a_ranks_share_is_refused(build_tree, config, world_of):
+    settings = config(build_tree(), batch_size=9, accumulate=3)
+    build_loaders(settings, world_of())
+    with pytest.raises(UserError, match="--batch-size 9 --accumulate 3: .* 18 .36 images over 2"):
+        build_loaders(settings, world_of(0, 2))
+
+
+def test_resident_minibatches_add_up_too(config, world_of):
+    options = {"image_size": 8, "holdout_images": 10}
+    parts = build_loaders(config("synthetic:7", batch_size=16, accumulate=4, **options), world_of())
+    whole = build_loaders(config("synthetic:7", batch_size=64, **options), world_of())
+    assert parts.train.num_batches == whole.train.num_batches
+    for ours, theirs in zip(parts.train.epoch(2, 1), whole.train.epoch(2, 1), strict=True):
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.labels, theirs.labels)
+        assert ours.global_size == theirs.global_size
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_evaluation_subsets_are_shared_exactly(ranks, build_tree, config, world_of):
     settings = config(build_tree(val=7), batch_size=3)

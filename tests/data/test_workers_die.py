@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import queue
+import re
 import resource
 import signal
 import subprocess
@@ -280,3 +281,46 @@ def test_minibatches_are_not_overwritten(train):
     for batch, again in zip(kept, train.epoch(0), strict=True):
         assert torch.equal(batch.images, again.images)
     assert workers.DEPTH * 2 < len(kept)
+
+
+@pytest.fixture
+def stopped_at_the_fifth_image(at_the_fifth_image, monkeypatch):
+    """Workers that are alive and silent, and little patience with them."""
+    at_the_fifth_image(lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    monkeypatch.setattr(workers, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(workers, "SLOW_SECONDS", 0.5)
+    monkeypatch.setattr(workers, "SILENT_SECONDS", 2.0)
+
+
+@pytest.mark.usefixtures("stopped_at_the_fifth_image")
+def test_a_silent_worker_is_named_with_its_file_and_ends_the_run_later(train, capsys):
+    with pytest.raises(UserError) as error:
+        list(train.epoch(0))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "has been at" in line]
+    said = re.fullmatch(r"process (\d+) has been at (\S+\.JPEG) for \d s: .*", line)
+    assert said, line
+    assert str(error.value).startswith(f"--data: {said[2]} was not read in ")
+    assert f"process {said[1]}, which decodes it" in str(error.value)
+
+
+def test_a_slow_worker_that_goes_on_is_waited_for(train, monkeypatch, capsys):
+    """Its minibatch takes longer than the silence that ends a run, its files do not."""
+    decode = TorchvisionDecoder._square
+
+    def decode_slowly(decoder, path, plan, slot):
+        time.sleep(0.5)
+        return decode(decoder, path, plan, slot)
+
+    monkeypatch.setattr(TorchvisionDecoder, "_square", decode_slowly)
+    monkeypatch.setattr(workers, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(workers, "SILENT_SECONDS", 2.0)
+    assert len(next(train.epoch(0)).images) == 5
+    assert "has been at" not in capsys.readouterr().out
+
+
+def test_a_long_wait_is_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(waiting, "SLOW_SECONDS", 0.1)
+    monkeypatch.setattr(waiting, "SILENT_SECONDS", 1.2)
+    with pytest.raises(UserError):
+        next_item(queue.SimpleQueue())
+    assert capsys.readouterr().out.count("no minibatch for 0 s: waiting for its disk") == 1

@@ -1,24 +1,13 @@
 """Two ranks with a copy of the data each: what differs is named before anything trains."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+
+from forked import run_ranks
 
 WORKER = Path(__file__).with_name("own_copies_worker.py")
 DIFFERENT = "give every node the same images"
-
-
-def on_two_ranks(*arguments):
-    """Runs the worker."""
-    launcher = Path(sys.executable).with_name("torchrun")
-    command = [launcher, "--standalone", "--nproc-per-node", "2", WORKER, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600
-    )
 
 
 def cut(case):
@@ -75,7 +64,7 @@ def test_every_rank_is_told_which_rank_and_file_differ(small_images, tmp_path):
                 shutil.copytree(small_images, case / copy)
             if rank == changing:
                 change(case)
-    done = on_two_ranks(tmp_path)
+    done = run_ranks(2, WORKER, tmp_path, output=tmp_path / "output")
     assert done.returncode == 0, done.stderr
     told = [json.loads((tmp_path / f"told{rank}.json").read_text()) for rank in range(2)]
     assert told[0] == told[1]
@@ -97,10 +86,11 @@ def test_a_run_whose_ranks_differ_ends_with_one_line(small_images, tmp_path):
     for rank in range(2):
         shutil.copytree(small_images, tmp_path / f"rank{rank}" / "data")
     cut(tmp_path / "rank1")
-    done = on_two_ranks(
-        tmp_path, "--data", "data", "--arch", "test_resnet", "--image-size", "16",
+    done = run_ranks(
+        2, WORKER, tmp_path, "--data", "data", "--arch", "test_resnet", "--image-size", "16",
         "--batch-size", "8", "--epochs", "2", "--m", "2", "--max-bad-fraction", "0.1",
         "--workers", "0", "--bn-group", "None", "--output-dir", tmp_path / "run",
+        output=tmp_path / "output",
     )  # fmt: skip
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

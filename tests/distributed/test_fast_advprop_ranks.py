@@ -2,13 +2,11 @@
 
 import copy
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
+from forked import run_ranks
 from freeadv_fast.distributed.shuffle import global_permutation
 
 WORKER = Path(__file__).with_name("fast_advprop_worker.py")
@@ -79,12 +77,7 @@ def test_two_ranks_equal_one_rank_of_twice_the_batch(small_network, tmp_path):
     ranks = minibatches(worker.NUM_CLEAN + worker.NUM_ADV)
     fixture = tmp_path / "fixture.pt"
     torch.save({"network": network, "minibatches": ranks}, fixture)
-    launcher = Path(sys.executable).with_name("torchrun")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [launcher, "--standalone", "--nproc-per-node", "2", WORKER, fixture, tmp_path],
-        env=environment, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+    done = run_ranks(2, WORKER, fixture, tmp_path, output=tmp_path / "output")
     assert done.returncode == 0, done.stderr
     states = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
 

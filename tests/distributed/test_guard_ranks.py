@@ -1,25 +1,19 @@
 """The guard on two ranks: one verdict, one rewind."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 import torch
+
+from forked import run_ranks
 
 WORKER = Path(__file__).with_name("guard_worker.py")
 
 
+@pytest.mark.slow
 def test_two_ranks_agree_on_a_collapse(small_images, tmp_path):
     """29 images in shares of 15 and 14; the same verdict, the same weights, each its own delta."""
-    done = subprocess.run(
-        [
-            str(Path(sys.executable).with_name("torchrun")), "--standalone",
-            "--nproc-per-node", "2", str(WORKER), str(small_images), str(tmp_path),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+    done = run_ranks(2, WORKER, small_images, tmp_path, output=tmp_path / "output")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("warning: catastrophic overfitting") == 1
     ours, theirs = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))

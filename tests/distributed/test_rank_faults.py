@@ -1,49 +1,40 @@
 """A rank that dies, is stopped or comes late is named by the others, whatever they wait in."""
 
-import contextlib
+import dataclasses
 import os
-import signal
 import subprocess
 import sys
 import time
+from math import inf
 from pathlib import Path
 
 import pytest
 
+from forked import start_ranks
 from freeadv_fast.distributed.heartbeat import Beat, Heartbeat, is_alive, process_space
 
 WORKER = Path(__file__).with_name("faults_worker.py")
+PATIENCE = 90.0
 
 
-def run_ranks(kind, how, faulty_rank, output):
+def run_faulty(kind, how, faulty_rank, output):
     """Both ranks' output, and what the other rank was told by the time that it ended."""
-    launcher = Path(sys.executable).with_name("torchrun")
-    command = [launcher, "--standalone", "--nproc-per-node", "2", WORKER, kind, how]
-    log, told = output / "output.txt", output / f"rank{1 - faulty_rank}.txt"
-    with log.open("w") as sink:
-        process = subprocess.Popen(
-            [*map(str, command), str(faulty_rank), str(output)], stdout=sink, stderr=sink,
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
-        )  # fmt: skip
+    ranks, _store = start_ranks(2, WORKER, kind, how, faulty_rank, output, output=output / "output")
+    faulty, other = ranks[faulty_rank], ranks[1 - faulty_rank]
     try:
-        deadline = time.monotonic() + 90
-        while process.poll() is None and time.monotonic() < deadline:
-            if "is lost" in log.read_text() or (told.exists() and how != "late"):
-                break
-            time.sleep(0.1)
+        if how == "killed":
+            faulty.join(PATIENCE)
+            other.terminate()  # as torchrun does
+        other.join(PATIENCE)
+        if how == "late":
+            faulty.join(PATIENCE)
     finally:
-        process.kill()
-        process.wait()
-        kill_processes_of(output)
-    return log.read_text(), told.read_text() if told.exists() else ""
-
-
-def kill_processes_of(output):
-    """Ends the ranks, which torchrun gives sessions of their own; a stopped one obeys this only."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if str(output).encode() in (folder / "cmdline").read_bytes():
-                os.kill(int(folder.name), signal.SIGKILL)
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+    told = output / f"rank{1 - faulty_rank}.txt"
+    said = "".join(path.read_text() for path in output.glob("output.*"))
+    return said, told.read_text() if told.exists() else ""
 
 
 @pytest.mark.parametrize(
@@ -51,7 +42,7 @@ def kill_processes_of(output):
     [("gradients", 1), ("gradients", 0), ("stop", 1), ("writing", 0), ("shuffle", 1)],
 )
 def test_a_killed_rank_is_named(kind, faulty_rank, tmp_path):
-    text, told = run_ranks(kind, "killed", faulty_rank, tmp_path)
+    text, told = run_faulty(kind, "killed", faulty_rank, tmp_path)
     seconds, line = told.splitlines() if told else ("0", text)
     if kind == "shuffle" and "adversarial images" in line:
         return  # the exchange names who waited and at which step
@@ -62,13 +53,15 @@ def test_a_killed_rank_is_named(kind, faulty_rank, tmp_path):
 
 @pytest.mark.parametrize(("kind", "faulty_rank"), [("gradients", 1), ("checkpoint", 0)])
 def test_a_stopped_rank_is_named_and_the_others_end(kind, faulty_rank, tmp_path):
-    text, told = run_ranks(kind, "stopped", faulty_rank, tmp_path)
+    text, told = run_faulty(kind, "stopped", faulty_rank, tmp_path)
     assert f"rank {faulty_rank} is lost (" in text + told
 
 
-@pytest.mark.parametrize(("kind", "faulty_rank"), [("gradients", 1), ("minibatch", 0)])
+@pytest.mark.parametrize(
+    ("kind", "faulty_rank"), [("gradients", 1), ("minibatch", 0), ("shuffle", 1)]
+)
 def test_a_late_rank_is_named_and_waited_for(kind, faulty_rank, tmp_path):
-    text, told = run_ranks(kind, "late", faulty_rank, tmp_path)
+    text, told = run_faulty(kind, "late", faulty_rank, tmp_path)
     assert f"rank {faulty_rank} is late: at step 3 while others have waited" in text
     assert text.count("is late") == 1
     assert told.splitlines()[1] == "nothing"
@@ -79,12 +72,27 @@ def test_a_process_of_another_container_is_not_looked_for_here():
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     watcher = object.__new__(Heartbeat)
-    watcher._rank, watcher._host = 0, process_space()
+    watcher._rank, watcher._host, watcher._ended, watcher._read_at = 0, process_space(), {}, inf
     mine, other = (
         Beat(host, ended.pid, 1, 1, "step 1", False) for host in (process_space(), "boot pid:[9]")
     )
     assert "its process ended" in watcher._find_lost([mine, mine], {1: 0.0})
     assert watcher._find_lost([mine, other], {1: 0.0}) == ""
+
+
+def test_a_rank_that_said_goodbye_and_ended_is_not_lost():
+    """Its beat is a second old, its process is gone, and the goodbye is not read yet."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    watcher = object.__new__(Heartbeat)
+    watcher._rank, watcher._host, watcher._ended = 0, process_space(), {}
+    watcher._read_at = time.monotonic()
+    beat = Beat(process_space(), ended.pid, 1, 1, "step 1", False)
+    assert watcher._find_lost([beat, beat], {1: 0.0}) == ""
+    watcher._read_at = time.monotonic()
+    assert "its process ended" in watcher._find_lost([beat, beat], {1: 0.0})
+    left = dataclasses.replace(beat, has_left=True)
+    assert watcher._find_lost([beat, left], {1: 0.0}) == ""
 
 
 def test_beats_travel_as_text():

@@ -1,34 +1,20 @@
 """Two ranks against one, in fp64 over gloo."""
 
 import importlib.util
-import os
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from forked import finish, run_ranks, start_ranks
 from freeadv_fast.distributed.world import join_world
 from freeadv_fast.errors import UserError
 from freeadv_fast.models.batch_norm import apply_bn_groups
 
 WORKER = Path(__file__).with_name("free_worker.py")
 RANK_BATCH = 4
-
-
-def torchrun(num_ranks, *arguments):
-    """The command that runs a script on that many gloo ranks, on a port of its own."""
-    launcher = Path(sys.executable).with_name("torchrun")
-    options = ["--standalone", "--nproc-per-node", num_ranks, *arguments]
-    return [str(launcher), *map(str, options)]
-
-
-def call(command):
-    """Runs a command, one thread a process."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def load_worker():
@@ -73,7 +59,7 @@ def test_two_ranks_equal_one_rank_of_twice_the_batch(small_network, tmp_path, si
     network = small_network(torch.float64)
     fixture = tmp_path / "fixture.pt"
     torch.save({"network": network, "minibatches": batches, "rank_batch": RANK_BATCH}, fixture)
-    done = call(torchrun(2, WORKER, fixture, tmp_path))
+    done = run_ranks(2, WORKER, fixture, tmp_path, output=tmp_path / "output")
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
 
@@ -91,36 +77,37 @@ def test_two_ranks_equal_one_rank_of_twice_the_batch(small_network, tmp_path, si
             torch.testing.assert_close(mean, buffer, rtol=0, atol=1e-9, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["free", "fast_advprop"])
 def test_two_ranks_stop_and_resume_bit_for_bit(small_images, repository, tmp_path, method):
-    """SIGTERM to torchrun, as a cluster sends it: every rank saves, and the run goes on."""
+    """SIGTERM, as torchrun hands it on (test_slurm.py): every rank saves, and the run goes on."""
     own_flags = {
         "free": ["--m", 2, "--batch-size", 8],
         "fast_advprop": ["--batch-size", 10, "--p-adv", 0.4, "--aux-bn-group", 2],
     }
 
-    def command(folder, *flags):
-        return torchrun(
-            2, repository / "launch" / f"imagenet_{method}.py", "--data", small_images,
-            "--arch", "test_resnet", "--image-size", 16, "--epochs", 12, *own_flags[method],
+    def words(folder, *flags):
+        return [
+            repository / "launch" / f"imagenet_{method}.py", "--data", small_images,
+            "--arch", "test_resnet", "--image-size", 16, "--epochs", 6, *own_flags[method],
             "--eps", "8/255", "--holdout-images", 6, "--eval-images", 8, "--workers", 1,
             "--eval-attacks", "pgd-2", "--log-every", 2, "--output-dir", folder, *flags,
-        )  # fmt: skip
+        ]  # fmt: skip
 
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    done = call(command(straight))
+    done = run_ranks(2, *words(straight), output=tmp_path / "straight.log")
     assert done.returncode == 0, done.stderr
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(command(stopped), env=environment, stderr=subprocess.DEVNULL)
+    ranks, _store = start_ranks(2, *words(stopped), output=tmp_path / "stopped.log")
     log, deadline = stopped / "log.jsonl", time.monotonic() + 120
     while not (log.exists() and log.read_bytes().count(b"\n") >= 4):
-        assert process.poll() is None, "finished before it could be stopped"
+        assert ranks[0].exitcode is None, "finished before it could be stopped"
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.terminate()
-    assert process.wait() != 0
+    for rank in ranks:
+        rank.terminate()
+    assert finish(ranks, tmp_path / "stopped.log").returncode == 128 + signal.SIGTERM
     assert not (stopped / "result.json").exists()
-    done = call(command(stopped, "--resume"))
+    done = run_ranks(2, *words(stopped, "--resume"), output=tmp_path / "resumed.log")
     assert done.returncode == 0, done.stderr
     assert "resuming from" in done.stdout
     ours, theirs = (
@@ -140,7 +127,8 @@ def test_two_ranks_stop_and_resume_bit_for_bit(small_images, repository, tmp_pat
 
 def test_a_failure_on_one_rank_reaches_all(tmp_path):
     """A file that only rank 1 reads and cannot decode: rank 0, which prints, learns its name."""
-    done = call(torchrun(2, WORKER.with_name("together_worker.py"), tmp_path))
+    worker = WORKER.with_name("together_worker.py")
+    done = run_ranks(2, worker, tmp_path, output=tmp_path / "output")
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         assert (tmp_path / f"told{rank}").read_text() == "['image 7 cannot be decoded']"

@@ -1,15 +1,13 @@
 """The exchange between ranks: a permutation of all rows that anyone can reconstruct."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from forked import run_ranks
 from freeadv_fast import ops
 from freeadv_fast.distributed import shuffle
 from freeadv_fast.distributed.world import World
@@ -23,10 +21,7 @@ spec.loader.exec_module(worker)
 
 def call_worker(num_ranks, task, output):
     """What every rank saved; a rank that left saves nothing."""
-    launcher = Path(sys.executable).with_name("torchrun")
-    command = [launcher, "--standalone", "--nproc-per-node", str(num_ranks), WORKER, task, output]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    done = run_ranks(num_ranks, WORKER, task, output, output=output / "output")
     assert done.returncode == 0, done.stderr
     return [torch.load(path, weights_only=True) for path in sorted(output.glob("rank*.pt"))]
 

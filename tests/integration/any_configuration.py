@@ -10,6 +10,7 @@ import signal
 import typing
 from pathlib import Path
 
+import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -62,7 +63,14 @@ USUAL = {
     "reg_lambda": st.none() | st.floats(0, 10),
     "reg_every": st.integers(1, 3),
     "attack_warmup": st.sampled_from([0, 0.5, 2]),
-    "optimizer": st.sampled_from(["sgd", "sgd", "sgd-foreach", "apex-sgd"]),
+    "optimizer": st.sampled_from(["sgd", "sgd", "sgd-foreach", "apex-sgd", "lalr"]),
+    "accumulate": st.integers(1, 3),
+    "warmup_epochs": st.sampled_from([0, 0.5, 1]),
+    "lalr_min": st.floats(0, 1),
+    "lalr_max": st.floats(0.5, 10),
+    "dat_clean_weight": st.floats(0, 2),
+    "unlabelled": st.sampled_from([None, "file"]),
+    "unlabelled_fraction": st.floats(0, 0.95),
 }
 # Never drawn: where the run goes, and what ends it.
 FIXED = {"recipe", "output_dir", "resume", "max_passes", "init_from"}
@@ -93,6 +101,8 @@ def configurations(draw):
     names = draw(st.lists(st.sampled_from(sorted(hints)), max_size=12, unique=True))
     chosen = {name: draw(usual(name, hints[name])) for name in names}
     chosen["method"] = draw(st.sampled_from(METHODS))
+    if chosen.get("unlabelled") and draw(st.booleans()):  # else most of them are refused
+        chosen |= {"image_size": 16, "augment": "none", "phases": "none"}
     if draw(st.integers(0, 4)) == 0:
         chosen[draw(st.sampled_from(sorted(hints)))] = draw(ODD)
     return chosen
@@ -130,6 +140,8 @@ def train_two_minibatches(chosen, folder, output):
             fields[name] = str(folder)
         elif isinstance(value, tuple):
             fields[name] = tuple(str(folder) for _ in value)
+    if fields.get("unlabelled") == "file":
+        fields["unlabelled"] = str(Path(output).with_name("unlabelled.npz"))
     batch = fields["batch_size"] if isinstance(fields["batch_size"], int) else 1
     limit = max(1, batch + 1)  # over with the second minibatch, whatever one costs
     try:
@@ -148,6 +160,8 @@ def try_configurations(number, folder, root):
         The passes of those that trained, and the lines of those that were refused.
     """
     trained, refused = [], []
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
+    np.savez(Path(root, "unlabelled.npz"), image=pixels, label=np.arange(60) % 3)
 
     @settings(
         max_examples=number, deadline=None, derandomize=True, database=None,

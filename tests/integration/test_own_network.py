@@ -1,9 +1,6 @@
 """A network of the user's own: trained, recorded, exported, evaluated, resumed and handed back."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import torch
 from torch import nn
 
 import freeadv_fast as ff
+from forked import run_ranks
 from freeadv_fast import training
 from freeadv_fast.errors import UserError
 from freeadv_fast.models.own import adopt, freeze_unused
@@ -218,11 +216,8 @@ print("hash", float(own.head.weight.double().sum()), float(result.model(PIXELS).
 def test_ranks_train_it_with_its_unused_part(small_images, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(RANKS)
-    command = [str(Path(sys.executable).with_name("torchrun")), "--standalone"]
-    command += ["--nproc-per-node", "2", str(script), str(Path(__file__).parent)]
-    command += [str(small_images), str(tmp_path / "run")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    words = Path(__file__).parent, small_images, tmp_path / "run"
+    done = run_ranks(2, script, *words, output=tmp_path / "output")
     assert done.returncode == 0, done.stderr
     hashes = [line for line in done.stdout.splitlines() if line.startswith("hash")]
     assert len(hashes) == 2

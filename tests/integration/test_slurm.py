@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 SRUN = """#!/bin/bash
 shift  # --kill-on-bad-exit=1
 exec "$@"
@@ -39,6 +41,7 @@ def test_jobs_on_a_node_have_ports_of_their_own(repository, tmp_path):
     assert ports == {20077, 20078, 25678}
 
 
+@pytest.mark.slow
 def test_a_job_out_of_time_is_requeued_and_goes_on(repository, small_images, tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -57,7 +60,7 @@ def test_a_job_out_of_time_is_requeued_and_goes_on(repository, small_images, tmp
         "bash", repository / "launch" / "slurm" / "train.sbatch", folder,
         repository / "launch" / "imagenet_fast_advprop.py", "--data", small_images,
         "--arch", "test_resnet", "--image-size", "16", "--batch-size", "10", "--p-adv", "0.4",
-        "--epochs", "12", "--holdout-images", "6", "--eval-images", "8", "--workers", "1",
+        "--epochs", "8", "--holdout-images", "6", "--eval-images", "8", "--workers", "1",
         "--eval-attacks", "pgd-2", "--log-every", "2", "--aux-bn-group", "2",
     ]  # fmt: skip
     job = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)

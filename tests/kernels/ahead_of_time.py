@@ -18,6 +18,7 @@ from freeadv_fast.kernels import ascend_normalize as fused
 from freeadv_fast.kernels import perturb_normalize as perturb
 from freeadv_fast.kernels import sign_ascent as ascent
 from freeadv_fast.kernels.space_to_depth import num_blocks
+from pairwise import every_pair
 
 DTYPES = {
     "i8": torch.int8,
@@ -140,6 +141,12 @@ def test_sign_ascent(grad, delta, architecture):
 PACKED_SIZES = [(224, 2), (225, 1)]
 
 
+def packed(types):
+    """Cases of types, sizes and architectures."""
+    cases = every_pair(types, PACKED_SIZES, [80, 90])
+    return pytest.mark.parametrize(("types", "size_and_run", "architecture"), cases, ids=str)
+
+
 def packed_constants(size, tiles, grad, delta):
     """What the launchers choose for square images."""
     delta = torch.empty(1, size, size, 3, dtype=DTYPES[delta])
@@ -157,10 +164,9 @@ def assert_packed_accesses(ptx, constants, x, delta, is_x_stored):
     assert accesses(ptx, "st") == stores + [width] * (tiles * 6 * BYTES[delta] // width)
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize(("size", "run"), PACKED_SIZES)
-@pytest.mark.parametrize(("out", "delta"), [("bf16", "i8"), ("bf16", None), ("fp32", "fp16")])
-def test_perturb_normalize_packed(out, delta, size, run, architecture):
+@packed([("bf16", "i8"), ("bf16", None), ("fp32", "fp16")])
+def test_perturb_normalize_packed(types, size_and_run, architecture):
+    (out, delta), (size, run) = types, size_and_run
     values = 16 // BYTES[out]
     ptx = build(
         perturb._perturb_normalize_packed_kernel,
@@ -190,10 +196,9 @@ def test_perturb_normalize_packed(out, delta, size, run, architecture):
     assert ptx.count("div.rn.f32") <= values
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize(("size", "run"), PACKED_SIZES)
-@pytest.mark.parametrize(("grad", "delta"), [("bf16", "i8"), ("fp32", "i8"), ("bf16", "fp32")])
-def test_sign_ascent_packed(grad, delta, size, run, architecture):
+@packed([("bf16", "i8"), ("fp32", "i8"), ("bf16", "fp32")])
+def test_sign_ascent_packed(types, size_and_run, architecture):
+    (grad, delta), (size, run) = types, size_and_run
     constants = packed_constants(size, ascent.TILES, grad, delta)
     ptx = build(
         ascent._sign_ascent_packed_kernel,
@@ -232,10 +237,9 @@ def test_ascend_normalize(x, delta, architecture):
     assert ptx.count("div.rn.f32") <= values
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize(("size", "run"), PACKED_SIZES)
-@pytest.mark.parametrize(("x", "delta"), FUSED_TYPES)
-def test_ascend_normalize_packed(x, delta, size, run, architecture):
+@packed(FUSED_TYPES)
+def test_ascend_normalize_packed(types, size_and_run, architecture):
+    (x, delta), (size, run) = types, size_and_run
     constants = packed_constants(size, fused.TILES, x, delta)
     ptx = build(
         fused._ascend_normalize_packed_kernel,

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from freeadv_fast.kernels import batch_norm as kernel
+from pairwise import every_pair
 
 BYTES = {"bf16": 2, "fp32": 4}
 REGISTERS_PER_SM = 65536
@@ -96,8 +97,17 @@ def assert_fits(registers, per_sm):
 
 # 64, 32 and 128 columns: a kernel sees nothing else of the number of channels.
 CASES = [("bf16", 64), ("bf16", 160), ("bf16", 2048), ("fp32", 2048)]
-architectures = pytest.mark.parametrize("architecture", [80, 90])
-cases = pytest.mark.parametrize(("dtype", "channels"), CASES)
+ARCHITECTURES = [80, 90]
+architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def cases(name, values):
+    """Cases of layers, architectures and the values of one more argument."""
+    found = [
+        (*layer, architecture, value)
+        for layer, architecture, value in every_pair(CASES, ARCHITECTURES, values)
+    ]
+    return pytest.mark.parametrize(("dtype", "channels", "architecture", name), found, ids=str)
 
 
 def test_one_tile_serves_all_wide_layers():
@@ -105,7 +115,7 @@ def test_one_tile_serves_all_wide_layers():
 
 
 @architectures
-@cases
+@pytest.mark.parametrize(("dtype", "channels"), CASES)
 def test_stats(dtype, channels, architecture):
     per_sm = kernel.STATS_PER_SM
     ptx, registers = build(
@@ -115,9 +125,7 @@ def test_stats(dtype, channels, architecture):
     assert_fits(registers, per_sm)
 
 
-@architectures
-@cases
-@pytest.mark.parametrize("residual", [False, True])
+@cases("residual", [False, True])
 def test_forward(dtype, channels, residual, architecture):
     switches = {"HAS_RESIDUAL": residual, "RELU": True, "SLOPE": 0.0, "WRITE_BITS": residual}
     constants = {**tile(channels, dtype), **switches, "TILES": kernel.TILES}
@@ -129,9 +137,7 @@ def test_forward(dtype, channels, residual, architecture):
     assert_fits(registers, 6)
 
 
-@architectures
-@cases
-@pytest.mark.parametrize("mask", [kernel.NO_MASK, kernel.RECOMPUTED, kernel.BITS])
+@cases("mask", [kernel.NO_MASK, kernel.RECOMPUTED, kernel.BITS])
 def test_backward_reduce(dtype, channels, mask, architecture):
     per_sm = kernel.REDUCE_PER_SM
     constants = {**tile(channels, dtype), "MASK": mask, "SLOPE": 0.0}
@@ -141,9 +147,7 @@ def test_backward_reduce(dtype, channels, mask, architecture):
     assert_fits(registers, per_sm)
 
 
-@architectures
-@cases
-@pytest.mark.parametrize("slope", [0.0, 0.1])
+@cases("slope", [0.0, 0.1])
 def test_backward_reduce_of_two_gradients(dtype, channels, slope, architecture):
     per_sm = kernel.REDUCE_PER_SM
     constants = {**tile(channels, dtype), "MASK": kernel.BITS, "SLOPE": slope}
@@ -155,13 +159,9 @@ def test_backward_reduce_of_two_gradients(dtype, channels, slope, architecture):
     assert_fits(registers, per_sm)
 
 
-@architectures
-@cases
-@pytest.mark.parametrize(
-    ("training", "mask"),
-    [(True, kernel.NO_MASK), (True, kernel.RECOMPUTED), (False, kernel.RECOMPUTED)],
-)
-def test_backward(dtype, channels, training, mask, architecture):
+@cases("mode", [(True, kernel.NO_MASK), (True, kernel.RECOMPUTED), (False, kernel.RECOMPUTED)])
+def test_backward(dtype, channels, mode, architecture):
+    training, mask = mode
     switches = {"TRAINING": training, "MASK": mask, "SLOPE": 0.0, "WRITE_DZ": False}
     constants = {**tile(channels, dtype), **switches, "TILES": kernel.TILES}
     ptx, registers = build("_backward_kernel", dtype, architecture, constants)
@@ -178,9 +178,7 @@ def test_backward_of_eval_mode_with_bits(architecture):
     assert_wide(ptx, "st", 4 * kernel.TILES)
 
 
-@architectures
-@cases
-@pytest.mark.parametrize("residual", [False, True])
+@cases("residual", [False, True])
 def test_leaky_relu(dtype, channels, residual, architecture):
     mask = kernel.BITS if residual else kernel.RECOMPUTED
     common = {**tile(channels, dtype), "SLOPE": 0.1}

@@ -6,6 +6,7 @@ hardware rounds float32 to bfloat16, so bfloat16 may be one ulp low there.
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -15,6 +16,7 @@ from freeadv_fast.kernels import ascend_normalize as fused
 from freeadv_fast.kernels import perturb_normalize as perturb
 from freeadv_fast.kernels import sign_ascent as ascent
 from freeadv_fast.kernels.space_to_depth import is_packed, pack
+from pairwise import every_pair
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
@@ -24,6 +26,16 @@ SHAPES = [(3, 41, 37, 3), (1, 5, 7, 1), (2, 9, 4, 4), (2, 64, 64, 3), (0, 8, 8, 
 PACKED_SHAPES = [(1, 21, 19, 3), (3, 12, 9, 3), (2, 7, 10, 3), (3, 1, 1, 3), (0, 8, 8, 3)]
 LAYOUTS = [*((s, False) for s in SHAPES), *((s, True) for s in PACKED_SHAPES)]
 STORAGES = [(torch.int8, 4.0), (torch.int8, 2.5), (torch.float32, 1.0), (torch.float16, 1.0)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def of_layouts(storages, dtypes):
+    """Cases of layouts, storages and dtypes: all on a GPU, in the slow interpreter every pair."""
+    choose = every_pair if IS_INTERPRETED else itertools.product
+    cases = [
+        (*layout, *storage, dtype) for layout, storage, dtype in choose(LAYOUTS, storages, dtypes)
+    ]
+    return pytest.mark.parametrize(("shape", "packed", "storage", "unit", "dtype"), cases, ids=str)
 
 
 def example(shape, storage):
@@ -51,9 +63,7 @@ def fill_memory(num_bytes):
     torch.full((num_bytes // 4 + 1,), torch.nan, device=DEVICE)
 
 
-@pytest.mark.parametrize(("shape", "packed"), LAYOUTS)
-@pytest.mark.parametrize(("storage", "unit"), [*STORAGES, (None, 1.0)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@of_layouts([*STORAGES, (None, 1.0)], DTYPES)
 def test_perturb_normalize(shape, packed, storage, unit, dtype):
     images, delta, mean, std = example(shape, storage or torch.int8)
     delta = None if storage is None else delta
@@ -105,11 +115,7 @@ def example_gradient(shape, dtype, packed):
     return grad
 
 
-@pytest.mark.parametrize(("shape", "packed"), LAYOUTS)
-@pytest.mark.parametrize(("storage", "unit"), STORAGES, ids=str)
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
-)
+@of_layouts(STORAGES, [*DTYPES, torch.float64])
 def test_sign_ascent(shape, packed, storage, unit, dtype):
     images, delta, _, _ = example(shape, storage)
     grad = example_gradient(shape, dtype, packed)
@@ -127,9 +133,7 @@ def test_sign_ascent(shape, packed, storage, unit, dtype):
     assert counts[0] == count.cpu() == 7 + num_expected
 
 
-@pytest.mark.parametrize(("shape", "packed"), LAYOUTS)
-@pytest.mark.parametrize(("storage", "unit"), STORAGES[1::2], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@of_layouts(STORAGES[1::2], DTYPES)
 def test_ascend_normalize(shape, packed, storage, unit, dtype):
     images, delta, mean, std = example(shape, storage)
     grad = example_gradient(shape, dtype, packed)

@@ -102,9 +102,14 @@ def test_curves_track_in_the_interpreter(monkeypatch):
     )  # fmt: skip
 
     def make_network():
-        network = ResNet(BasicBlock, [1, 1, 0, 0], num_classes=10)
-        network.layer3, network.layer4 = torch.nn.Identity(), torch.nn.Identity()
-        network.fc = torch.nn.Linear(128, 10)
+        """A quarter of a ResNet's channels, which the merges' programs are counted by."""
+        network = ResNet(BasicBlock, [1, 1, 1, 1])
+        network.conv1 = nn.Conv2d(3, 16, 7, 2, padding=3, bias=False)
+        network.bn1 = nn.BatchNorm2d(16)
+        downsample = nn.Sequential(nn.Conv2d(16, 32, 1, 2, bias=False), nn.BatchNorm2d(32))
+        network.layer1, network.layer2 = BasicBlock(16, 16), BasicBlock(16, 32, 2, downsample)
+        network.layer3, network.layer4 = nn.Identity(), nn.Identity()
+        network.fc = nn.Linear(32, 10)
         return network
 
     eager, fused = both_curves(config, make_network, images, labels, 4)

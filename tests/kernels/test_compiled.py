@@ -18,7 +18,8 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 BY_VALUE = pytest.mark.parametrize(
-    "file", ["compiled_kernels.py", "compiled_batch_norm.py", "compiled_training.py"]
+    "file",
+    ["compiled_kernels.py", "compiled_batch_norm.py", "compiled_training.py", "compiled_lalr.py"],
 )
 
 
@@ -30,7 +31,9 @@ def run(file: str, tmp_path: Path, interpret: bool, *flags: str) -> None:
         "TRITON_CACHE_DIR": str(tmp_path / "triton"),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *flags, HERE / file]
+    # The fixtures of conftest.py import for 3 s, and no test there asks for one.
+    options = ["-q", "-p", "no:cacheprovider", "--noconftest", *flags]
+    command = [sys.executable, "-m", "pytest", *options, HERE / file]
     done = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
@@ -44,7 +47,9 @@ def test_interpreted_kernels_equal_the_references(file, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", ["ahead_of_time.py", "ahead_of_time_batch_norm.py"])
+@pytest.mark.parametrize(
+    "file", ["ahead_of_time.py", "ahead_of_time_batch_norm.py", "ahead_of_time_lalr.py"]
+)
 def test_kernels_compile_ahead_of_time(file, tmp_path):
     run(file, tmp_path, False, "-x")
 

@@ -155,8 +155,9 @@ def dual(arch, group=2, bn_group=None, image_size=32):
 @pytest.mark.parametrize("bn_group", [None, 4])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_branches_touch_their_own_statistics_and_affines_only(arch, bn_group):
-    network = dual(arch, bn_group=bn_group, image_size=64 if arch == "densenet121" else 32)
-    model, x = network.model, torch.randn(8, 3, 64, 64)
+    side = 64 if arch == "densenet121" else 32
+    network = dual(arch, bn_group=bn_group, image_size=side)
+    model, x = network.model, torch.randn(8, 3, side, side)
     main, auxiliary = branch_parameters(model)
     for branch, moved, still in (("main", main, auxiliary), ("auxiliary", auxiliary, main)):
         before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -12,7 +12,7 @@ from freeadv_fast.config.file import load_config
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.errors import UserError
 from freeadv_fast.recipes.catalogue import RECIPES
-from freeadv_fast.runs.log import save_config
+from freeadv_fast.runs.log import RunFolder, save_config
 
 
 def parsed(line):
@@ -265,3 +265,19 @@ def test_steps_follow_a_typed_eps(monkeypatch):
     config, remarks = settled("--method pgd --data cifar10:x")
     assert (str(config.threat.step), remarks) == ("1.6/255", [])
     assert settled("--method gradalign --data svhn:x")[0].recipe == "svhn-preact18-gradalign-eps8"
+
+
+def test_a_run_that_was_killed_before_its_config_is_begun_again(tmp_path):
+    """Its folder alone does not say what to train; what the line says to type does."""
+    folder = tmp_path / "run"
+    RunFolder(folder).claim(resume=False)
+    with pytest.raises(UserError) as error:
+        parsed(f"--resume {folder}")
+    assert str(error.value) == (
+        f"--resume {folder}: nothing to continue there, for it has no config.yaml; if a run was "
+        "killed before it wrote one, type its own flags again and add "
+        f"--output-dir {folder} --resume"
+    )
+    config = parsed(f"--m 2 {str(error.value).partition(' and add ')[2]}")
+    assert (config.m, config.run_folder, config.resume) == (2, str(folder), True)
+    RunFolder(folder).claim(config.resume)

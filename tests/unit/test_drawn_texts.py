@@ -13,14 +13,9 @@ from matplotlib.figure import Figure
 from freeadv_fast.config.attack import Attack
 from freeadv_fast.config.threat import Perturbation, ThreatModel
 from freeadv_fast.evaluation.class_words import class_words, worded
-from freeadv_fast.evaluation.report import (
-    drawable,
-    markdown_table,
-    plot_corruptions,
-    plot_perturbations,
-    plot_sweep,
-    results_table,
-)
+from freeadv_fast.evaluation.report import drawable, plot_perturbations, plot_sweep
+from freeadv_fast.evaluation.shifts.report import plot_corruptions
+from freeadv_fast.evaluation.tables import markdown_table, results_table
 
 # Names that folders can have: matplotlib reads $...$ as a formula, and fails on these.
 NAMES = (

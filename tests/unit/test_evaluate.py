@@ -16,7 +16,7 @@ from freeadv_fast.config.file import load_config
 from freeadv_fast.config.threat import Perturbation, ThreatModel
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError
-from freeadv_fast.evaluation import subject
+from freeadv_fast.evaluation import images
 from freeadv_fast.evaluation.evaluate import evaluate
 from freeadv_fast.evaluation.subject import evaluate as evaluate_run
 from freeadv_fast.runs.log import save_config
@@ -218,7 +218,7 @@ def test_no_images_is_an_error(network, world):
 @pytest.fixture
 def run_folder(tmp_path, monkeypatch):
     """A finished run of a small network on fixed batches."""
-    monkeypatch.setattr(subject, "build_val_loader", fixed_val_loader)
+    monkeypatch.setattr(images, "build_val_loader", fixed_val_loader)
     return finished_run(tmp_path / "run")
 
 
@@ -277,6 +277,6 @@ def test_what_is_not_a_run_is_refused(run_folder, tmp_path, monkeypatch):
         evaluate_run(run_folder, attacks=["fgsm"])
     with pytest.raises(UserError, match="--step 2: larger than the whole pixel range"):
         evaluate_run(run_folder, step="2")
-    monkeypatch.setattr(subject, "build_val_loader", lambda *_: FixedLoader([3], num_classes=5))
+    monkeypatch.setattr(images, "build_val_loader", lambda *_: FixedLoader([3], num_classes=5))
     with pytest.raises(UserError, match="--data digits: its 5 classes are not the 6 that"):
         evaluate_run(run_folder)

@@ -33,6 +33,7 @@ class Recorder:
 
     def __init__(self, error=None):
         self.num_recordings = 0
+        self.num_launches = 0
         self.num_beginnings = 0
         self.error = error
         self.learner = None
@@ -50,6 +51,7 @@ class Recorder:
         self.num_recordings += 1
 
         def launch():
+            self.num_launches += 1
             if self.learner is None:
                 return step()
             host = {name: getattr(self.learner, name) for name in HOSTS_HALF}
@@ -186,11 +188,12 @@ def build_learner(network, device="cpu", dtype=torch.float32):
     )
 
 
-def build_method(name, learner, device="cpu"):
-    """A method as the trainer builds it, with few steps."""
+def build_method(name, learner, device="cpu", accumulate=1):
+    """A method as the trainer builds it, with few steps and updates of six images."""
     config = TrainConfig(
-        method=name, m={"free": 3, "natural": 2, "free-trades": 2}.get(name, 1), batch_size=6,
-        image_size=8, eps=Perturbation.parse("8/255"), attack_steps=2, aux_bn_group=3,
+        method=name, m={"free": 3, "natural": 2, "free-trades": 2}.get(name, 1),
+        batch_size=6 // accumulate, accumulate=accumulate, image_size=8,
+        eps=Perturbation.parse("8/255"), attack_steps=2, aux_bn_group=3,
     )  # fmt: skip
     return methods.build_method(config, learner, torch.device(device), num_classes=5)
 
@@ -203,7 +206,7 @@ def minibatches(sizes, device="cpu"):
         yield images.clamp(0, 255).to(torch.uint8).to(device), labels.to(device)
 
 
-def train(name, network, runner, device="cpu", dtype=torch.float32, recorder=None):
+def train(name, network, runner, device="cpu", dtype=torch.float32, recorder=None, accumulate=1):
     """Eight epochs of two full minibatches and a smaller one."""
     torch.manual_seed(0)
     if name in DUAL:
@@ -213,20 +216,30 @@ def train(name, network, runner, device="cpu", dtype=torch.float32, recorder=Non
         learner.record_with(runner)
     if recorder is not None:
         recorder.learner = learner
-    method = build_method(name, learner, device)
+    method = build_method(name, learner, device, accumulate)
     for images, labels in minibatches([6, 6, 4] * 8, device):
         method.train_minibatch(images, labels, len(images))
     return learner, method
 
 
-@pytest.mark.parametrize("name", RECORDABLE)
-def test_recorded_training_is_the_same_training(small_network, name, lines):
-    """Weights, statistics, momentum, delta, meters, with rates that fall and attacks that grow."""
+@pytest.mark.parametrize(
+    ("name", "accumulate"),
+    [(name, n) for n in (1, 3) for name in RECORDABLE if n == 1 or name not in DUAL],
+)
+def test_recorded_training_is_the_same_training(small_network, name, accumulate, lines):
+    """Weights, statistics, momentum, delta, meters, with rates that fall and attacks that grow.
+
+    An update of three minibatches is one recording, and so is the one of the two that are left.
+    """
     recorder = Recorder()
     runner = GraphRunner(lines.append, recorder)
-    plain, plain_method = train(name, small_network(), None)
-    recorded, method = train(name, small_network(), runner, recorder=recorder)
+    plain, plain_method = train(name, small_network(), None, accumulate=accumulate)
+    recorded, method = train(
+        name, small_network(), runner, recorder=recorder, accumulate=accumulate
+    )
     assert recorder.num_recordings == 2
+    eager = 2 * WARM_UP + 3 * (name in WARMING)  # three updates' attacks are shorter
+    assert recorder.num_launches == recorded.updates - eager
     assert not lines
     assert recorded.updates == plain.updates > 12 + 2 * WARM_UP
     for (key, a), b in zip(

@@ -16,6 +16,8 @@ from freeadv_fast.session.guard import History
 from freeadv_fast.session.network import build_learner
 
 GUARD = {"guard_every", "guard_images", "on_collapse"}
+# What the minibatches are made of: tests/data/test_unlabelled.py, tests/unit/test_accumulate.py.
+MINIBATCHES = {"unlabelled", "unlabelled_fraction", "dat_unlabelled", "accumulate"}
 BATCH = 8
 
 # Another value for each field, and what else a run must say for it to matter.
@@ -32,6 +34,9 @@ CHANGES = {
     "reg_adaptive": (False, {"reg_lambda": 4000.0}),
     "trades_beta": (1.0, {}),
     "yopo_inner": (2, {}),
+    "dat_attack": ("fgsm", {}),
+    "dat_mode": ("train", {}),
+    "dat_clean_weight": (0.5, {}),
     "norm": ("l2", {}),
     "p_adv": (0.25, {"decoupled": True}),
     "decoupled": (True, {}),
@@ -91,7 +96,7 @@ def test_a_field_changes_the_weights_of_the_methods_that_read_it(method, small_n
 
 
 def test_every_field_of_the_table_is_looked_at():
-    assert CHANGES.keys() | GUARD == READERS.keys()
+    assert CHANGES.keys() | GUARD | MINIBATCHES == READERS.keys()
     assert READERS.keys() <= {field.name for field in dataclasses.fields(TrainConfig)}
 
 

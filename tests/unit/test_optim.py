@@ -1,4 +1,7 @@
-"""Which parameters are under weight decay, and the three ways to compute SGD's update."""
+"""Which parameters are under weight decay, the ways to compute SGD's update, and any by its name.
+
+What lalr computes is tested in test_lalr.py.
+"""
 
 import dataclasses
 import importlib
@@ -18,9 +21,14 @@ from freeadv_fast.runs import checkpoint
 from freeadv_fast.runs.log import RunFolder, save_config
 from freeadv_fast.session.network import build_learner
 from freeadv_fast.session.resume import find_checkpoint
-from freeadv_fast.step.optim import build_sgd, is_capturable, load_apex_sgd, parameter_groups
+from freeadv_fast.step.optim import (
+    build_optimizer,
+    is_capturable,
+    load_apex_sgd,
+    parameter_groups,
+)
 
-NAMES = ("sgd", "sgd-foreach", "apex-sgd")
+SGD_NAMES = ("sgd", "sgd-foreach", "apex-sgd")
 
 # What PyPI's package does: it wants a version of Pyramid that nobody has.
 WEB_TOOLKIT = "raise ImportError('cannot import name UnencryptedCookieSessionFactoryConfig')\n"
@@ -181,8 +189,16 @@ def test_apex_refuses_weights_that_it_would_not_train(apex):
 
 
 def build(model, name, momentum=0.9):
-    return build_sgd(
-        model, lr=0.1, momentum=momentum, weight_decay=1e-2, decay="kernels", name=name
+    return build_optimizer(
+        model,
+        name=name,
+        lr=0.1,
+        momentum=momentum,
+        weight_decay=1e-2,
+        decay="kernels",
+        lalr_min=0.0,
+        lalr_max=10.0,
+        lalr_exempt=False,
     )
 
 
@@ -219,7 +235,7 @@ def test_all_take_the_same_steps(small_network, apex, name, momentum):
     assert_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SGD_NAMES)
 def test_an_overflow_skips_the_update(small_network, apex, name):
     """fp16's scaler works with each: the first step overflows, the second is the first good one."""
     ours, theirs = small_network(), small_network()
@@ -270,9 +286,9 @@ def test_a_capturable_step_reads_nothing_on_the_host(small_network, apex):
     assert not is_capturable(build(small_network(), "sgd"))  # on a CPU not the fused one
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*SGD_NAMES, "lalr"])
 def test_a_resumed_learner_goes_on_bit_for_bit(small_network, world, apex, tmp_path, name):
-    """Weights and momentum after three updates, a file, and three more are those of six."""
+    """Weights and moments after three updates, a file, and three more are those of six."""
     config = dataclasses.replace(RECIPES["digits-natural"], optimizer=name)
     images, labels = torch.rand(6, 4, 3, 8, 8), torch.randint(5, (6, 4))
 
@@ -281,13 +297,16 @@ def test_a_resumed_learner_goes_on_bit_for_bit(small_network, world, apex, tmp_p
         return network, build_learner(network, config, world, Budget.of(config, [3]))
 
     def advance(network, learner, steps):
+        def descend(images, labels):
+            learner.backward(F.cross_entropy(network(images), labels))
+            learner.apply_gradients()
+
         for step in steps:
-            learner.backward(F.cross_entropy(network(images[step]), labels[step]))
-            learner.step()
+            learner.update(descend, images[step], labels[step])
 
     straight, its_learner = start()
     optimizer = its_learner.optimizer
-    assert isinstance(optimizer, torch.optim.SGD) == (name != "apex-sgd")
+    assert isinstance(optimizer, torch.optim.SGD) == (name in ("sgd", "sgd-foreach"))
     assert bool(optimizer.defaults.get("foreach")) == (name == "sgd-foreach")
     advance(straight, its_learner, range(6))
     before, its_own = start()
@@ -302,7 +321,12 @@ def test_a_resumed_learner_goes_on_bit_for_bit(small_network, world, apex, tmp_p
     ours, theirs = (a.optimizer.state_dict()["state"] for a in (learner, its_learner))
     assert len(ours) == len(list(straight.parameters()))
     for index, entry in theirs.items():
-        assert torch.equal(ours[index]["momentum_buffer"], entry["momentum_buffer"])
+        assert entry.keys() == (
+            {"exp_avg", "exp_avg_sq"} if name == "lalr" else {"momentum_buffer"}
+        )
+        for key, moment in entry.items():
+            assert torch.equal(ours[index][key], moment)
+            assert moment.any()
 
 
 def test_the_choice_is_saved_and_a_run_keeps_it(world, tmp_path):
@@ -320,5 +344,5 @@ def test_the_choice_is_saved_and_a_run_keeps_it(world, tmp_path):
 
 def test_an_unknown_name_is_refused():
     """As a config.yaml may hold it, which no parser of flags has read."""
-    with pytest.raises(UserError, match="--optimizer adam: choose one of sgd, sgd-foreach, apex-"):
+    with pytest.raises(UserError, match="--optimizer adam: choose one of .*apex-sgd, lalr$"):
         build(nn.Linear(3, 2), "adam")

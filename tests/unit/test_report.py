@@ -12,7 +12,8 @@ from PIL import Image
 
 from freeadv_fast.config.attack import Attack
 from freeadv_fast.config.threat import Perturbation, ThreatModel
-from freeadv_fast.evaluation.report import plot_perturbations, plot_training, results_table
+from freeadv_fast.evaluation.report import plot_perturbations, plot_training
+from freeadv_fast.evaluation.tables import results_table
 
 
 def picture(path):

@@ -18,7 +18,7 @@ from freeadv_fast.runs.log import Forecast, RunFolder, RunLog, duration
 from freeadv_fast.session.cost import costs_of, until
 from freeadv_fast.session.prepare import prepare
 from freeadv_fast.session.signals import StopRequests
-from freeadv_fast.session.start import changed_flags, method_text
+from freeadv_fast.session.start import batch_text, changed_flags, method_text
 from freeadv_fast.training import dry_run, train_epochs
 
 # 114 images in minibatches of 14: eight whole ones and one of two images.
@@ -35,6 +35,10 @@ COSTS = {
     "natural": {"method": "natural", "m": 2, "epochs": 3},
     "free": {"m": 3, "epochs": 6},
     "free, --steps": {"m": 4, "steps": 42},
+    "free, --accumulate": {"m": 2, "epochs": 4, "accumulate": 4},
+    "gradalign, --accumulate": {
+        "method": "gradalign", "reg_every": 2, "epochs": 2, "accumulate": 2, "max_passes": 200,
+    },
     "free, --max-passes": {"m": 3, "epochs": 6, "max_passes": 400},
     "free, more --max-passes than epochs": {"m": 2, "epochs": 2, "max_passes": 4000},
     "free-trades": {"method": "free-trades", "m": 2, "epochs": 2},
@@ -107,6 +111,17 @@ def test_equations_are_true_as_they_stand(start):
     assert line == "2 data epochs x 9 minibatches x m 3 = 54 updates = 684 image passes"
     assert 2 * 9 * 3 == 54
     assert 2 * 114 * 3 == 684
+
+
+def test_the_batch_is_an_equation_of_ranks_minibatches_and_images():
+    config = TrainConfig(batch_size=512, accumulate=2)
+    assert batch_text(config, 2) == "2,048 = 2 ranks x 2 minibatches x 512"
+    assert batch_text(TrainConfig(batch_size=256), 1) == "256 = 1 rank x 256"
+    phases = TrainConfig(accumulate=3, phases=Phases.parse("0-2:16:36,2-6:24:20"), epochs=6)
+    assert (
+        batch_text(phases, 1)
+        == "108 = 1 rank x 3 minibatches x 36, then 60 = 1 rank x 3 minibatches x 20"
+    )
 
 
 def test_steps_are_an_equation_as_well(start):

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import signal
-import threading
 
 import numpy as np
 import pytest
@@ -14,8 +13,10 @@ from PIL import Image
 
 from freeadv_fast import sweep
 from freeadv_fast.errors import UserError
-from freeadv_fast.evaluation.report import markdown_table, plot_sweep
+from freeadv_fast.evaluation.report import plot_sweep
+from freeadv_fast.evaluation.tables import markdown_table
 from freeadv_fast.runs.log import RunFolder, save_config, write_json
+from freeadv_fast.session import side_by_side
 from freeadv_fast.session.signals import Interrupted
 from freeadv_fast.sweep import Cell, run_sweep, split_arguments
 
@@ -55,6 +56,7 @@ class FakeTrainer:
                 "robust_accuracy": {"pgd-5": 0.7, "pgd-50-10": robust},
                 "passes_per_second": 1234.5,
                 "train_seconds": 6.7,
+                "attack_step": "1/255",
                 **self.result,
             },
         )
@@ -85,12 +87,17 @@ def test_every_cell_is_a_run_of_its_own(root, run, capsys):
     assert [(c.method, str(c.eps), c.seed) for c in trainer.configs][5] == ("free", "8/255", 1)
     assert [c["attack"] for c in cells_of(root)] == ["pgd-50-10"] * 8
     assert cells_of(root)[5]["robust"] == pytest.approx(0.51)
+    assert cells_of(root)[5]["attack_step"] == "1/255"
     with (root / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert (rows[5]["method"], rows[5]["eps"], rows[5]["seed"]) == ("free", "8/255", "1")
     table = (root / "sweep.md").read_text().splitlines()
-    assert table[0].startswith("| method | eps | seed | clean | robust | under | passes/s |")
-    assert table[7] == "| free | 8/255 | 1 | 90.0% | 51.0% | pgd-50-10 | 1,234 | 7 | no |"
+    assert table[0].startswith(
+        "| method | eps | seed | clean | robust | attack | steps | step | restarts |"
+    )
+    assert table[7] == (
+        "| free | 8/255 | 1 | 90.0% | 51.0% | pgd-50-10 | 50 | 1/255 | 10 | 1,234 | 7 | no |"
+    )
     pixels = np.asarray(Image.open(root / "sweep.png"))
     assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 50
     printed = capsys.readouterr().out
@@ -209,6 +216,7 @@ if folder.name == "free-eps8-seed1":
 folder.mkdir(exist_ok=True)
 (folder / "config.yaml").write_text("{}")
 result = dict(clean_accuracy=0.9, robust_accuracy={"pgd-5": 0.5}, passes_per_second=1.0)
+result |= dict(attack_step="1/255")
 (folder / "result.json").write_text(json.dumps(result | {"train_seconds": 1.0}))
 """
 
@@ -240,8 +248,16 @@ def test_each_gpu_takes_a_cell(root, capsys):
 def test_a_signal_ends_the_cells_on_all_gpus(root, monkeypatch):
     """They are told once more, and waited for."""
     monkeypatch.setattr(sweep, "CELL", STAND_IN.replace("0.5)", "60)", 1))
-    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
+    jobs, real = [], side_by_side.start
+
+    def start(job, gpu):
+        jobs.append(job)
+        process = real(job, gpu)
+        if len(jobs) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(side_by_side, "start", start)
     flags = [*FLAGS, "--output-dir", str(root)]
     assert run_sweep(flags, FakeTrainer(), gpus=["0", "1"]) == 128 + signal.SIGTERM
     assert sorted(path.stem for path in root.glob("*.log")) == sorted(NAMES[:2])

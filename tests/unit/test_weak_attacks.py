@@ -13,9 +13,15 @@ from freeadv_fast.cli.resolve import resolve
 from freeadv_fast.config.attack import Attack, doubt_about_steps, passes
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.threat import L2ThreatModel, Perturbation, ThreatModel
+from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError
-from freeadv_fast.evaluation import subject
-from freeadv_fast.evaluation.accuracy import accuracy_table, interval_text, wilson_interval
+from freeadv_fast.evaluation import images
+from freeadv_fast.evaluation.accuracy import (
+    accuracy_table,
+    interval_text,
+    side_by_side,
+    wilson_interval,
+)
 from freeadv_fast.evaluation.evaluate import Evaluation, evaluate
 from freeadv_fast.evaluation.subject import evaluate as evaluate_run
 from freeadv_fast.recipes.catalogue import RECIPES
@@ -28,7 +34,7 @@ THREAT = ThreatModel(Perturbation.parse("2/255"), Perturbation.parse("1/255"))
 @pytest.fixture
 def run_folder(tmp_path, monkeypatch):
     """A finished run of a small network on fixed batches."""
-    monkeypatch.setattr(subject, "build_val_loader", fixed_val_loader)
+    monkeypatch.setattr(images, "build_val_loader", fixed_val_loader)
     return finished_run(tmp_path / "run")
 
 
@@ -128,6 +134,17 @@ def test_the_table_says_all_that_makes_an_attack_weak_or_strong():
     ]
 
 
+def test_so_does_the_table_of_several_networks():
+    networks = {"last": (0.953, {"pgd-20": 0.17, "cw-9-10": 0.0}), "best": (0.9, {"pgd-20": 0.2})}
+    assert side_by_side(networks, "1/255").splitlines() == [
+        "attack   steps  step   restarts   last   best",
+        "-------  -----  -----  --------  -----  -----",
+        "none         -  -             -  95.3%  90.0%",
+        "pgd-20      20  1/255         1  17.0%  20.0%",
+        "cw-9-10      9  1/255        10   0.0%      -",
+    ]
+
+
 def test_clean_accuracy_is_over_all_images_and_attacks_over_some(small_network, world):
     network = small_network()
     some, every = FixedLoader([7, 5]), FixedLoader([7, 5, 0, 4])
@@ -157,10 +174,10 @@ def test_a_run_is_clean_on_all_images_whatever_is_attacked(run_folder):
 )  # fmt: skip
 def test_which_images_are_read_clean(monkeypatch, device, side, eval_images, reads_all):
     """All where that is cheap; None stands for "those that are attacked"."""
-    monkeypatch.setattr(subject, "build_val_loader", lambda config, world, count: ("all", count))
+    monkeypatch.setattr(images, "build_val_loader", lambda config, world, count: ("all", count))
     config = TrainConfig(image_size=side, eval_images=eval_images)
-    world = subject.World(0, 1, torch.device(device))
-    found = subject.whole_val_loader(config, world)
+    world = World(0, 1, torch.device(device))
+    found = images.whole_val_loader(config, world)
     assert found == (("all", None) if reads_all else None)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from freeadv_fast.config.file import load_config
 from freeadv_fast.evaluation.evaluate import Evaluation
-from freeadv_fast.evaluation.report import corruption_table, plot_corruptions
 from freeadv_fast.evaluation.shifts.corruptions import CORRUPTIONS
 from freeadv_fast.evaluation.shifts.imagenet_c import (
     IMAGENET_C,
@@ -17,6 +16,7 @@ from freeadv_fast.evaluation.shifts.imagenet_c import (
     alexnet_normalized,
     describe_means,
 )
+from freeadv_fast.evaluation.shifts.report import corruption_table, plot_corruptions
 from freeadv_fast.evaluation.shifts.trial import Trial
 from freeadv_fast.runs.environment import versions
 from freeadv_fast.runs.log import write_json

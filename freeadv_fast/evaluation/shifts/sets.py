@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from freeadv_fast.config.run import TrainConfig
-from freeadv_fast.data.build import build_val_loader
 from freeadv_fast.data.index import shortened
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.evaluate import Evaluation
+from freeadv_fast.evaluation.images import open_val
 from freeadv_fast.evaluation.shifts.corruptions import CORRUPTIONS, SEVERITIES, CorruptedLoader
 from freeadv_fast.evaluation.shifts.folders import refuse_unknown
 from freeadv_fast.evaluation.shifts.imagenet_c import (
@@ -41,9 +41,11 @@ def evaluate_imagenet_c(
     for name, folders in corruptions.items():
         for severity, folder in folders.items():
             try:
-                loader = trial.folder_loader(folder, config)
+                loader = trial.folder_loader("--imagenet-c", folder, config)
             except UserError as error:
-                unreadable.append(f"{name} {severity} ({str(error).removeprefix('--data: ')})")
+                unreadable.append(
+                    f"{name} {severity} ({str(error).removeprefix('--imagenet-c: ')})"
+                )
                 continue
             measured = trial.measure(loader, f"{name} {severity}/{SEVERITIES[-1]}")
             errors.setdefault(name, {})[severity] = 1 - measured.clean_accuracy
@@ -72,7 +74,7 @@ def evaluate_imagenet_r(trial: Trial, folder: Path) -> Evaluation:
 
     Source: github.com/hendrycks/imagenet-r, eval.py, ``net(data)[:, imagenet_r_mask]``.
     """
-    loader = trial.folder_loader(folder, trial.run.config)
+    loader = trial.folder_loader("--imagenet-r", folder, trial.run.config)
     measured = trial.measure(loader, "ImageNet-R", is_restricted=True)
     report_shift(trial, "ImageNet-R", folder, measured, len(loader.classes), len(loader.classes))
     return measured
@@ -83,7 +85,7 @@ def evaluate_stylized(trial: Trial, folder: Path) -> Evaluation:
 
     Its files are cut to 224 pixels, as ImageNet-C's (its preprocess_imagenet.py: CenterCrop(224)).
     """
-    loader = trial.folder_loader(folder, already_cut(trial.run.config))
+    loader = trial.folder_loader("--stylized", folder, already_cut(trial.run.config))
     measured = trial.measure(loader, "Stylized-ImageNet")
     known = len(trial.run.classes)
     report_shift(trial, "Stylized-ImageNet", folder, measured, len(loader.classes), known)
@@ -93,7 +95,7 @@ def evaluate_stylized(trial: Trial, folder: Path) -> Evaluation:
 def evaluate_on_the_fly(trial: Trial, data: str | None) -> CorruptionErrors:
     """Corrupts validation images in memory and evaluates them."""
     config = dataclasses.replace(trial.run.config, data=data or trial.run.config.data)
-    loader = trial.world.together(lambda: build_val_loader(config, trial.world, trial.num_images))
+    loader = open_val(config, trial.world, trial.num_images)
     refuse_unknown(f"--data {config.data}", loader.classes, trial.run.classes)
     clean = trial.measure(loader, "no corruption")
     errors: dict[str, dict[int, float]] = {name: {} for name in CORRUPTIONS}

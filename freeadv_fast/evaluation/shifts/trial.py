@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from freeadv_fast.config.run import TrainConfig
-from freeadv_fast.data.build import build_folder_loader
 from freeadv_fast.data.folder import FolderLoader
 from freeadv_fast.data.loader import Loader
 from freeadv_fast.distributed.world import World
 from freeadv_fast.evaluation.evaluate import Evaluation, evaluate
+from freeadv_fast.evaluation.images import open_folder
 from freeadv_fast.runs.saved import SavedRun
 
 
@@ -53,15 +53,13 @@ class Trial:
     world: World
     num_images: int | None
 
-    def folder_loader(self, folder: Path, config: TrainConfig) -> FolderLoader:
+    def folder_loader(self, flag: str, folder: Path, config: TrainConfig) -> FolderLoader:
         """Opens a folder on every rank.
 
         Raises:
-            UserError: on every rank, where one cannot read it.
+            UserError: on every rank, where one cannot read it or holds other images.
         """
-        return self.world.together(
-            lambda: build_folder_loader(folder, config, self.world, self.num_images)
-        )
+        return open_folder(flag, folder, config, self.world, self.num_images)
 
     def measure(self, loader: Loader, label: str, *, is_restricted: bool = False) -> Evaluation:
         """Accuracy on clean images whose classes are some of the network's, in any order.
