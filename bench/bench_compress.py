@@ -228,22 +228,27 @@ def network_model() -> dict[str, Any]:
     """Seconds that an update waits for its gradients if nothing hides them; calculated.
 
     GPUs of a machine share one network card. An all-reduce or all-gather along a ring enters and
-    leaves a machine once, whatever its GPUs; in an all-to-all every GPU sends every other one a
-    message of its own, so that what crosses the card grows with the GPUs behind it.
+    leaves a machine once, whatever its GPUs. `compressed` averages float32 over NVLink within a
+    machine first, of which each GPU sends its share to its peers; `compressed, flat` is an
+    all-to-all of all GPUs in its place, so that what crosses the card grows with those behind it.
+    Over NVLink alone, as if one switch held all machines, each GPU has a link of its own.
     """
     step_ms = STEP_PASSES * IMAGES_PER_GPU / PASSES_PER_SECOND * 1e3
     rows = []
     for machines, gpus in MACHINES:
         world = machines * gpus
         for network, rate in NETWORKS.items():
-            is_flat = network == "NVLink"  # as if one switch held all GPUs
+            has_switch = network == "NVLink"
             ring = (world - 1) / world * ELEMENTS
-            to_others = (world - 1 if is_flat else world - gpus) / world * ELEMENTS
-            crossing = to_others * (1 if is_flat else gpus)
+            within = 2 * 4 * (gpus - 1) / gpus * ELEMENTS / NVLINK
+            # Bytes over one link: of a GPU to the switch, or of a machine to the network.
+            to_peers = (machines - 1) / machines * ELEMENTS / (gpus if has_switch else 1)
+            to_all = ring if has_switch else (world - gpus) / world * ELEMENTS * gpus
             seconds = {
                 "all-reduce float32": 2 * 4 * ring / rate,
                 "all-reduce bfloat16": 2 * 2 * ring / rate,
-                "compressed": (crossing + ring) / rate + CODEC_SECONDS,
+                "compressed": within + (to_peers + ring) / rate + CODEC_SECONDS,
+                "compressed, flat": (to_all + ring) / rate + CODEC_SECONDS,
                 "gather (one-sided)": (world - 1) * ELEMENTS / rate + CODEC_SECONDS,
             }
             rows.append({

@@ -51,9 +51,10 @@ class RunFields:
     """free: Algorithm 1 of "Adversarial Training for Free!". natural: ordinary training. fgsm,
     fgsm-rs, n-fgsm: one attack step from the image, from a point of the ball, from wider noise.
     gradalign, elle: fgsm with a term against catastrophic overfitting. pgd: K attack steps.
-    trades, free-trades: clean accuracy against the distance of predictions. yopo: K passes with n
-    cheap steps each. dat: clean and attacked images with one weight, for large batches. fast-advprop, advprop: adversarial examples that improve clean accuracy,
-    through an auxiliary batch norm; with and without reuse of the attack's gradients."""
+    trades, free-trades: clean accuracy against the distance of predictions. yopo: K passes with
+    n cheap steps each. dat: clean and attacked images with one weight, for large batches.
+    fast-advprop, advprop: adversarial examples that improve clean accuracy, through an
+    auxiliary batch norm; with and without reuse of the attack's gradients."""
     m: int = 4
     """Minibatch replays: forward-backward passes on each minibatch before the next one is read.
     The number of epochs is divided by m, so that the cost does not depend on it."""
@@ -140,9 +141,9 @@ class RunFields:
     mix_alpha: float | None = None
     """Both parameters of the Beta distribution of the mixture. Default: 0.2 mixup, 1 cutmix."""
     unlabelled: str | None = None
-    """Images without labels to train on beside those of --data, with pseudo labels: the pickle of
-    Carmon et al. (data, extrapolated_targets) or an .npz with image and label, such as EDM's. For
-    dat, pgd and trades."""
+    """More images to train on beside those of --data, with pseudo labels instead of true ones: the
+    pickle of Carmon et al. (data, extrapolated_targets) or an .npz with image and label, such as
+    EDM's. For dat, pgd and trades."""
     unlabelled_fraction: float = 0.5
     """Share of each minibatch that --unlabelled fills. An epoch is one pass over --data."""
     workers: int = 4
@@ -223,16 +224,17 @@ class RunFields:
     kernel of NVIDIA's apex, both for comparison. lalr: layer-wise adaptive rates for large batches,
     Adam's direction at the length of each tensor."""
     lalr_min: float = 0.0
-    """Least length c_l of a tensor that lalr counts with."""
+    """Lower bound c_l of a tensor's norm in lalr's step."""
     lalr_max: float = 10.0
-    """Greatest length c_u of a tensor that lalr counts with."""
+    """Upper bound c_u of a tensor's norm in lalr's step."""
     lalr_exempt: bool = False
-    """lalr moves batch norm's parameters and biases by Adam's direction at --lr itself. The authors'
-    code does so only while they are zero; afterwards their rate falls to next to nothing."""
+    """lalr moves batch norm's parameters and biases by Adam's direction at --lr itself. The
+    authors' code does so only while they are zero; afterwards their rate falls to next to
+    nothing."""
     compress: Compress = "none"
     """Average gradients over ranks in one byte an element, both ways: bucket scales 512 of them by
     their largest magnitude, paper a whole tensor by its L2 norm, which zeroes nearly all of a large
-    one."""
+    one. It pays between machines on slow networks only (docs/large-batches.md)."""
     max_passes: int | None = None
     """Stop after this many images forwarded and backwarded for the weights, over all ranks, at the
     next minibatch boundary. The schedule stays that of --epochs; evaluation follows."""
@@ -400,9 +402,9 @@ class RunFields:
     def threat(self) -> AnyThreatModel:
         """The training threat model; the step is the paper's unless given.
 
-        Free AT, GradAlign and N-FGSM step by eps, FGSM-RS and DAT-FGSM by 1.25 eps, YOPO by eps / 4; 2.5 eps / K
-        (Madry et al.'s code for MNIST, TRADES' 2/255 at eps 8/255 and K 10) lets PGD reach every
-        point of the ball.
+        Free AT, GradAlign and N-FGSM step by eps, FGSM-RS and DAT-FGSM by 1.25 eps, YOPO by
+        eps / 4; 2.5 eps / K (Madry et al.'s code for MNIST, TRADES' 2/255 at eps 8/255 and K 10)
+        lets PGD reach every point of the ball.
         """
         share = Fraction(1)
         match self.method:

@@ -91,7 +91,7 @@ class Schedule:
             update: Index of the update, from 0.
             total_updates: Updates of the whole run.
             data_epochs_before: Passes over the data done before an update, fractions counted;
-                exact for the first update of a data epoch.
+                within 1e-9 of a whole number for the first update of a data epoch.
             cost: Epochs of the natural budget that one pass over the data takes, such as m.
 
         Source: ``every`` follows the reference code of Free AT, lib/utils.py line 31: the period
@@ -100,8 +100,10 @@ class Schedule:
         Wong et al.'s code for ImageNet, main_fast.py: an update's rate is that of the place in the
         data where it ends.
         """
-        data_epoch = int(data_epochs_before(update))
-        if self.kind == "every":  # 1e-9, here and below: 30 / 1.2 is 25, to the last bit
+        # 1e-9, here and below: 30 / 1.2 is 25, and 8 passes after a warm-up of 5 / 7 are 8, to the
+        # last bit.
+        data_epoch = int(data_epochs_before(update) + 1e-9)
+        if self.kind == "every":
             return float(0.1 ** (data_epoch // math.ceil(self.values[0] / cost - 1e-9)))
         if self.kind == "at":
             return float(0.1 ** sum(data_epoch >= int(v / cost + 1e-9) for v in self.values))

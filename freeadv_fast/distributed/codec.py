@@ -8,7 +8,7 @@ decides nothing: a resumed run, whose first update has other buckets, gets the s
 Blocks that share a scale are a segment:
 
 - ``bucket``: a block; its scale is the largest magnitude in it.
-- ``paper``: a tensor; its scale is the L2 norm.
+- ``paper``: what a rank encodes of a tensor; its scale is the L2 norm of that.
 
 With 24 random bits for each element,
 
@@ -25,20 +25,24 @@ in fp32: a = 127 |g| / scale is rounded up with probability a - floor(a), to wit
   (q, update mod 2^32, update div 2^32, 2^31 + 2 * rank + stage) under the run's seed, where element
   512 b + i is element i of block b.
 
-The exchange has two stages. Block b belongs to rank b mod W. Every rank encodes its gradients and
-sends each owner its blocks; the owner decodes all W, averages them in the order of ranks,
+The exchange has two stages. W = N g ranks are on N machines, g on each; rank m g + l is the one at
+place l of machine m. All g hold the mean of their machine's gradients, an fp32 sum times fl(1 / g),
+and each encodes a share of it: the one at place l the blocks b with b mod g = l. Block b belongs to
+the rank at place b mod g of machine floor(b / g) mod N, which gets it from the N ranks at its
+place, decodes all N, averages them in the order of machines,
 
-    mean = (scale_0 * level_0 + scale_1 * level_1 + ...) * fl(1 / (127 W)),
+    mean = (scale_0 * level_0 + scale_1 * level_1 + ...) * fl(1 / (127 N)),
 
-encodes the mean of its blocks (for ``paper`` with a norm for its part of each tensor) and sends
-that to everybody. A message is
+encodes the mean of its blocks and sends that to everybody. So for ``paper`` the first norm is that
+of a rank's share of a tensor and the second that of an owner's part of it. Where g = 1 a rank is
+what a machine is: it encodes everything, and block b belongs to rank b mod W. A message is
 
     levels      int8, of the owner's blocks in order, each block filled up to a multiple of 4
     scales      float32, of the owner's segments in order
-    filling     up to the longest message of the bucket's W
+    filling     up to the longest message of the bucket's W owners
 
-so a rank sends 2 (W - 1) messages a bucket. Filling is 0.04 % of ResNet-50's in buckets of 25 MiB
-on 8 ranks and 1 % on 128; in a network of 6,000 elements, 14 % on 2.
+so a rank sends N - 1 messages a bucket and then W - 1. Filling is 0.04 % of ResNet-50's in buckets
+of 25 MiB on 8 ranks and 1 % on 128; in a network of 6,000 elements, 14 % on 2.
 
 This file is the specification, and runs where `freeadv_fast._C` was not built; csrc/ does the same
 in C++ and CUDA, bit for bit. `compress` sends the messages.
@@ -146,11 +150,14 @@ class Layout:
 
     Attributes:
         blocks: All blocks, placed in the messages of ranks 0, 1, ... end to end.
-        own: This rank's, placed in its own message.
+        share: Those that this rank encodes, placed in the messages of the N owners at its place of
+            machines 0, 1, ... end to end.
+        own: Those that belong to this rank, placed in its own message.
         num_bytes: Length of every message.
     """
 
     blocks: Blocks
+    share: Blocks
     own: Blocks
     num_bytes: int
 
@@ -171,7 +178,13 @@ def number_blocks(sizes: Sequence[int]) -> list[int]:
 
 
 def lay_out(
-    pieces: Sequence[Piece], *, codec: Codec, rank: int, num_ranks: int, device: torch.device
+    pieces: Sequence[Piece],
+    *,
+    codec: Codec,
+    rank: int,
+    num_ranks: int,
+    local_size: int = 1,
+    device: torch.device,
 ) -> Layout:
     """Where every block of a bucket goes.
 
@@ -179,6 +192,7 @@ def lay_out(
         pieces: The bucket's gradients, in any order.
         codec: Decides who shares a scale.
         rank: This rank. num_ranks: W.
+        local_size: g, the ranks of a machine.
         device: Of the gradients.
     """
     first, offsets, sizes = np.array([dataclasses.astuple(piece) for piece in pieces]).T
@@ -189,7 +203,10 @@ def lay_out(
     table[:, Column.OFFSET] = offsets[tensor] + BLOCK * index
     table[:, Column.LENGTH] = np.minimum(sizes[tensor] - BLOCK * index, BLOCK)
     table[:, Column.NUMBER] = first[tensor] + index
-    owner = table[:, Column.NUMBER] % num_ranks
+    num_machines = num_ranks // local_size
+    machine = table[:, Column.NUMBER] // local_size % num_machines
+    place = table[:, Column.NUMBER] % local_size
+    owner = machine * local_size + place
 
     num_bytes = 0
     for peer in range(num_ranks):
@@ -200,11 +217,19 @@ def lay_out(
         table[is_peers, Column.SCALE] = filled.sum() // 4 + np.cumsum(begins) - 1
         num_bytes = max(num_bytes, int(filled.sum() + 4 * begins.sum()))
 
-    is_own = owner == rank
-    own = _collect(table[is_own], tensor[is_own], codec, device)
-    table[:, Column.LEVELS] += owner * num_bytes
-    table[:, Column.SCALE] += owner * (num_bytes // 4)
-    return Layout(_collect(table, tensor, codec, device), own, num_bytes)
+    def collect(which: NDArray[np.bool_], message: NDArray[np.int64] | int) -> Blocks:
+        """Some blocks, each in the message of that index."""
+        rows = table.copy()
+        rows[:, Column.LEVELS] += message * num_bytes
+        rows[:, Column.SCALE] += message * (num_bytes // 4)
+        return _collect(rows[which], tensor[which], codec, device)
+
+    return Layout(
+        blocks=collect(np.ones(len(table), bool), owner),
+        share=collect(place == rank % local_size, machine),
+        own=collect(owner == rank, 0),
+        num_bytes=num_bytes,
+    )
 
 
 def _begins(tensor: NDArray[np.int64], codec: Codec) -> NDArray[np.bool_]:
@@ -248,10 +273,10 @@ def encode_gradients(
 
 
 def encode_mean(messages: Tensor, blocks: Blocks, stream: RandomStream, message: Tensor) -> None:
-    """Decodes one message of each rank, averages them and encodes the mean.
+    """Decodes one message of each machine, averages them and encodes the mean.
 
     Args:
-        messages: (W, bytes) uint8, contiguous.
+        messages: (N, bytes) uint8, contiguous.
         blocks: All that a message holds; its places are those of `message` as well.
         stream: Of the random bits.
         message: (bytes,) uint8, contiguous, on the same device; written where blocks lie.
@@ -315,7 +340,7 @@ def _encode(values: Tensor, blocks: Blocks, stream: RandomStream, message: Tenso
 
 
 def _decode_mean(messages: Tensor, blocks: Blocks) -> Tensor:
-    """(K, 512) means over (W, bytes) messages, 0 where a block has ended."""
+    """(K, 512) means over (N, bytes) messages, 0 where a block has ended."""
     places, is_within = _elements(blocks, Column.LEVELS, messages.shape[1])
     total = torch.zeros(places.shape, device=messages.device)
     for message in messages:

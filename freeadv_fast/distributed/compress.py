@@ -1,9 +1,17 @@
 """Averages gradients over the ranks at one byte an element, while the backward pass goes on.
 
-    encode own gradients -> all-to-all -> average and encode own blocks -> all-gather -> decode
+    average within the machine -> encode own share -> all-to-all between machines
+    -> average and encode own blocks -> all-gather -> decode
 
-`codec` tells the formula. All ranks decode the same bytes, so their gradients agree bit for bit. A
-rank sends 2 (W - 1) / W bytes an element and the scales, a quarter of a float32 all-reduce.
+`codec` tells the formula. All ranks decode the same bytes, so their gradients agree bit for bit.
+
+The ranks of a machine share one network card. Within it gradients are averaged as float32, over
+links that are much faster; of W ranks on N machines each then sends (N - 1) / W bytes an element to
+the ranks at its own place of the others. So (N - 1) / N bytes an element leave a machine, whatever
+its ranks, where an all-to-all of all W would send almost one for each of them. The all-gather runs
+along a ring, which crosses each card once: (W - 1) / W more. A float32 all-reduce sends four times
+that both ways. Where each rank is alone on its machine, or all are on one, there is one level, and
+a rank sends 2 (W - 1) / W.
 
 Data parallelism hands over a bucket as soon as its gradients are there (`GradientCompression`). On
 a GPU everything is issued at once on a stream of its own. On a CPU a thread of its own takes bucket
@@ -37,6 +45,7 @@ from freeadv_fast.distributed.codec import (
     lay_out,
     number_blocks,
 )
+from freeadv_fast.distributed.world import MachineGroups
 from freeadv_fast.errors import UserError
 
 # So long the process waits at its end for a collective that a lost rank may never answer.
@@ -53,9 +62,11 @@ class BucketAverage:
         seed: Of the run, the same on all ranks.
         update: One int64 on the device: the number of the update.
         group: The ranks; may be None where there is one.
+        machines: Of them, those of this machine and this rank's peers; None for one level.
 
     Attributes:
-        bytes_sent: Bytes that leave this rank each time.
+        bytes_sent: Bytes of the messages that leave this rank each time. What is averaged within a
+            machine, 4 bytes an element, is not among them.
     """
 
     def __init__(
@@ -68,18 +79,31 @@ class BucketAverage:
         seed: int,
         update: Tensor,
         group: dist.ProcessGroup | None,
+        machines: MachineGroups | None = None,
     ) -> None:
         """Allocates the messages, which every update uses again."""
-        layout = lay_out(pieces, codec=codec, rank=rank, num_ranks=size, device=update.device)
-        self._layout = layout
+        local_size = machines.local_size if machines is not None else 1
+        self._layout = layout = lay_out(
+            pieces,
+            codec=codec,
+            rank=rank,
+            num_ranks=size,
+            local_size=local_size,
+            device=update.device,
+        )
         self._gradients_stream = RandomStream(seed, update, rank, Stage.GRADIENTS)
         self._mean_stream = RandomStream(seed, update, rank, Stage.MEAN)
-        self._group, self._size = group, size
+        self._group, self._size, self._machines = group, size, machines
+        num_machines = size // local_size
         # Zeros, so that filling is the same bytes on every run.
-        self._sent = torch.zeros(size * layout.num_bytes, dtype=torch.uint8, device=update.device)
-        self._received = torch.zeros_like(self._sent)
-        self._mean = torch.zeros_like(self._sent[: layout.num_bytes])
-        self.bytes_sent = 2 * (size - 1) * layout.num_bytes
+        self._everybodys = torch.zeros(
+            size * layout.num_bytes, dtype=torch.uint8, device=update.device
+        )
+        # In the same memory: the peers' messages have been read when everybody's come.
+        self._received = self._everybodys[: num_machines * layout.num_bytes]
+        self._sent = torch.zeros_like(self._received)
+        self._mean = torch.zeros_like(self._received[: layout.num_bytes])
+        self.bytes_sent = (num_machines - 1 + size - 1) * layout.num_bytes
 
     def average_(self, gradients: Tensor) -> Tensor:
         """Averages in place; every rank must call it.
@@ -93,27 +117,31 @@ class BucketAverage:
         Raises:
             RuntimeError: over gloo, a rank is gone.
         """
-        encode_gradients(gradients, self._layout.blocks, self._gradients_stream, self._sent)
+        if self._machines is not None:
+            dist.all_reduce(gradients, group=self._machines.own)
+            gradients.mul_(1 / self._machines.local_size)
+        encode_gradients(gradients, self._layout.share, self._gradients_stream, self._sent)
         self._send_to_owners()
-        messages = self._received.view(self._size, -1)
+        messages = self._received.view(-1, self._layout.num_bytes)
         encode_mean(messages, self._layout.own, self._mean_stream, self._mean)
         self._send_to_all()
-        decode_gradients(self._received, self._layout.blocks, gradients)
+        decode_gradients(self._everybodys, self._layout.blocks, gradients)
         return gradients
 
     def _send_to_owners(self) -> None:
-        """Message r of `_sent` becomes a message of rank r's `_received`."""
+        """Message m of `_sent` becomes a message of `_received` on machine m's rank."""
         if self._size == 1:
             self._received.copy_(self._sent)
         else:
-            dist.all_to_all_single(self._received, self._sent, group=self._group)
+            peers = self._group if self._machines is None else self._machines.peers
+            dist.all_to_all_single(self._received, self._sent, group=peers)
 
     def _send_to_all(self) -> None:
-        """Every rank's `_mean` becomes a message of everybody's `_received`."""
+        """Every rank's `_mean` becomes a message of everybody's `_everybodys`."""
         if self._size == 1:
-            self._received.copy_(self._mean)
+            self._everybodys.copy_(self._mean)
         else:
-            dist.all_gather_into_tensor(self._received, self._mean, group=self._group)
+            dist.all_gather_into_tensor(self._everybodys, self._mean, group=self._group)
 
 
 class GradientCompression:
@@ -126,6 +154,7 @@ class GradientCompression:
             bits, so that a resumed run goes on as if it had not been interrupted.
         device: Of the network.
         group: The ranks. Over gloo nothing else may use it: its collectives run in a thread.
+        machines: Groups within it, for which the same holds; None for one level.
     """
 
     def __init__(
@@ -137,10 +166,12 @@ class GradientCompression:
         seed: int,
         device: torch.device,
         group: dist.ProcessGroup | None,
+        machines: MachineGroups | None = None,
     ) -> None:
         """Ready to attach."""
         self._codec: Codec = codec
-        self._rank, self._size, self._seed, self._group = rank, size, seed, group
+        self._rank, self._size, self._seed = rank, size, seed
+        self._group, self._machines = group, machines
         self._update = torch.zeros(1, dtype=torch.int64, device=device)
         self._aside = SideStream(device) if device.type == "cuda" else SideThread()
         self._first_blocks: dict[int, int] = {}  # by the parameter's id
@@ -150,8 +181,16 @@ class GradientCompression:
         self._finished_bytes, self._has_begun = 0, False
 
     @property
+    def num_machines(self) -> int:
+        """Machines between which gradients travel compressed; 1 where ranks do it on one level."""
+        return self._size // self._machines.local_size if self._machines else 1
+
+    @property
     def bytes_sent(self) -> int:
-        """Bytes that left this rank in all updates so far, the one under way included."""
+        """Bytes of messages that left this rank in all updates so far, also in the one under way.
+
+        What is averaged within a machine, 4 bytes an element, is not among them.
+        """
         return self._finished_bytes + (self._bytes_of_an_update if self._has_begun else 0)
 
     def attach(self, net: DistributedDataParallel) -> None:
@@ -215,6 +254,7 @@ class GradientCompression:
             seed=self._seed,
             update=self._update,
             group=self._group,
+            machines=self._machines,
         )
 
 

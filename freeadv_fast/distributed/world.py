@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -30,6 +31,21 @@ T = TypeVar("T")
 
 # After so long a silence a peer is gone. Rank 0's evaluation of a slow network is not silence yet.
 PATIENCE = datetime.timedelta(hours=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MachineGroups:
+    """Two levels of groups, for tensors on the device: within a machine, and between machines.
+
+    Attributes:
+        local_size: Ranks of each machine; rank m * local_size + l is at place l of machine m.
+        own: The ranks of this machine.
+        peers: The ranks at this one's place of all machines, in the machines' order.
+    """
+
+    local_size: int
+    own: dist.ProcessGroup
+    peers: dist.ProcessGroup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,11 +239,50 @@ class World:
         group: dist.ProcessGroup = dist.new_group(timeout=PATIENCE)
         return group
 
+    def new_machine_groups(self) -> MachineGroups | None:
+        """The ranks machine by machine, for tensors as in `new_group`; every rank must call it.
+
+        Returns:
+            None where two levels are no use or not known: see `ranks_of_a_machine`.
+        """
+        arrive()
+        # torchrun's GROUP_RANK is the machine's number.
+        place = int(os.environ.get("GROUP_RANK", "-1")), int(os.environ.get("LOCAL_RANK", "-1"))
+        places = [place] * self.size
+        dist.all_gather_object(places, place, group=self.host_group)
+        local_size = ranks_of_a_machine(places)
+        if local_size == 1:
+            return None
+        machines = [
+            list(range(first, first + local_size)) for first in range(0, self.size, local_size)
+        ]
+        # Every rank makes every group, in this order, and keeps the two that it is in.
+        own, _ = dist.new_subgroups_by_enumeration(machines, timeout=PATIENCE)
+        peers, _ = dist.new_subgroups_by_enumeration(
+            [list(ranks) for ranks in zip(*machines, strict=True)], timeout=PATIENCE
+        )
+        return MachineGroups(local_size, own, peers)
+
     def barrier(self) -> None:
         """Waits on the host until every rank is here."""
         if self.size > 1:
             arrive()
             dist.barrier(group=self.host_group)
+
+
+def ranks_of_a_machine(places: Sequence[tuple[int, int]]) -> int:
+    """How many ranks each machine has, where that makes two levels.
+
+    Args:
+        places: Each rank's machine and its place there, both from 0; -1 where it is not known.
+
+    Returns:
+        1 where all are on one machine, or machines have different numbers of ranks, or ranks are
+        not numbered machine by machine.
+    """
+    last_machine, last_place = places[-1]
+    by_machine = list(itertools.product(range(last_machine + 1), range(last_place + 1)))
+    return last_place + 1 if list(places) == by_machine and last_machine > 0 else 1
 
 
 @contextlib.contextmanager

@@ -2,8 +2,8 @@
 
 Known from the authors' code (github.com/dat-2022/dat, main.py and README): networks, attacks,
 optimizers and their decay, the rate of 0.01, five warm-up epochs on top, milestones, ImageNet's 30
-epochs. Its pixels are in [0, 1], its batches are those of a machine, and each GPU's share of one has
-batch statistics of its own.
+epochs. Its pixels are in [0, 1], its batches are those of a machine, and each GPU's share of one
+has batch statistics of its own.
 
 Not known, for the paper's body and its tables were not to be had:
 - how many machines a row had. Here six, the "6 x 6" and 512 images a machine that the paper is

@@ -204,13 +204,14 @@ def describe(run: Run, measured: Evaluation, best: dict[str, Any] | None) -> Res
 def gradient_traffic(run: Run) -> dict[str, Any] | None:
     """What compressed gradients were to the network; None where they were not compressed."""
     learner, size = run.learner, run.world.size
-    if learner.compression is None:
+    if learner.compression is None or learner.compressed_updates == 0:
         return None
     num_elements = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     return {
         "codec": run.config.compress,
+        "machines": learner.compression.num_machines,
         "bytes_sent": learner.gradient_bytes,
-        "bytes_an_update": round(learner.gradient_bytes / max(learner.updates, 1)),
+        "bytes_an_update": round(learner.gradient_bytes / learner.compressed_updates),
         "float32_bytes_an_update": 2 * (size - 1) * 4 * num_elements // size,
     }
 
@@ -276,6 +277,7 @@ def summary(result: Result, measured: Evaluation) -> list[str]:
         lines.append(
             f"gradients: {sent['bytes_sent'] / 1e6:,.1f} MB left rank 0 as {sent['codec']} bytes, "
             f"{saved:.1f} times fewer than float32"
+            + (", without what is averaged within a machine" if sent["machines"] > 1 else "")
         )
     if result.best is not None and not result.best["is_last"]:
         lines += beside_the_last(result, result.best)

@@ -143,6 +143,7 @@ def over_ranks(
         seed=config.seed,
         device=world.device,
         group=world.new_group(),
+        machines=world.new_machine_groups(),
     )
     compression.attach(parallel)
     return parallel, compression

@@ -34,9 +34,10 @@ class Result:
         best: Null, or what the weights of that epoch come to: ``epoch``, ``clean_accuracy``,
             ``clean_top5_accuracy``, ``robust_accuracy`` as above; ``is_last`` where they are the
             last ones; ``is_better`` where the held-out images say so beyond chance.
-        gradients: Null, or how they travelled where --compress is on: ``codec``, ``bytes_sent``
-            (by rank 0, in all sessions), ``bytes_an_update``, ``float32_bytes_an_update`` (what a
-            ring of float32 all-reduces sends).
+        gradients: Null, or how they travelled where --compress is on: ``codec``, ``machines``
+            (more than 1: within each, float32 is averaged first, whose bytes are not counted),
+            ``bytes_sent`` (by rank 0, in all sessions), ``bytes_an_update`` (of those that were
+            compressed), ``float32_bytes_an_update`` (what a ring of float32 all-reduces sends).
         exported: Which weights are in export/, ``last`` or ``best``.
         collapse: Null, or the last collapse that the guard saw: ``detected_at_passes``, ``epoch``
             (with its fraction), ``robust_accuracy_before`` and ``_after`` (held-out images under

@@ -17,6 +17,7 @@ from freeadv_fast.config.presets import CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.written import as_typed
 from freeadv_fast.data.build import Loaders
+from freeadv_fast.distributed.compress import GradientCompression
 from freeadv_fast.distributed.world import World
 from freeadv_fast.models.own import is_own
 from freeadv_fast.recipes.catalogue import RECIPES
@@ -59,7 +60,7 @@ def start_lines(
         "network": [network_text(config, world, learner)],
         "device": [device_text(world, machine)],
         "batch": [batch_text(config, world.size)],
-        "gradients": gradient_lines(config, world.size),
+        "gradients": gradient_lines(config, learner.compression),
         "cost": cost_lines(config, costs_of(config, budget, phase_loaders, world.size)),
         "evaluation": [
             evaluation_text(config, phase_loaders[-1].val.num_images),
@@ -112,7 +113,7 @@ def changed_flags(config: TrainConfig, world: World) -> list[str]:
         return []
     recipe = RECIPES[config.recipe]
     usual: dict[str, tuple[object, ...]] = {k: (value,) for k, value in vars(recipe).items()}
-    usual |= settled_by_machine(recipe, world)
+    usual |= settled_by_machine(recipe, world, config.accumulate)
     if is_own(config.arch):  # no flag asked for it
         usual["arch"] = (config.arch,)
     if config.phases:  # they say both
@@ -128,9 +129,11 @@ def changed_flags(config: TrainConfig, world: World) -> list[str]:
     return [line.replace(NO_BREAK, " ") for line in lines]
 
 
-def settled_by_machine(recipe: TrainConfig, world: World) -> dict[str, tuple[object, ...]]:
+def settled_by_machine(
+    recipe: TrainConfig, world: World, accumulate: int
+) -> dict[str, tuple[object, ...]]:
     """Values that a recipe's fields take here although nobody has typed them."""
-    batch_size = max(2, recipe.batch_size // world.size)
+    batch_size = max(2, recipe.batch_size // (accumulate * world.size))
     settled: dict[str, tuple[object, ...]] = {
         "precision": (resolve_precision(recipe.precision, world.device),),
         "batch_size": (batch_size,),
@@ -178,13 +181,15 @@ def batch_text(config: TrainConfig, num_ranks: int) -> str:
     )
 
 
-def gradient_lines(config: TrainConfig, num_ranks: int) -> list[str]:
+def gradient_lines(config: TrainConfig, compression: GradientCompression | None) -> list[str]:
     """How gradients travel, where they are asked to travel compressed."""
     if config.compress == "none":
         return []
-    if num_ranks == 1:
+    if compression is None:
         return [f"--compress {config.compress}: nothing to do, one rank sends none"]
-    return [f"{config.compress} codec, one byte an element to their owners and back"]
+    machines = compression.num_machines
+    between = f"{machines} machines, float32 within each" if machines > 1 else "ranks"
+    return [f"{config.compress} codec, one byte an element between {between}"]
 
 
 def evaluation_text(config: TrainConfig, num_images: int) -> str:

@@ -84,6 +84,8 @@ class Learner:
         minibatch_size: Images that go through the network together, at most; an update on more is
             made in parts and adds their gradients up. None for all of them.
         part: Of the update in progress.
+        compressed_updates: Updates whose gradients travelled compressed, in all sessions of the
+            run: all, unless it has had one rank for a while.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class Learner:
         self.attack_scale_at = attack_scale_at
         self.compression = compression
         self._bytes_before = 0
+        self.compressed_updates = 0
         self.updates = 0
         self.minibatch_size: int | None = None
         self.part = WHOLE
@@ -375,6 +378,7 @@ class Learner:
         self._set_rate()
         if self.compression is not None:
             self.compression.begin_update(self.updates)
+            self.compressed_updates += 1
         step = self._in_parts(step, len(inputs[0]))
         if self.runner is None:
             step(*inputs)
@@ -448,6 +452,7 @@ class Learner:
             "scaler": self.scaler.state_dict(),
             "updates": self.updates,
             "gradient_bytes": self.gradient_bytes,
+            "compressed_updates": self.compressed_updates,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -458,8 +463,10 @@ class Learner:
             # This device's, not those of the machine that saved.
             group["fused"], group["lr"] = is_fused, rate
         self.forget_recordings()  # the optimizer's tensors are others now
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # one rank had none, where several with --compress go on
+            self.scaler.load_state_dict(state["scaler"])
         self.updates = int(state["updates"])
+        self.compressed_updates = int(state.get("compressed_updates", 0))
         sent = self.compression.bytes_sent if self.compression is not None else 0
         self._bytes_before = int(state.get("gradient_bytes", 0)) - sent  # also after a rewind
 

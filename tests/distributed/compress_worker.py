@@ -1,5 +1,6 @@
 """Run as ranks: gradients averaged at one byte an element; results go to a file."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,16 +11,20 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.distributed.codec import Piece, number_blocks
 from freeadv_fast.distributed.compress import BucketAverage, GradientCompression
 from freeadv_fast.distributed.heartbeat import PeerLost, arrive
 from freeadv_fast.distributed.world import joined_world
+from freeadv_fast.session.network import over_ranks
 
 CODECS = ("paper", "bucket")
 SEED, UPDATE = 2**40 + 7, 2**33 + 3
 # Elements of a bucket's parameters, and their order in it.
 SIZES, ORDER = (1300, 64, 10, 512, 5000, 1), (5, 3, 4, 0, 2, 1)
 NUM_UPDATES = 4
+# Of a machine, where there are several.
+LOCAL_SIZE = 2
 # Small enough that the first buckets differ from those that DDP makes after the first update.
 BUCKET_MIB = 0.001
 
@@ -43,13 +48,14 @@ def make_gradients(rank):
     return values
 
 
-def average_once(world, group, codec):
+def average_once(world, group, codec, machines=None):
     """What the two-sided exchange makes of `make_gradients`, and of a NaN on the last rank."""
     found = {}
     update = torch.tensor([UPDATE])
     average = BucketAverage(
-        pieces(), codec, rank=world.rank, size=world.size, seed=SEED, update=update, group=group
-    )
+        pieces(), codec, rank=world.rank, size=world.size, seed=SEED, update=update, group=group,
+        machines=machines,
+    )  # fmt: skip
     for name in ("finite", "NaN"):
         gradients = make_gradients(world.rank)
         if name == "NaN" and world.rank == world.size - 1:
@@ -128,6 +134,24 @@ def run_cases(world):
     return found
 
 
+def train_on_machines(world, codec):
+    """Gradients of one update, as a training run averages them, and the bytes that it sent."""
+    config = TrainConfig(data="unused", arch="preact_resnet18", compress=codec, seed=SEED)
+    net = build_network()
+    own = own_gradients(net, world.rank, UPDATE)
+    ddp, compression = over_ranks(net, config, world)
+    compression.begin_update(UPDATE)
+    loss_of(ddp, world.rank, UPDATE).backward()
+    gradients = [p.grad.clone() for p in net.parameters()]
+    return {"own": own, "gradients": gradients, "bytes_sent": compression.bytes_sent}
+
+
+def run_on_machines(world):
+    group, machines = world.new_group(), world.new_machine_groups()
+    found = {("average", codec): average_once(world, group, codec, machines) for codec in CODECS}
+    return found | {("train", codec): train_on_machines(world, codec) for codec in CODECS}
+
+
 def lose_a_peer(how, output):
     """The last rank dies or stands still; what the other is told."""
     faults_worker.be_impatient()
@@ -152,11 +176,15 @@ def lose_a_peer(how, output):
 
 def main(task, output):
     torch.set_num_threads(1)
-    if task != "cases":
+    if task not in ("cases", "machines"):
         lose_a_peer(task, output)
         return
+    if task == "machines":  # as torchrun on each of them
+        machine, place = divmod(int(os.environ["RANK"]), LOCAL_SIZE)
+        os.environ |= {"GROUP_RANK": str(machine), "LOCAL_RANK": str(place)}
     with joined_world() as world:
-        torch.save(run_cases(world), Path(output) / f"rank{world.rank}.pt")
+        found = run_cases(world) if task == "cases" else run_on_machines(world)
+        torch.save(found, Path(output) / f"rank{world.rank}.pt")
         world.barrier()  # a rank that is gone before the others have read its goodbye is a lost one
 
 

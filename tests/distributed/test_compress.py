@@ -19,6 +19,7 @@ from freeadv_fast import ops
 from freeadv_fast.distributed import codec
 from freeadv_fast.distributed.codec import Piece, RandomStream, Stage
 from freeadv_fast.distributed.compress import BucketAverage, GradientCompression, SideThread
+from freeadv_fast.distributed.world import ranks_of_a_machine
 from freeadv_fast.errors import UserError
 
 WORKER = Path(worker.__file__)
@@ -42,21 +43,37 @@ def two_ranks(ranks):
     return ranks
 
 
-def average_of(gradients, kind, pieces, update):
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory):
+    """Cases on 4 ranks that are told of 2 machines, in the order of ranks."""
+    folder = tmp_path_factory.mktemp("machines")
+    done = run_ranks(4, WORKER, "machines", folder, output=folder / "output")
+    assert done.returncode == 0, done.stderr
+    return [torch.load(path, weights_only=True) for path in sorted(folder.glob("rank*.pt"))]
+
+
+def average_of(gradients, kind, pieces, update, local_size=1):
     """The formula, all ranks in one process: (n,) from every rank's (n,)."""
     size, update = len(gradients), torch.tensor([update])
+    num_machines = size // local_size
     layouts = [
-        codec.lay_out(pieces, codec=kind, rank=rank, num_ranks=size, device=CPU)
+        codec.lay_out(
+            pieces, codec=kind, rank=rank, num_ranks=size, local_size=local_size, device=CPU
+        )
         for rank in range(size)
     ]
-    sent = torch.zeros(size, size, layouts[0].num_bytes, dtype=torch.uint8)  # from, to
+    sent = torch.zeros(size, num_machines, layouts[0].num_bytes, dtype=torch.uint8)  # from, to
     means = torch.zeros(size, layouts[0].num_bytes, dtype=torch.uint8)
-    for rank, own in enumerate(gradients):
-        stream = RandomStream(worker.SEED, update, rank, Stage.GRADIENTS)
-        codec.encode_gradients_ref(own, layouts[rank].blocks, stream, sent[rank].view(-1))
     for rank, layout in enumerate(layouts):
+        first = rank // local_size * local_size
+        own = sum(gradients[first : first + local_size]) * (1 / local_size)
+        stream = RandomStream(worker.SEED, update, rank, Stage.GRADIENTS)
+        codec.encode_gradients_ref(own, layout.share, stream, sent[rank].view(-1))
+    for rank, layout in enumerate(layouts):
+        machine, place = divmod(rank, local_size)
         stream = RandomStream(worker.SEED, update, rank, Stage.MEAN)
-        codec.encode_mean_ref(sent[:, rank].contiguous(), layout.own, stream, means[rank])
+        received = sent[place::local_size, machine].contiguous()
+        codec.encode_mean_ref(received, layout.own, stream, means[rank])
     found = torch.empty_like(gradients[0])
     codec.decode_gradients_ref(means.view(-1), layouts[0].blocks, found)
     return found
@@ -167,6 +184,86 @@ def test_bytes_of_all_updates_are_counted(two_ranks, kind):
         codec=kind, rank=0, num_ranks=2, device=CPU,
     )  # fmt: skip
     assert run["bytes_sent"] == worker.NUM_UPDATES * 2 * layout.num_bytes
+
+
+@pytest.mark.parametrize("kind", worker.CODECS)
+def test_machines_exchange_the_means_of_their_ranks(machines, kind):
+    """The formula on two levels, in one process; every rank has its bits."""
+    gradients = [worker.make_gradients(rank) for rank in range(4)]
+    request = gradients, kind, worker.pieces(), worker.UPDATE
+    expected = average_of(*request, worker.LOCAL_SIZE)
+    for state in machines:
+        assert are_same_bits(state["average", kind]["finite"], expected)
+    exact = torch.stack(gradients).mean(0)
+    assert 0 < (expected - exact).norm() < exact.norm()
+    assert not torch.equal(expected, average_of(*request))
+
+
+@pytest.mark.parametrize("kind", worker.CODECS)
+def test_what_is_not_finite_on_one_rank_is_nan_on_all_machines(machines, kind):
+    lost = machines[0]["average", kind]["NaN"].isnan()
+    assert lost[100]
+    assert not lost.all()
+    for state in machines:
+        found = state["average", kind]
+        assert torch.equal(found["NaN"].isnan(), lost)
+        assert torch.equal(found["NaN"][~lost], found["finite"][~lost])
+
+
+@pytest.mark.parametrize("kind", worker.CODECS)
+def test_a_run_on_two_machines_trains_with_their_average(machines, kind):
+    """As `over_ranks` builds it; 1 message to the peer and 3 to everybody are counted."""
+    runs = [state["train", kind] for state in machines]
+    sizes = [len(gradient) for gradient in runs[0]["own"]]
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    pieces = list(map(Piece, codec.number_blocks(sizes), starts, sizes))
+    own = [torch.cat(run["own"]) for run in runs]
+    expected = average_of(own, kind, pieces, worker.UPDATE, worker.LOCAL_SIZE).split(sizes)
+    layout = codec.lay_out(pieces, codec=kind, rank=0, num_ranks=4, local_size=2, device=CPU)
+    for run in runs:
+        for gradient, values in zip(run["gradients"], expected, strict=True):
+            if gradient.dim() == 4:  # channels_last, as its memory is
+                gradient = gradient.permute(0, 2, 3, 1)
+            assert are_same_bits(gradient.reshape(-1), values)
+        assert run["bytes_sent"] == (1 + 3) * layout.num_bytes
+
+
+@pytest.mark.parametrize("kind", worker.CODECS)
+def test_bytes_that_leave_a_rank_of_a_machine_are_counted(machines, kind):
+    """Blocks 0, 4, 8, ... belong to rank 0; 1, 5, ... to 1; 2, 6, ... to 2, of machine 1."""
+    longest = 0
+    numbers = codec.number_blocks(worker.SIZES)
+    for residue in range(4):
+        num_bytes = 0
+        for first, count in zip(numbers, worker.SIZES, strict=True):
+            lengths = [min(512, count - 512 * block) for block in range(-(-count // 512))]
+            own = [n for block, n in enumerate(lengths, first) if block % 4 == residue]
+            num_scales = len(own) if kind == "bucket" else int(bool(own))
+            num_bytes += sum(-(-n // 4) * 4 for n in own) + 4 * num_scales
+        longest = max(longest, num_bytes)
+    for state in machines:
+        assert state["average", kind]["bytes_sent"] == (1 + 3) * longest
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([(0, 0), (0, 1), (1, 0), (1, 1)], 2),
+        ([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)], 3),
+        ([(0, 0), (0, 1), (0, 2), (0, 3)], 1),  # one machine
+        ([(0, 0), (1, 0), (2, 0)], 1),  # one rank on each
+        ([(0, 0), (0, 1), (0, 2), (1, 0)], 1),  # more on one than on the other
+        ([(0, 0), (1, 0), (1, 1)], 1),
+        ([(0, 0), (1, 0), (0, 1), (1, 1)], 1),  # not machine by machine
+        ([(1, 0), (1, 1), (0, 0), (0, 1)], 1),
+        ([(0, 1), (0, 0), (1, 1), (1, 0)], 1),
+        ([(-1, 0), (-1, 1), (-1, 0), (-1, 1)], 1),  # torchrun did not start them
+        ([(-1, -1), (-1, -1)], 1),
+        ([(0, 0), (0, 1), (-1, 0), (-1, 1)], 1),
+    ],
+)
+def test_machines_are_levels_where_all_have_as_many_ranks_in_a_row(places, expected):
+    assert ranks_of_a_machine(places) == expected
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])

@@ -1,11 +1,10 @@
 """Ranks compare their data before an evaluation and a dry run as well as before a run."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+
+from forked import run_ranks
 
 WORKER = Path(__file__).with_name("evaluation_worker.py")
 
@@ -15,12 +14,7 @@ def test_ranks_with_other_data_are_told_before_anything_is_measured(small_images
         for data in ("same", "other"):
             shutil.copytree(small_images, tmp_path / f"rank{rank}" / data)
     (tmp_path / "rank1/other/val/class0/3.jpg").unlink()
-    launcher = Path(sys.executable).with_name("torchrun")
-    done = subprocess.run(
-        [launcher, "--standalone", "--nproc-per-node", "2", WORKER, tmp_path],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    done = run_ranks(2, WORKER, tmp_path, output=tmp_path / "output")
     assert done.returncode == 0, done.stderr
     told = [json.loads((tmp_path / f"told{rank}.json").read_text()) for rank in range(2)]
     difference = "rank 1 lacks class0/3.jpg, which rank 0 has; give every node the same images"

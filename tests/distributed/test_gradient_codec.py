@@ -162,6 +162,51 @@ def test_every_element_has_one_place_in_one_message(kind, num_ranks):
         assert torch.equal(own[:, :-1], (theirs - rank * shift)[:, :-1])
 
 
+def numbers_of(blocks):
+    return blocks.table[:, Column.NUMBER].tolist()
+
+
+@pytest.mark.parametrize("kind", CODECS)
+@pytest.mark.parametrize(("num_machines", "local_size"), [(2, 2), (3, 2), (2, 3), (8, 4)])
+def test_every_block_has_one_owner_which_gets_it_from_every_machine(kind, num_machines, local_size):
+    """Also where there are fewer blocks than ranks, and some have none."""
+    size = num_machines * local_size
+    layouts = [
+        codec.lay_out(
+            end_to_end(SIZES), codec=kind, rank=rank, num_ranks=size, local_size=local_size,
+            device=CPU,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    every = numbers_of(layouts[0].blocks)
+    assert sorted(n for layout in layouts for n in numbers_of(layout.own)) == every
+    assert len({layout.num_bytes for layout in layouts}) == 1
+    num_bytes = layouts[0].num_bytes
+    for machine in range(num_machines):
+        ranks = layouts[machine * local_size :][:local_size]
+        assert sorted(n for layout in ranks for n in numbers_of(layout.share)) == every
+        for place, layout in enumerate(ranks):
+            for row in layout.share.table.tolist():
+                to = row[Column.LEVELS] // num_bytes
+                owner = layouts[to * local_size + place]
+                (at_owner,) = (
+                    own
+                    for own in owner.own.table.tolist()
+                    if own[Column.NUMBER] == row[Column.NUMBER]
+                )
+                assert to == row[Column.NUMBER] // local_size % num_machines
+                assert at_owner[Column.LEVELS] == row[Column.LEVELS] - to * num_bytes
+                assert at_owner[Column.SCALE] == row[Column.SCALE] - to * num_bytes // 4
+
+
+@pytest.mark.parametrize("kind", CODECS)
+def test_a_rank_alone_on_its_machine_encodes_everything(kind):
+    layout = lay_out(SIZES, kind, num_ranks=3, rank=1)
+    assert torch.equal(layout.share.table, layout.blocks.table)
+    if kind == "paper":
+        assert torch.equal(layout.share.segments, layout.blocks.segments)
+
+
 @pytest.mark.parametrize("kind", CODECS)
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_a_resnet_sends_a_byte_an_element(kind, num_ranks):
