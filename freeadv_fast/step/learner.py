@@ -119,11 +119,12 @@ class Learner:
         self.meters = Meters(device)
         # Compressed gradients that are not finite end as NaN on every rank. The scaler skips such
         # an update in any precision, at a scale of 1 where fp16 needs none.
-        self.loss_scale = None if self.precision is torch.float16 else 1.0
+        is_half, is_compressed = self.precision is torch.float16, compression is not None
+        self.loss_scale = 1.0 if is_compressed and not is_half else None
         self.scaler = torch.amp.grad_scaler.GradScaler(
             device.type,
             init_scale=self.loss_scale or 2.0**16,
-            enabled=self.precision is torch.float16 or compression is not None,
+            enabled=is_half or is_compressed,
         )
 
     def network_input(

@@ -23,6 +23,7 @@ OWN_FLAGS = {
     "free": {"--m": "2"},
     "free-trades": {"--m": "2", "--max-passes": "320"},
     "elle": {"--max-passes": "320"},
+    "yopo": {"--max-passes": "240"},
     "fast-advprop": {"--p-adv": "0.4", "--aux-bn-group": "4"},
     "advprop": {"--aux-bn-group": "4"},
 }
