@@ -33,6 +33,8 @@ SERVER.set_forkserver_preload(
     ]
 )  # fmt: skip
 PATIENCE = 300.0
+# So long the others have for a line of their own; torchrun looks ten times a second.
+GRACE = 1.0
 
 
 def become(
@@ -110,6 +112,7 @@ def finish(processes: Sequence[BaseProcess], output: Path) -> subprocess.Complet
             failed = [process.exitcode for process in processes if process.exitcode]
             if failed and not status:
                 status = failed[0]
+                time.sleep(GRACE)
                 for process in running:
                     process.terminate()
     finally:
