@@ -93,5 +93,5 @@ class Meters:
         """Continues from saved sums."""
         self.sums.copy_(state["sums"])
         self.nonfinite_gradients.copy_(state["nonfinite_gradients"])
-        if "skipped_updates" in state:  # not counted before 0.2.0
+        if "skipped_updates" in state:  # 0.2.0 did not count them
             self.skipped_updates.copy_(state["skipped_updates"])
