@@ -15,6 +15,7 @@ is the largest or the smallest rate, the record says so.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import statistics
 import subprocess
 import sys
@@ -102,7 +103,7 @@ def config_of(cell: str, rate: float, seed: int, flags: argparse.Namespace) -> T
 
 
 def run(cell: str, rate: float, seed: int, flags: argparse.Namespace) -> dict[str, Any]:
-    """Trains a cell once on two ranks, and reads what it came to."""
+    """Trains a cell once on two ranks of this machine's CPU, and reads what it came to."""
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     command = [torchrun, "--standalone", "--nproc-per-node", str(RANKS), __file__, *sys.argv[1:]]
     own = ["--cell", cell, "--rate", str(rate), "--seed", str(seed), "--folder", str(flags.folder)]
@@ -121,11 +122,19 @@ def run(cell: str, rate: float, seed: int, flags: argparse.Namespace) -> dict[st
     }
 
 
+def all_runs(
+    which: list[tuple[str, float, int]], flags: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The runs of these cells, rates and seeds, `--jobs` at a time, in their order."""
+    with concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
+        return list(pool.map(lambda one: told(run(*one, flags)), which))
+
+
 def tuned_rates(flags: argparse.Namespace) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The best rate of each cell that has rates to try, and all trials."""
-    trials = [
-        told(run(cell, rate, TUNING_SEED, flags)) for cell, rates in RATES.items() for rate in rates
-    ]
+    trials = all_runs(
+        [(cell, rate, TUNING_SEED) for cell, rates in RATES.items() for rate in rates], flags
+    )
     best = {
         cell: max((t for t in trials if t["cell"] == cell), key=lambda t: float(t["robust"]))
         for cell in RATES
@@ -184,6 +193,7 @@ def main() -> None:
     parser.add_argument("--eps", default="8/255")
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--eval-images", type=int, default=1000)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of two processes each")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; the PNG goes beside it")
     parser.add_argument("--cell", choices=CELLS, help=argparse.SUPPRESS)
     parser.add_argument("--rate", type=float, help=argparse.SUPPRESS)
@@ -198,11 +208,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         flags.folder = Path(folder)
         rates, trials = tuned_rates(flags)
-        rows = [
-            told(run(cell, rates.get(cell, rates["2,048, layer-wise"]), seed, flags))
-            for seed in SEEDS
-            for cell in CELLS
-        ]
+        others = rates["2,048, layer-wise"]  # the codecs' rate as well
+        rows = all_runs(
+            [(cell, rates.get(cell, others), seed) for seed in SEEDS for cell in CELLS], flags
+        )
     branch = f"DAT-{flags.attack.upper()}"
     title = f"{branch} on CIFAR-10 (JPEG copy), a small network, eps {flags.eps}, equal passes"
     draw(rows, title).savefig(flags.out.with_suffix(".png"), dpi=150)
