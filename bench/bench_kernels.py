@@ -18,6 +18,7 @@ from typing import Any
 
 import harness
 import torch
+from bandwidth import copy_kernel
 from torch import Tensor
 
 from freeadv_fast import ops
@@ -67,10 +68,9 @@ def run(shape: tuple[int, ...], device: torch.device, seconds: float) -> dict[st
     is_gpu = device.type == "cuda"
     values = torch.Size(shape).numel()
     # As many bytes as the ops move, so that caches help the copy no more than them.
-    source = torch.zeros(max(values * 2, (1 << 30) if is_gpu else 0), dtype=torch.uint8).to(device)
-    target = torch.empty_like(source)
+    num_bytes = max(values * 2, (1 << 30) if is_gpu else 0)
     calls: dict[str, Callable[[], object]] = {
-        "copy": harness.graphed(lambda: target.copy_(source), device)
+        "copy": harness.graphed(copy_kernel(num_bytes, device), device)
     }
     rows: list[dict[str, Any]] = []
     activations = [torch.bfloat16, torch.float16, torch.float32] if is_gpu else [torch.float32]
@@ -80,7 +80,7 @@ def run(shape: tuple[int, ...], device: torch.device, seconds: float) -> dict[st
                 rows.append(row)
                 calls[str(len(rows))] = harness.graphed(call, device)
     times = harness.measure(calls, device=device, seconds=seconds, flush=True)
-    copy_bytes = 2 * source.numel()
+    copy_bytes = 2 * num_bytes
     rate = copy_bytes / times["copy"]["median"]
     for index, row in enumerate(rows, 1):
         row["seconds"] = times[str(index)]

@@ -15,29 +15,32 @@ A method that fails is recorded with its error, and the others go on.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import harness
 import torch
 import torch.nn.functional as F
+from bandwidth import rate_kernels
 from floors import PLANS, Floors
 from torch import Tensor, nn
 
+from freeadv_fast import ops
 from freeadv_fast.config.budget import Budget
 from freeadv_fast.config.choices import OptimizerName, Switch
 from freeadv_fast.config.method_names import METHODS
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.distributed.world import World
 from freeadv_fast.methods.build import build_method
-from freeadv_fast.methods.fast_advprop import Exchange
 from freeadv_fast.models.zoo import build_model
+from freeadv_fast.session.method import RankShuffle
 from freeadv_fast.session.network import PRECISIONS, build_learner, build_network, resolve_precision
 from freeadv_fast.step import graphs
 from freeadv_fast.step.optim import build_sgd
@@ -45,6 +48,7 @@ from freeadv_fast.step.optim import build_sgd
 COMPETITORS = ("plain", "compiled-free", "eager", "compiled")
 PROVIDERS = (*METHODS, *COMPETITORS)
 REPLAYED = ("free", "free-trades")  # a step is a replay
+WITHOUT = " without "  # between a method and the faster way (`ops.FAST_PATHS`) taken from it
 # Methods whose step is one pass for the weights, and whether it takes the image's gradient.
 IMAGE_GRADIENT = {
     "natural": False,
@@ -161,6 +165,12 @@ def main() -> None:
     )
     for flag in ("--fuse", "--graphs"):
         parser.add_argument(flag, default="auto", choices=get_args(Switch), help="the trainer's")
+    parser.add_argument(
+        "--without", nargs="+", default=[], choices=sorted(ops.FAST_PATHS), help="ways not taken"
+    )
+    parser.add_argument(
+        "--without-each", action="store_true", help="the last method again without each faster way"
+    )
     parser.add_argument("--optimizer", default="sgd", choices=get_args(OptimizerName))
     parser.add_argument("--attack-steps", type=int, default=1, help="K of the attack")
     parser.add_argument(
@@ -177,6 +187,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     flags = parser.parse_args()
     names = flags.methods.split(",")
+    ops.FAST_PATHS.difference_update(flags.without)
+    if flags.without_each:
+        names += [f"{names[-1]}{WITHOUT}{path}" for path in sorted(ops.FAST_PATHS)]
     if (flags.copy_gb_per_second is None) != (flags.tflops is None):
         parser.error("--copy-gb-per-second and --tflops belong together")
     if flags.rounds is None and flags.seconds is None:
@@ -228,6 +241,7 @@ def main() -> None:
             "fuse": config.fuse,
             "graphs": config.graphs,
             "optimizer": config.optimizer,
+            "without": flags.without,
         },
         **outcome,
         "memory": memory,
@@ -280,10 +294,12 @@ def prepare(
     calls: dict[str, Callable[[], None]] = {}
     errors: dict[str, str] = {}
     for name in names:
+        method, _, path = name.partition(WITHOUT)
         try:
-            call = provider(name, config, device)
-            for _ in range(math.ceil(updates / config.m)):
-                call()
+            with way_not_taken(path):
+                call = provider(method, config, device)
+                for _ in range(math.ceil(updates / config.m)):
+                    call()
             calls[name] = call
         except Exception as error:  # whatever a compiler, a kernel or an allocator raises
             errors[name] = f"{type(error).__name__}: {error}"[:800]
@@ -292,30 +308,45 @@ def prepare(
     return calls, errors
 
 
+@contextlib.contextmanager
+def way_not_taken(path: str) -> Iterator[None]:
+    """What is built and recorded in here goes without one of `ops.FAST_PATHS`; "" for all."""
+    taken = ops.FAST_PATHS & {path}
+    ops.FAST_PATHS.difference_update(taken)
+    try:
+        yield
+    finally:
+        ops.FAST_PATHS.update(taken)
+
+
 def measure_ceilings(
     device: torch.device, dtype: torch.dtype, *, num_bytes: int = 1 << 30, side: int = 8192
 ) -> dict[str, Any]:
-    """The rates that the floors are divided by: a copy's, and a square matrix product's.
+    """The rates that the floors are divided by: memory's, and a square matrix product's.
+
+    Memory's is the highest that one of `bandwidth.rate_kernels` reaches, named by `bytes_from`.
 
     Args:
         device: Where. dtype: Of the product.
-        num_bytes: Of the copied tensor; it is read and written. side: Of the matrices.
+        num_bytes: Of each tensor that is read or written. side: Of the matrices.
     """
-    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    moved = rate_kernels(num_bytes, device)
     # Random, because zeros draw less power and so run at higher clocks.
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
-    calls = {
-        "copy": harness.graphed(lambda: target.copy_(source), device),
-        "product": harness.graphed(lambda: torch.mm(a, b, out=product), device),
-    }
+    calls = {name: harness.graphed(call, device) for name, (call, _) in moved.items()}
+    calls["product"] = harness.graphed(lambda: torch.mm(a, b, out=product), device)
     times = harness.measure(calls, device=device, rounds=20)
-    rates = {
-        "bytes": 2 * num_bytes / times["copy"]["median"],
-        "flops": 2 * side**3 / times["product"]["median"],
+    memory = {name: size / times[name]["median"] for name, (_, size) in moved.items()}
+    fastest = max(memory, key=lambda name: memory[name])
+    rates = {"bytes": memory[fastest], "flops": 2 * side**3 / times["product"]["median"]}
+    return {
+        "source": "measured",
+        "per_second": rates,
+        "bytes_from": fastest,
+        "memory": memory,
+        "seconds": times,
     }
-    return {"source": "measured", "per_second": rates, "seconds": times}
 
 
 def add_floors(
@@ -380,7 +411,8 @@ def config_of(name: str, config: TrainConfig) -> TrainConfig:
 
 def weight_passes(name: str, config: TrainConfig) -> float:
     """Passes for the weights per image and step."""
-    own = config_of("free" if name in COMPETITORS else name, config)
+    method, _, _ = name.partition(WITHOUT)
+    own = config_of("free" if method in COMPETITORS else method, config)
     return own.weight_passes / own.m
 
 
@@ -402,11 +434,7 @@ def provider(name: str, config: TrainConfig, device: torch.device) -> Callable[[
     world, budget = World(0, 1, device), Budget.of(config, [1 << 30])
     network = build_network(config, [str(i) for i in range(classes)], is_fresh=True)
     learner = build_learner(network, config, world, budget)
-
-    def shuffle(images: Tensor, labels: Tensor, step: int) -> Exchange:
-        return world.shuffle(images, labels, seed=config.seed, step=step)
-
-    method = build_method(config, learner, device, classes, shuffle)
+    method = build_method(config, learner, device, classes, RankShuffle(world, config.seed))
 
     def steps() -> None:
         for _ in range(num_minibatches):
@@ -493,7 +521,7 @@ def report(record: dict[str, Any]) -> None:
                 f"  {100 * shares['B2']:.1f} % of bytes B2, {100 * shares['flops']:.1f} % of FLOPs"
             )
         print(
-            f"{name:13s} {row['image_passes_per_second']:9.1f} passes/s"
+            f"{name:28s} {row['image_passes_per_second']:9.1f} passes/s"
             f" {1000 * row['seconds_per_minibatch_pass']:9.2f} ms"
             f"  spread {100 * (entry['p80'] - entry['p20']) / entry['median']:5.1f} %"
             f"  n {entry['n']:3d} {peak}{floors}"

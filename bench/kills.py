@@ -47,7 +47,14 @@ FLAGS = [
 GUARD_FLAGS = ["--guard-images", "20", "--guard-every", "7"]
 OWN_FLAGS = {"free": ["--m", "2"], "fast-advprop": ["--aux-bn-group", "4"]}
 # What a log line and a result say of time and place.
-NOT_COMPARED = {"passes_per_second", "guard_seconds", "train_seconds", "versions", "device"}
+NOT_COMPARED = {
+    "passes_per_second",
+    "guard_seconds",
+    "train_seconds",
+    "warm_up_seconds",
+    "versions",
+    "device",
+}
 
 
 def main() -> None:

@@ -37,8 +37,8 @@ from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.distributed.world import World
 from freeadv_fast.evaluation.report import BLUE, GREY, VERMILION
 from freeadv_fast.methods.build import build_method
-from freeadv_fast.methods.fast_advprop import Exchange
 from freeadv_fast.models.preact_resnet import PreActBlock
+from freeadv_fast.session.method import RankShuffle
 from freeadv_fast.session.network import build_learner
 
 # Role of a pass, its line's name and colour.
@@ -82,11 +82,9 @@ def train(
     network = SmallNetwork(flags.width, num_classes)
     budget = Budget.of(config, [flags.updates])
     learner = build_learner(network, config, world, budget)
-
-    def shuffle(images: Tensor, labels: Tensor, step: int) -> Exchange:
-        return world.shuffle(images, labels, seed=flags.seed, step=step)
-
-    method = build_method(config, learner, world.device, num_classes, shuffle)
+    method = build_method(
+        config, learner, world.device, num_classes, RankShuffle(world, flags.seed)
+    )
     generator = torch.Generator().manual_seed(flags.seed)
     network.train()
     lines, started = [], time.perf_counter()

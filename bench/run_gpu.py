@@ -1,10 +1,15 @@
-"""The whole ladder on one GPU: four parts of under nine minutes, a command and a JSON each.
+"""The whole ladder on one GPU: what matters in under seven minutes, the rest in four parts.
 
+    python bench/run_gpu.py --out bench/results/h200/ladder.json [--data /imagenette]
     python bench/run_gpu.py --part 1 --out bench/results/h200/ladder-1.json
     python bench/run_gpu.py --part 2 --out bench/results/h200/ladder-2.json --data /imagenette
     python bench/run_gpu.py --part 3 --out bench/results/h200/ladder-3.json
     python bench/run_gpu.py --part 4 --out bench/results/h200/ladder-4.json --data /imagenette
-    python bench/run_gpu.py --part 1 --tiny --out /tmp/ladder.json   # a CPU, to prove the script
+    python bench/run_gpu.py --tiny --out /tmp/ladder.json   # a CPU, to prove the script
+
+Without a part: the tests marked gpu, the headline step with each of its faster ways switched off in
+turn, its profile, the CIFAR networks, peak memory, a run from JPEG files; most important first, and
+at the end a page that sums it up. `bench/reproduce.py` says whether it learns what it should.
 
 Part 1 measures first: the headline step, the input gradient, batch norm, stem and elementwise
 kernels alone, a profile of the eager step, torch.compile. Part 2 is what the other methods cost.
@@ -70,8 +75,8 @@ def main() -> None:
     """Runs the sections, or, as a child, the one that lives in this file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="ImageFolder with train/ and val/: loader and short runs")
-    parser.add_argument("--part", type=int, choices=tuple(PARTS), default=1, help="see above")
-    parser.add_argument("--budget", type=float, default=530, help="seconds for everything")
+    parser.add_argument("--part", type=int, choices=tuple(PARTS), default=0, help="see above")
+    parser.add_argument("--budget", type=float, default=400, help="seconds for everything")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to prove the script")
     parser.add_argument("--only", nargs="+", help="names of the sections to run")
     parser.add_argument("--resume", action="store_true", help="keep what --out has of this commit")
@@ -85,6 +90,7 @@ def main() -> None:
     if not sections:
         parser.error(f"--only {' '.join(flags.only)}: no such section in part {flags.part}")
     record = run_sections(sections, flags)
+    print(*page(record["sections"]), sep="\n")
     print(f"{sum(s.get('wall_s', 0) for s in record['sections'].values()):.0f} s in all")
     if all("error" in outcome for outcome in record["sections"].values()):
         sys.exit(1)
@@ -127,6 +133,34 @@ def succeeded(earlier: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
         for name, outcome in earlier["sections"].items()
         if not {"error", "skipped"} & set(outcome)
     }
+
+
+def essentials(flags: argparse.Namespace) -> list[Section]:
+    """What every session with a GPU wants to know."""
+    step = ["--methods", "natural,eager,free"]
+    tests = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    tests += ["--collect-only"] if flags.tiny else ["-n", str(min(os.cpu_count() or 1, 14))]
+    each = [*step, "--without-each"]
+    memory = ["--rounds", "3", *step] if flags.tiny else step
+    sections = [
+        Section("gpu_tests", tests, 120, writes_out=False),
+        step_section("resnet50_224", "resnet50", 224, 256, 16, flags, each, limit_s=150),
+        profile_section("profile_captured", captured(flags), flags),
+    ]
+    for name, arch, seconds in (
+        ("preact_resnet18_32", "preact-resnet18", 6),
+        ("wrn_32_10_32", "wrn-32-10", 8),
+    ):
+        more = step if flags.tiny else [*step, "--m", "8"]
+        sections.append(step_section(name, arch, 32, 128, seconds, flags, more, limit_s=80))
+    dat = ["--methods", "natural,dat"]
+    sections.append(step_section("dat_resnet50_224", "resnet50", 224, 256, 6, flags, dat))
+    sections.append(
+        step_section("memory_resnet50_224", "resnet50", 224, 256, 4, flags, memory, memory=True)
+    )
+    if flags.data:
+        sections.append(run_section_of("free_run", "imagenet_free.py", ["--m", "4"], flags))
+    return sections
 
 
 def measure_first(flags: argparse.Namespace) -> list[Section]:
@@ -247,7 +281,7 @@ def try_and_decide(flags: argparse.Namespace) -> list[Section]:
     return sections
 
 
-PARTS = {1: measure_first, 2: methods_ladder, 3: before_and_after, 4: try_and_decide}
+PARTS = {0: essentials, 1: measure_first, 2: methods_ladder, 3: before_and_after, 4: try_and_decide}
 
 
 def has_dali() -> bool:
@@ -355,6 +389,8 @@ def run_section(section: Section, limit_s: float) -> dict[str, Any]:
     print(output.strip()[-2000:], flush=True)
     if section.writes_out:
         return outcome
+    if section.name == "gpu_tests":
+        return {**outcome, "outcome": output.strip().splitlines()[-1].strip("= ")}
     if section.name.endswith("_run"):
         return {**outcome, **read_run(Path(run_folder(section)))}
     if section.name.endswith("_corruptions"):
@@ -380,6 +416,34 @@ def run_limited(command: list[str], limit_s: float) -> tuple[int | str, str]:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         return f"ended after {limit_s:.0f} s", output
+
+
+def page(sections: dict[str, dict[str, Any]]) -> list[str]:
+    """What the sections say, in a few lines each."""
+    lines = []
+    for name, outcome in sections.items():
+        failed = outcome.get("error") or outcome.get("skipped")
+        if failed:
+            lines.append(f"{name}: {failed.splitlines()[-1][-80:]}")
+        elif "outcome" in outcome:
+            lines.append(f"{name}: {outcome['outcome']}")
+        elif outcome.get("benchmark") == "step":
+            rates = [
+                f"{method} {row['image_passes_per_second']:,.0f}"
+                for method, row in outcome["results"].items()
+            ]
+            lines.append(f"{name}, passes/s: {', '.join(rates)}")
+            lines += [
+                f"    {ratio} {value['median']:.3f}"
+                for ratio, value in outcome["time_ratios"].items()
+            ]
+            peaks = {k: v for k, v in outcome["memory"].items() if k != "kind"}
+            lines += [f"    {what} {mib:,.0f}" for what, mib in peaks.items()]
+        elif "result" in outcome:
+            lines.append(
+                f"{name}: {outcome['log'][-1]['passes_per_second']:,.0f} passes/s at its end"
+            )
+    return lines
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -14,13 +14,21 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from freeadv_fast.kernels import ascend_normalize as _ascend_normalize
 from freeadv_fast.kernels import batch_norm as _batch_norm
+from freeadv_fast.kernels import batch_norm_statistics as _statistics
+from freeadv_fast.kernels import cross_entropy as _cross_entropy
+from freeadv_fast.kernels import joined_norms as _joined_norms
 from freeadv_fast.kernels import lalr as _lalr
+from freeadv_fast.kernels import norm_pool as _norm_pool
 from freeadv_fast.kernels import perturb_normalize as _perturb_normalize
+from freeadv_fast.kernels import sgd as _sgd
 from freeadv_fast.kernels import sign_ascent as _sign_ascent
+from freeadv_fast.kernels import stem_convolution as _stem_convolution
+from freeadv_fast.kernels.batch_norm_statistics import Norm as Norm
 
 Backend = Literal["triton", "eager"]
 
@@ -28,6 +36,17 @@ ExtensionBackend = Literal["compiled", "eager"]
 
 # Triton compiles for Volta and newer; a Pascal GPU runs the references.
 OLDEST_CAPABILITY = (7, 0)
+
+# The step's faster ways, each taken where it fits. `bench_step.py --without NAME` takes one out
+# of the set before anything is built, to time what it is worth.
+FAST_PATHS = {
+    "stem",  # the stem's convolution on packed images in kernels of our own
+    "norm-pool",  # batch norm, ReLU and max pooling as one
+    "products",  # 1x1 convolutions as matrix products where those are faster
+    "joined-norms",  # the two norms at the end of a projection block as one
+    "cross-entropy",  # cross-entropy and the metrics of a pass as one
+    "half-weights",  # the optimizer writes the half-precision weights that convolutions read
+}
 
 
 @functools.cache
@@ -98,6 +117,42 @@ def perturb_normalize(
             images, delta, pixel_mean, pixel_std, unit, dtype, space_to_depth
         )
     return x
+
+
+def cross_entropy_sum_(logits: Tensor, labels: Tensor, sums: Tensor) -> Tensor:
+    """Cross-entropy summed over the images of a pass, which is counted.
+
+    Args:
+        logits: (n, classes). labels: (n,) int64.
+        sums: (4,) float64 on the device, updated: losses, images whose largest logit is their
+            label's, images, and passes whose loss is not finite, which is not summed.
+
+    Returns:
+        () of the logits' dtype. The kernels take float32 on a GPU and are differentiable once: a
+        second derivative raises.
+
+    Source: Bridle 1990.
+    """
+    is_fused = (
+        "cross-entropy" in FAST_PATHS
+        and backend(logits.device) == "triton"
+        and _cross_entropy.supports(logits, labels)
+    )
+    function = (
+        _cross_entropy.cross_entropy_sum_ if is_fused else _cross_entropy.cross_entropy_sum_ref_
+    )
+    loss_sum: Tensor = function(logits, labels, sums)
+    return loss_sum
+
+
+def count_pass_(sums: Tensor, loss_sum: Tensor, hits: Tensor, num_images: int) -> None:
+    """Counts a pass into sums, as `cross_entropy_sum_` does; nothing is differentiated.
+
+    Args:
+        sums: (4,) float64, updated. loss_sum: () summed loss.
+        hits: () images classified right. num_images: Of the pass.
+    """
+    _cross_entropy.count_ref_(sums, loss_sum, hits, num_images)
 
 
 def sign_ascent_(
@@ -184,6 +239,32 @@ def ascend_normalize_(
         _ascend_normalize.ascend_normalize_ref_(*inputs, step, eps, unit)
 
 
+def stem_convolution(packed: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The convolution of packed images with 4x4 kernels: stride 1, no padding.
+
+    The kernels take half precision in channels_last, 16, 32 or 64 channels out and no bias, where
+    the product is to be in the input's dtype: autocast's, or that of the weights. All else, and a
+    CPU, runs `F.conv2d`. Both are differentiable as often as wanted.
+
+    Args:
+        packed: (N, 16, H + 3, W + 3), in the layout of `perturb_normalize`.
+        weight: (O, 16, 4, 4). bias: (O,), or None.
+
+    Returns:
+        (N, O, H, W), channels_last as the input is, in the dtype that autocast gives convolutions.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices disagree.
+    """
+    if "stem" in FAST_PATHS and bias is None and backend(packed.device) == "triton":
+        is_cast = torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if is_cast else weight.dtype
+        if packed.dtype == dtype and _stem_convolution.supports(packed, weight):
+            y: Tensor = _stem_convolution.stem_convolution(packed, weight)
+            return y
+    return F.conv2d(packed, weight, bias)
+
+
 def batch_norm_act(
     x: Tensor,
     weight: Tensor | None,
@@ -199,6 +280,7 @@ def batch_norm_act(
     residual: Tensor | None = None,
     negative_slope: float = 0.0,
     fork: bool = False,
+    num_batches_tracked: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Batch norm in groups, then a residual, then ReLU: ``relu(norm(x) + residual)``.
 
@@ -221,6 +303,7 @@ def batch_norm_act(
         residual: (N, C, H, W) of x's dtype, added before the ReLU.
         negative_slope: 0 for ReLU, more for leaky ReLU; unused without `relu`.
         fork: Return the output twice, for two readers whose gradients the kernels then sum.
+        num_batches_tracked: () int64, one is added in training; None for none.
 
     Returns:
         (N, C, H, W) of x's dtype: channels_last from the kernels, else in x's memory format. With
@@ -234,10 +317,11 @@ def batch_norm_act(
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2; groups: Hoffer et al. 2017, algorithm 1.
     """
-    norm = (x, weight, bias, running_mean, running_var)
-    if backend(x.device) == "triton" and _batch_norm.supports(*norm):
+    norm = Norm(weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
+    inputs = (x, weight, bias, running_mean, running_var)
+    if backend(x.device) == "triton" and _statistics.supports(x, norm):
         y: Tensor | tuple[Tensor, Tensor] = _batch_norm.batch_norm_act(
-            *norm,
+            *inputs,
             training=training,
             momentum=momentum,
             eps=eps,
@@ -246,11 +330,152 @@ def batch_norm_act(
             residual=residual,
             negative_slope=negative_slope,
             fork=fork,
+            num_batches_tracked=num_batches_tracked,
         )
     else:
         y = _batch_norm.batch_norm_act_ref(
-            *norm, training, momentum, eps, num_groups, relu, residual, negative_slope, fork
+            *inputs,
+            training,
+            momentum,
+            eps,
+            num_groups,
+            relu,
+            residual,
+            negative_slope,
+            fork,
+            num_batches_tracked,
         )
+    return y
+
+
+def joined_norms(
+    x: Tensor, norm: Norm, shortcut: Tensor, shortcut_norm: Norm, *, num_groups: int, fork: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``relu(norm(x) + shortcut_norm(shortcut))`` in training: the end of a projection block.
+
+    Where the kernels of `batch_norm_act` take both, those of this op do; they are differentiable
+    once. All else is two calls of `batch_norm_act`.
+
+    Args:
+        x: (N, C, H, W) activations; for the kernels copied unless channels_last.
+        norm: Its tensors as in `batch_norm_act`; running statistics are updated in place.
+        shortcut: (N, C, H, W) of x's dtype; likewise.
+        shortcut_norm: Likewise.
+        num_groups: Groups of consecutive images with statistics of their own.
+        fork: Return the output twice, for two readers whose gradients the kernels then sum.
+
+    Returns:
+        As from `batch_norm_act` behind ReLU and a residual.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices disagree, or a group would hold fewer than two
+            values of a channel; from the kernels, also of a second derivative.
+
+    Source: He et al. 2015, section 3.3, option B; Ioffe & Szegedy 2015, algorithm 1.
+    """
+    both = ((x, norm), (shortcut, shortcut_norm))
+    if backend(x.device) == "triton" and all(_statistics.supports(*one) for one in both):
+        y: Tensor | tuple[Tensor, Tensor] = _joined_norms.joined_norms(
+            x, norm, shortcut, shortcut_norm, num_groups=num_groups, fork=fork
+        )
+        return y
+    residual = _normalized(shortcut, shortcut_norm, num_groups, relu=False)
+    assert isinstance(residual, Tensor)  # not forked
+    return _normalized(x, norm, num_groups, relu=True, residual=residual, fork=fork)
+
+
+def _normalized(
+    x: Tensor,
+    norm: Norm,
+    num_groups: int,
+    *,
+    relu: bool,
+    residual: Tensor | None = None,
+    fork: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`batch_norm_act` in training."""
+    return batch_norm_act(
+        x,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        training=True,
+        momentum=norm.momentum,
+        eps=norm.eps,
+        num_groups=num_groups,
+        relu=relu,
+        residual=residual,
+        fork=fork,
+        num_batches_tracked=norm.num_batches_tracked,
+    )
+
+
+def batch_norm_relu_pool(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    num_groups: int = 1,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """Batch norm in groups, then ReLU, then 3x3 max pooling with stride 2 and padding 1.
+
+    Where the kernels of `batch_norm_act` take channels_last activations, those of this op do; they
+    are differentiable once. All else runs `batch_norm_act` and PyTorch's pooling.
+
+    Args:
+        x: (N, C, H, W) activations.
+        weight: (C,) scale; None for ones.
+        bias: (C,) shift; None for zeros.
+        running_mean: (C,), updated in place in training; None for none.
+        running_var: (C,), likewise; of unbiased variances.
+        training: Normalise by the minibatch's statistics, and not by the running ones.
+        momentum: Weight of the minibatch in the running statistics.
+        eps: Added to the variance.
+        num_groups: Groups of consecutive images with statistics of their own, in training.
+        num_batches_tracked: () int64, one is added in training; None for none.
+
+    Returns:
+        (N, C, ceil(H / 2), ceil(W / 2)) of x's dtype and in its memory format.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices disagree, or a group would hold fewer than two
+            values of a channel; from the kernels, also of a second derivative.
+
+    Source: He et al. 2015, table 1, the stem of a ResNet.
+    """
+    norm = Norm(weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
+    inputs = (x, weight, bias, running_mean, running_var)
+    y: Tensor
+    if backend(x.device) == "triton" and _norm_pool.supports(x, norm):
+        y = _norm_pool.batch_norm_relu_pool(
+            *inputs,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            num_groups=num_groups,
+            num_batches_tracked=num_batches_tracked,
+        )
+    else:
+        activated = batch_norm_act(
+            *inputs,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            num_groups=num_groups,
+            relu=True,
+            residual=None,
+            fork=False,
+            num_batches_tracked=num_batches_tracked,
+        )
+        assert isinstance(activated, Tensor)  # not forked
+        y = F.max_pool2d(activated, _norm_pool.KERNEL, _norm_pool.STRIDE, _norm_pool.PADDING)
     return y
 
 
@@ -314,6 +539,65 @@ def lalr_(
         _lalr.lalr_(table, *tensors, **numbers, grad_scale=grad_scale, found_inf=found_inf)
     else:
         _lalr.lalr_ref_(*tensors, **numbers, exempt=exempt)
+
+
+def sgd_table(params: Sequence[Tensor]) -> _sgd.Table | None:
+    """What `sgd_` needs beside tensors where a kernel does it; None where the reference does.
+
+    Args:
+        params: Tensors of one parameter group, as they lie in memory while they train.
+    """
+    device = params[0].device
+    if backend(device) == "triton" and all(
+        p.dtype is torch.float32 and p.device == device for p in params
+    ):
+        return _sgd.Table(params)
+    return None
+
+
+def sgd_(
+    table: _sgd.Table | None,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    momentum_buffers: Sequence[Tensor | None],
+    copies: Sequence[Tensor | None],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One update of SGD with momentum, in place, of many tensors and their half-precision copies.
+
+    For each tensor w with a gradient g: ``v <- momentum v + (g + weight_decay w)``, ``w <- w - lr
+    v``, and where it has a copy h, ``h <- w``. The host never waits for a GPU.
+
+    Args:
+        table: Of these parameters, from `sgd_table`.
+        params: w, dense in memory; updated.
+        grads: g, of w's dtype, or those of all tensors with a copy of the copies'; copied unless
+            in their parameter's order; None leaves a parameter and its copy as they are.
+        momentum_buffers: v, in the parameters' order; updated. None for all without momentum.
+        copies: h in bfloat16 or float16, all alike, in the parameters' order; updated. None where
+            there is none.
+        lr: Learning rate; a () float32 tensor on the device for CUDA graphs.
+        momentum: Of v.
+        weight_decay: Coefficient of w in the gradient.
+        grad_scale: () float32, what the gradients were multiplied by.
+        found_inf: () float32; unless 0, nothing is updated.
+
+    Raises:
+        RuntimeError: from the kernel, of gradients or copies of another dtype.
+
+    Source: Sutskever et al. 2013, as `torch.optim.SGD` computes it.
+    """
+    tensors = (params, grads, momentum_buffers, copies)
+    numbers = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    if table is not None:
+        _sgd.sgd_(table, *tensors, **numbers, grad_scale=grad_scale, found_inf=found_inf)
+    else:
+        _sgd.sgd_ref_(*tensors, **numbers, grad_scale=grad_scale, found_inf=found_inf)
 
 
 @functools.cache

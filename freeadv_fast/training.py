@@ -33,6 +33,7 @@ from freeadv_fast.session.guard import Count
 from freeadv_fast.session.method import enter_phase
 from freeadv_fast.session.network import build_learner, build_network
 from freeadv_fast.session.prepare import (
+    note_products,
     prepare,
     refuse_different_configs,
     refuse_empty_exchange,
@@ -103,11 +104,16 @@ def train_epoch(run: Run, stop: StopRequests) -> bool:
     run.model.train()
     batches = loader.epoch(progress.epoch, progress.minibatch)
     while (batch := run.world.together(lambda: next(batches, None))) is not None:
+        # cuDNN times its algorithms, 8 s for ResNet-50, but not for the shape of an epoch's last
+        # minibatch, which may be smaller than the others. (The only one of an epoch is whole.)
+        is_last = progress.minibatch + 1 == loader.num_batches > 1
+        torch.backends.cudnn.benchmark = not is_last
         passes = run.method.train_minibatch(batch.images, batch.labels, batch.global_size)
         progress.minibatch += 1
         arrive(f"epoch {progress.epoch}, minibatch {progress.minibatch}")
         progress.passes += passes.weights
         progress.attack_passes += passes.attack
+        progress.warm_up_seconds += run.clock.cold_seconds(run.learner.is_warm)
         run.guard.advance(passes)
         run.log.advance(passes.weights)
         if progress.minibatch == loader.num_batches or run.is_budget_spent:
@@ -246,6 +252,7 @@ def save(run: Run) -> None:
     """
     refuse_nonfinite_weights(run)
     run.world.on_main(lambda: remake_folder(run))
+    run.world.on_main(lambda: note_products(run.folder))
     run.progress.train_seconds = run.clock.seconds
     rank_states = run.world.gather_on_host(to_cpu(rank_state(run)))
     good = run.guard.good and rewind.gathered(run.guard.good, run.world)

@@ -13,9 +13,7 @@ vectors and scalars where these are exempt.
 Fused, two launches for all tensors: (1) m, v and, of every chunk of a tensor, the sums of theta^2
 and u^2; (2) each chunk's program adds up the sums of its tensor, always in the same order, and
 moves theta. No atomics: results are the same in every run. Tensors are found by a table of their
-addresses. These travel as arguments of a third, tiny kernel, so that a CUDA graph holds those of
-the gradients that were born in it, without a copy from memory of the host; outside of recordings it
-runs only when an address has changed.
+addresses (`multi_tensor`).
 
 Bytes per element, float32: (1) reads theta, g, m, v and writes m, v, 24; (2) reads theta, m, v and
 writes theta, 16. 40 in all, where SGD with momentum moves 20 in one launch. (2) walks backwards, so
@@ -35,11 +33,19 @@ Deep Learning: Training BERT in 76 minutes", 2020.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from freeadv_fast.kernels import multi_tensor
+from freeadv_fast.kernels.multi_tensor import (
+    NOWHERE,
+    addresses_of,
+    are_aligned,
+    in_layout_of,
+    tensor_at,
+)
 
 try:
     import triton
@@ -65,26 +71,6 @@ BLOCK = 4 * NUM_THREADS
 # largest tensor's 288 pairs of sums are 2 % of what a program of launch (2) reads.
 TILES = 16
 CHUNK = TILES * BLOCK
-# Addresses per launch that writes them: 2 of the 4 kB that a kernel's arguments may take.
-NUM_WRITTEN = 256
-# The address of no tensor. Wide, so that all addresses are int64 to Triton's compiler.
-NOWHERE = 1 << 62
-
-
-def in_layout_of(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients whose memory has the order of their parameters'; copies where it has not."""
-    return [
-        g if g is None or _is_laid_out_like(g, p) else torch.empty_like(p).copy_(g)
-        for p, g in zip(params, grads, strict=True)
-    ]
-
-
-def _is_laid_out_like(tensor: Tensor, other: Tensor) -> bool:
-    """Whether the strides are the same, but for those of single indices, which mean nothing."""
-    if tensor.stride() == other.stride():
-        return True
-    strides = zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
-    return all(size == 1 or ours == theirs for size, ours, theirs in strides)
 
 
 def _line(tensor: Tensor) -> Tensor:
@@ -160,24 +146,6 @@ def lalr_ref_(
 
 
 @jit
-def _write_addresses_kernel(
-    table_ptr,  # [COUNT] i64
-    addresses,  # COUNT int64 arguments, each one more than an address
-    COUNT: tl.constexpr,
-):
-    """One program."""
-    for k in tl.static_range(COUNT):
-        tl.store(table_ptr + k, addresses[k] - 1)
-
-
-@jit
-def _tensor_at(table_ptr, index, ALIGNED: tl.constexpr):
-    """A pointer to the float32 tensor whose address is in the table."""
-    pointer = tl.load(table_ptr + index).to(tl.pointer_type(tl.float32))
-    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
-
-
-@jit
 def _direction(m, v, theta, weight_decay, EPS: tl.constexpr):
     """u of the formula."""
     return tl.div_rn(m, tl.sqrt_rn(v) + EPS) + weight_decay * theta
@@ -248,10 +216,10 @@ def _moments_kernel(
         return
     start = (chunk - tl.load(layout_ptr + num_tensors + tensor)) * (TILES * BLOCK)
     left = tl.minimum(tl.load(layout_ptr + tensor) - start, TILES * BLOCK)
-    theta = _tensor_at(table_ptr, tensor, ALIGNED) + start
-    grad = _tensor_at(table_ptr, num_tensors + tensor, ALIGNED) + start
-    m = _tensor_at(table_ptr, 2 * num_tensors + tensor, ALIGNED) + start
-    v = _tensor_at(table_ptr, 3 * num_tensors + tensor, ALIGNED) + start
+    theta = tensor_at(table_ptr, tensor, tl.float32, ALIGNED) + start
+    grad = tensor_at(table_ptr, num_tensors + tensor, tl.float32, ALIGNED) + start
+    m = tensor_at(table_ptr, 2 * num_tensors + tensor, tl.float32, ALIGNED) + start
+    v = tensor_at(table_ptr, 3 * num_tensors + tensor, tl.float32, ALIGNED) + start
     offsets = tl.arange(0, BLOCK)
     theta_sum = tl.zeros([BLOCK], tl.float32)
     u_sum = tl.zeros([BLOCK], tl.float32)
@@ -350,9 +318,9 @@ def _descend_kernel(
         rate *= tl.where((norm > 0.0) & (u_norm > 0.0), norm / u_norm, 1.0)
     start = (chunk - first) * (TILES * BLOCK)
     left = tl.minimum(num_values - start, TILES * BLOCK)
-    theta = _tensor_at(table_ptr, tensor, ALIGNED) + start
-    m = _tensor_at(table_ptr, 2 * num_tensors + tensor, ALIGNED) + start
-    v = _tensor_at(table_ptr, 3 * num_tensors + tensor, ALIGNED) + start
+    theta = tensor_at(table_ptr, tensor, tl.float32, ALIGNED) + start
+    m = tensor_at(table_ptr, 2 * num_tensors + tensor, tl.float32, ALIGNED) + start
+    v = tensor_at(table_ptr, 3 * num_tensors + tensor, tl.float32, ALIGNED) + start
     offsets = tl.arange(0, BLOCK)
     if left == TILES * BLOCK:
         for tile in tl.range(0, TILES, loop_unroll_factor=1):
@@ -365,7 +333,7 @@ def _descend_kernel(
             done += BLOCK
 
 
-class Table:
+class Table(multi_tensor.Table):
     """Where the kernels find the tensors of a parameter group.
 
     Args:
@@ -375,48 +343,10 @@ class Table:
 
     def __init__(self, params: Sequence[Tensor], exempt: bool) -> None:
         """Fills what depends on shapes; addresses come with the first update."""
-        device = params[0].device
-        num_values = [p.numel() for p in params]
-        num_chunks = [triton.cdiv(count, CHUNK) for count in num_values]
-        first = [0, *itertools.accumulate(num_chunks)]
-        is_exempt = [exempt and p.ndim < 2 for p in params]
-        tensors = [i for i, count in enumerate(num_chunks) for _ in range(count)]
-        self.num_tensors = len(params)
-        self.num_chunks = len(tensors)
-        self.layout = torch.tensor([num_values, first[:-1], is_exempt], device=device)
-        self.tensors = torch.tensor(tensors, device=device)
-        self.partials = torch.empty(self.num_chunks, 2, device=device)
-        num_addresses = triton.cdiv(4 * self.num_tensors, NUM_WRITTEN) * NUM_WRITTEN
-        self._addresses = torch.empty(num_addresses, dtype=torch.int64, device=device)
-        self._held: list[int] = []
-
-    def hold(self, addresses: list[int]) -> Tensor:
-        """The addresses on the device, [4 * tensors] and padding.
-
-        A recording has a table of its own, which each of its launches fills anew.
-        """
-        padding = [NOWHERE] * (len(self._addresses) - len(addresses))
-        if _is_recorded(self._addresses):
-            table = torch.empty_like(self._addresses)
-            _write(table, addresses + padding)
-            return table
-        if addresses != self._held:
-            _write(self._addresses, addresses + padding)
-            self._held = addresses
-        return self._addresses
-
-
-def _is_recorded(tensor: Tensor) -> bool:
-    """Whether what happens to a tensor now becomes part of a CUDA graph."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _write(table: Tensor, addresses: list[int]) -> None:
-    """Writes addresses into a table on the device, as arguments of launches."""
-    for start in range(0, len(addresses), NUM_WRITTEN):
-        # Odd, for Triton compiles anew for each choice of multiples of 16 in a tuple.
-        part = tuple(address + 1 for address in addresses[start : start + NUM_WRITTEN])
-        _write_addresses_kernel[(1,)](table[start:], part, COUNT=NUM_WRITTEN, num_warps=1)
+        super().__init__(params, CHUNK, num_rows=4)
+        is_exempt = torch.tensor([exempt and p.ndim < 2 for p in params])
+        self.layout = torch.cat([self.layout, is_exempt.to(self.layout)[None]])
+        self.partials = torch.empty(self.num_chunks, 2, device=self.layout.device)
 
 
 def lalr_(
@@ -436,15 +366,11 @@ def lalr_(
 ) -> None:
     """The update by the kernels; see `ops.lalr_`."""
     grads = in_layout_of(params, grads)
-    addresses = [
-        NOWHERE if t is None else t.data_ptr()
-        for tensors in (params, grads, exp_avgs, exp_avg_sqs)
-        for t in tensors
-    ]
+    addresses = addresses_of(params, grads, exp_avgs, exp_avg_sqs)
     if not isinstance(lr, Tensor):
         lr = torch.full((), lr, device=table.partials.device)
     shape = {"EPS": EPS, "NOWHERE": NOWHERE, "BLOCK": BLOCK, "TILES": TILES}
-    shape |= {"ALIGNED": all(a % 16 == 0 for a in addresses), "num_warps": NUM_THREADS // 32}
+    shape |= {"ALIGNED": are_aligned(addresses), "num_warps": NUM_THREADS // 32}
     with torch.cuda.device_of(table.partials):
         held = table.hold(addresses)
         where = (held, table.layout, table.tensors)

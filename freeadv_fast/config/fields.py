@@ -176,8 +176,8 @@ class RunFields:
     space-to-depth layout. auto: both on a GPU with Triton, the stem alone for free training on a
     CPU, neither for methods with second derivatives."""
     graphs: Switch = "auto"
-    """One CUDA graph launch per update. auto: on one GPU, for all methods but fast-advprop and
-    gradalign, and not with --mix."""
+    """One CUDA graph launch per update. auto: on GPUs, but not for gradalign and not with --mix;
+    over several ranks after a trial beside the eager update, and not with --compress."""
     init_from: str | None = None
     """Weights to start from: a checkpoint of ours or a plain state dict. Nothing else is read."""
 

@@ -30,6 +30,7 @@ ALIGNABLE: tuple[Method, ...] = ("free", "fgsm", "fgsm-rs", "n-fgsm", "elle", "p
 WARMING: tuple[Method, ...] = ("fgsm", "fgsm-rs", "n-fgsm", "gradalign", "elle", "pgd")
 # Methods that differentiate a gradient.
 SECOND_ORDER: tuple[Method, ...] = ("gradalign",)
-# Methods whose updates cannot be recorded: the host has a part in each. Fast AdvProp's sends images
-# to other ranks; GradAlign's takes its term in every other one, by autograd of the second order.
-UNRECORDABLE: tuple[Method, ...] = ("fast-advprop", "gradalign")
+# Methods whose updates are not recorded: no GPU has yet recorded a second derivative.
+UNRECORDABLE: tuple[Method, ...] = ("gradalign",)
+# Methods whose update adds up the gradients of several backward passes.
+SUMMING: tuple[Method, ...] = ("fast-advprop", "elle", "dat", "yopo")

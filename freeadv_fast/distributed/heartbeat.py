@@ -172,8 +172,7 @@ class Heartbeat:
             if self._lost:
                 self._is_known.set()
                 if not self._is_taken.wait(GRACE):
-                    print(f"error: {self._lost}", file=sys.stderr, flush=True)
-                    os._exit(2)  # the main thread waits in a collective that nothing else ends
+                    end_process(self._lost)
                 return
 
     def _say_goodbye(self) -> None:
@@ -238,6 +237,12 @@ class Heartbeat:
             f"{seconds:.0f} s for it at {self._place}",
             flush=True,
         )
+
+
+def end_process(line: str) -> None:
+    """Ends a process of which a collective hangs: nothing else would, and an exit waits for it."""
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def lost_line(rank: int, why: str) -> str:

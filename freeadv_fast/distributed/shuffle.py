@@ -34,6 +34,7 @@ import contextlib
 import dataclasses
 import datetime
 import enum
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -125,6 +126,11 @@ class Route:
         """`places` of this rank's rows."""
         count = self.counts[self.rank]
         return places(count, seed=self.seed, step=self.step, rank=self.rank, side=side)
+
+    def order(self) -> Tensor:
+        """Both local permutations, for `exchange_in_order`: (2, n) int64 sources on the CPU."""
+        first, last = (Side.AFTER, Side.BEFORE) if self.is_inverse else (Side.BEFORE, Side.AFTER)
+        return torch.stack([_sources(self, first), _sources(self, last)])
 
     def inverted(self) -> Route:
         """The way back."""
@@ -343,6 +349,25 @@ def exchange(
     return Exchange(images, labels, route, Transport(start, group, timeout))
 
 
+def exchange_in_order(
+    images: Tensor, labels: Tensor, route: Route, order: Tensor, group: dist.ProcessGroup | None
+) -> Exchange:
+    """The exchange of `order` in place of the one of the route's seed and step.
+
+    For CUDA graphs, over NCCL: a recording repeats the numbers that it was made with, and reads
+    tensors anew. How many rows travel where is the same in every step.
+
+    Args:
+        images: (n, ...) as `exchange` takes them.
+        labels: (n,) int64.
+        route: Where the rows go, of any seed and step.
+        order: (2, n) int64 of `Route.order`, on the images' device.
+        group: The ranks that take part; may be None where nothing leaves any of them.
+    """
+    start = functools.partial(start_eagerly, order=order)
+    return Exchange(images, labels, route, Transport(start, group, PEER_PATIENCE))
+
+
 def start_compiled(
     images: Tensor,
     labels: Tensor,
@@ -371,6 +396,7 @@ def start_eagerly(
     route: Route,
     group: dist.ProcessGroup | None,
     timeout: datetime.timedelta,
+    order: Tensor | None = None,
 ) -> Callable[[], Rows]:
     """The exchange in plain PyTorch, for machines on which `freeadv_fast._C` was not built.
 
@@ -380,15 +406,16 @@ def start_eagerly(
         route: Where the rows go.
         group: The ranks; may be None where nothing leaves any of them.
         timeout: How long to wait for the others.
+        order: (2, n) int64 of `Route.order` in place of the route's own.
 
     Returns:
         A function that waits for the rows that arrive and returns them.
     """
+    if order is None:
+        order = route.order().to(images.device, non_blocking=True)
     num_values = math.prod(images.shape[1:])
     parts = (images.view(len(images), num_values), labels.view(len(labels), 1))
-    message = torch.cat([part.view(torch.uint8) for part in parts], dim=1)
-    first, last = (Side.AFTER, Side.BEFORE) if route.is_inverse else (Side.BEFORE, Side.AFTER)
-    message = message[_sources(route, first).to(images.device)]
+    message = torch.cat([part.view(torch.uint8) for part in parts], dim=1)[order[0]]
     received, work = message, None
     if group is not None and route.num_leaving:
         received = torch.empty_like(message)
@@ -403,7 +430,7 @@ def start_eagerly(
             except dist.DistBackendError:
                 _ABANDONED.extend((message, received))
                 raise
-        rows = received[_sources(route, last).to(images.device)]
+        rows = received[order[1]]
         # Copies, for in the message a row's values need not be aligned to their type.
         pixels, numbers = (
             part.clone(memory_format=torch.contiguous_format)

@@ -24,7 +24,13 @@ from freeadv_fast.distributed.heartbeat import (
     end_heartbeat,
     naming_a_lost_rank,
 )
-from freeadv_fast.distributed.shuffle import PEER_PATIENCE, Exchange, Route, exchange
+from freeadv_fast.distributed.shuffle import (
+    PEER_PATIENCE,
+    Exchange,
+    Route,
+    exchange,
+    exchange_in_order,
+)
 from freeadv_fast.errors import UserError
 
 T = TypeVar("T")
@@ -84,6 +90,15 @@ class World:
         tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group)
         return [int(value) for value in tensor.tolist()]
+
+    def first_objection(self, objection: str) -> str:
+        """On every rank the objection of the lowest rank that has one; empty where none has."""
+        if self.size == 1:
+            return objection
+        arrive()
+        objections = [""] * self.size
+        dist.all_gather_object(objections, objection, group=self.host_group)
+        return next(filter(None, objections), "")
 
     def gather_on_host(self, value: object) -> list[object]:
         """Every rank's `value` on rank 0, in rank order; an empty list on the other ranks."""
@@ -179,6 +194,31 @@ class World:
         """
         route = self._route(len(images), seed, step, counts)
         return self._exchange(images, labels, route, timeout)
+
+    def shuffle_order(self, count: int, *, seed: int, step: int) -> torch.Tensor:
+        """The permutations of one `shuffle` of as many rows on every rank, for `shuffle_in_order`.
+
+        Args:
+            count: Rows of each rank. seed: That of the shuffle. step: Likewise.
+
+        Returns:
+            (2, count) int64 on the device; the host waits for nothing.
+        """
+        return self._route(count, seed, step, None).order().to(self.device, non_blocking=True)
+
+    def shuffle_in_order(
+        self, images: torch.Tensor, labels: torch.Tensor, order: torch.Tensor
+    ) -> Exchange:
+        """`shuffle`, and nothing in it is the host's: a CUDA graph can hold it, over NCCL.
+
+        Args:
+            images: As `shuffle` takes them, as many on every rank. labels: Likewise.
+            order: Of `shuffle_order`.
+        """
+        if self.size > 1:
+            arrive()
+        route = self._route(len(images), 0, 0, None)
+        return exchange_in_order(images, labels, route, order, self._device_group)
 
     def unshuffle(
         self,

@@ -7,7 +7,7 @@ Everything here is in [0, 1] pixels and fp32; the network is one that `models.no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -29,9 +29,10 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     stands still and the image counts as robust (seen on digits, where a network led by 172).
 
     Args:
-        logits: (N, classes), at least 2 classes.
+        logits: (N, classes), at least 2 classes; half precision is widened.
         labels: (N,) int64.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = labels[:, None]
     true_logit = logits.gather(1, labels).squeeze(1)
     other_logits = logits.scatter(1, labels, -torch.inf)
@@ -85,7 +86,9 @@ def perturb(
     threat: AnyThreatModel,
     generator: torch.Generator | None = None,
     random_start: bool = True,
+    starts: Iterator[Tensor] | None = None,
     is_standing: Tensor | None = None,
+    at_once: int | None = None,
 ) -> Perturbed:
     """Attacks a batch, each restart only those images that still stand.
 
@@ -102,30 +105,63 @@ def perturb(
         generator: Source of the random starts, on the images' device; restart r draws the r-th
             batch of noise for all N images, whichever still stand. None: torch's global one.
         random_start: Start at a uniform point of the ball instead of the image.
+        starts: Each restart's (N, 3, H, W) start, before any clip, where the caller draws them.
         is_standing: (N,) bool, `is_correct` of the clean images where the caller has it already.
+        at_once: Images that go through the network together, see `batches_of`.
 
     Returns:
         Points in the ball and in [0, 1], and whether each image fell.
     """
     adversarial = images.clone()
     if is_standing is None:
-        with torch.no_grad():
-            is_standing = is_correct(model(images), labels)
+        is_standing = is_correct(logits_of(model, images, at_once), labels)
     is_standing = is_standing.clone()
     for _ in range(attack.restarts):
-        start = images
-        if random_start:
-            start = images + random_point(images, threat, generator)
-        rows = is_standing.nonzero().squeeze(1)
-        if len(rows) == 0:
-            continue
-        points = ascend(
-            model, images[rows], labels[rows], start=start[rows], attack=attack, threat=threat
-        )
-        adversarial[rows] = points
-        with torch.no_grad():
-            is_standing[rows] = is_correct(model(points), labels[rows])
+        if starts is not None:
+            start = next(starts)
+        else:
+            start = images + random_point(images, threat, generator) if random_start else images
+        # The host learns here who still stands, and reads nothing within the steps.
+        for rows, count in batches_of(is_standing.nonzero().squeeze(1), at_once):
+            points = ascend(
+                model, images[rows], labels[rows], start=start[rows], attack=attack, threat=threat
+            )
+            with torch.no_grad():
+                is_right = is_correct(model(points), labels[rows])
+            adversarial[rows[:count]] = points[:count]
+            is_standing[rows[:count]] = is_right[:count]
     return Perturbed(adversarial, ~is_standing)
+
+
+def batches_of(rows: Tensor, size: int | None) -> Iterator[tuple[Tensor, int]]:
+    """Rows in batches of few sizes: cuDNN chooses and prepares kernels for each of them.
+
+    The last batch is the smallest of size, size / 2, size / 4 and size / 8 that holds what is left,
+    filled up with its first row: in eval mode no image's logits depend on another image.
+
+    Args:
+        rows: (n,) int64; n may be 0.
+        size: Rows of a batch; None for all of them, and none twice.
+
+    Yields:
+        Rows of a batch, and how many of them count.
+    """
+    for part in rows.split(size or max(len(rows), 1)):
+        count = len(part)
+        if count == 0:
+            continue
+        sizes = [size // n for n in (8, 4, 2, 1) if size % n == 0] if size else [count]
+        fitting = next(s for s in sizes if s >= count)
+        yield torch.cat([part, part[:1].expand(fitting - count)]), count
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Tensor, at_once: int | None) -> Tensor:
+    """(N, classes) logits of (N, 3, H, W) images, in the batches of `batches_of`."""
+    if at_once is None:
+        return model(images)  # type: ignore[no-any-return]
+    rows = torch.arange(len(images), device=images.device)
+    return torch.cat([model(images[part])[:count] for part, count in batches_of(rows, at_once)])
 
 
 def ascend(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,14 @@ from freeadv_fast.config.attack import Attack
 from freeadv_fast.config.threat import AnyThreatModel
 from freeadv_fast.data.loader import Batch, Loader
 from freeadv_fast.distributed.world import World
-from freeadv_fast.evaluation.attacks import is_correct, perturb
+from freeadv_fast.evaluation.attacks import is_correct, logits_of, perturb, random_point
 from freeadv_fast.models.normalize import unit_images, with_normalizer
+
+# Pixels that a GPU attacks at once, for each GiB of its memory: 1,024 images of CIFAR on an H200.
+# A WRN-32-10 keeps about 18 MB of each for its backward pass.
+PIXELS_PER_GIB = 8192
+# Batches that are filled with images that stand out of so many images: the last is not full.
+BATCHES_OF_A_POOL = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +67,9 @@ def evaluate(
     """Measures clean accuracy and the accuracy under each attack.
 
     fp32 without TF32 or autocast, in eval mode; the model's modes are restored. Every rank calls
-    it with its share of the images; no image is padded or counted twice. Random starts are a
-    function of (seed, index of a batch's first image), the same for every attack.
+    it with its share of the images; no image is counted twice. Random starts are a function of
+    (seed, index of a batch's first image), the same for every attack. A GPU attacks the images of
+    several batches at once.
 
     Args:
         model: Network of normalised images, not wrapped by DDP, on `world.device`.
@@ -97,8 +105,8 @@ def evaluate(
         )
         own = row[: 3 + len(attacks)]
         with bar:
-            for batch in bar:
-                own.add_(count_batch(network, batch, attacks, threat, seed=seed))
+            for batches in pooled(bar):
+                own.add_(count_images(network, batches, attacks, threat, seed=seed))
                 if not is_silent:
                     bar.set_postfix_str(_running_text(own, attacks))
 
@@ -126,19 +134,47 @@ def evaluate(
     )
 
 
-def count_batch(
+def images_at_once(batch: Batch) -> int | None:
+    """Images that go through a network together: as many as a GPU's memory and a minibatch allow.
+
+    None on a CPU: each minibatch as it comes.
+    """
+    if batch.images.device.type != "cuda":
+        return None
+    num, height, width, _ = batch.images.shape
+    memory = torch.cuda.get_device_properties(batch.images.device).total_memory / 2**30
+    fitting = PIXELS_PER_GIB * memory / (height * width)
+    return max(num, 1 << int(math.log2(max(1, fitting))))
+
+
+def pooled(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
+    """Minibatches that are attacked together; those without an image are left out."""
+    pool: list[Batch] = []
+    for batch in batches:
+        if len(batch.labels) == 0:
+            continue
+        pool.append(batch)
+        enough = BATCHES_OF_A_POOL * (images_at_once(pool[0]) or 0)
+        if sum(len(each.labels) for each in pool) >= enough:
+            yield pool
+            pool = []
+    if pool:
+        yield pool
+
+
+def count_images(
     network: nn.Module,
-    batch: Batch,
+    batches: Sequence[Batch],
     attacks: Sequence[Attack],
     threat: AnyThreatModel,
     *,
     seed: int,
 ) -> Tensor:
-    """Counts one minibatch's successes.
+    """Counts the successes on some minibatches, in smaller batches where memory is short.
 
     Args:
         network: Network of [0, 1] images, in eval mode.
-        batch: (n, H, W, 3) uint8 images and their labels; n may be 0.
+        batches: (n, H, W, 3) uint8 images and their labels; n at least 1.
         attacks: The attacks, each from the same random starts.
         threat: Radius and step.
         seed: Seed of the random starts.
@@ -146,30 +182,65 @@ def count_batch(
     Returns:
         (3 + attacks,) int64: images, top-1 hits, top-5 hits, images standing after each attack.
     """
-    counts = torch.zeros(3 + len(attacks), dtype=torch.int64, device=batch.images.device)
-    if len(batch.labels) == 0:
-        return counts
-    images, labels = unit_images(batch.images), batch.labels
-    with torch.no_grad():
-        logits = network(images)
+    at_once = images_at_once(batches[0])
+    while True:
+        try:
+            return _count(network, batches, attacks, threat, seed, at_once)
+        except torch.OutOfMemoryError:
+            if at_once is None or at_once <= len(batches[0].labels):
+                raise
+            at_once //= 2
+
+
+def _count(
+    network: nn.Module,
+    batches: Sequence[Batch],
+    attacks: Sequence[Attack],
+    threat: AnyThreatModel,
+    seed: int,
+    at_once: int | None,
+) -> Tensor:
+    """`count_images`, so many at once."""
+    images = unit_images(torch.cat([batch.images for batch in batches]))
+    labels = torch.cat([batch.labels for batch in batches])
+    logits = logits_of(network, images, at_once)
     best5 = logits.topk(min(5, logits.shape[1])).indices
-    counts[0] = len(labels)
     is_standing = is_correct(logits, labels)
+    counts = torch.zeros(3 + len(attacks), dtype=torch.int64, device=labels.device)
+    counts[0] = len(labels)
     counts[1] = is_standing.sum()
     counts[2] = (best5 == labels[:, None]).any(1).sum()
     for index, attack in enumerate(attacks):
-        generator = start_generator(seed, int(batch.indices[0]), images.device)
         perturbed = perturb(
             network,
             images,
             labels,
             attack=attack,
             threat=threat,
-            generator=generator,
+            starts=random_starts(images, batches, threat, seed),
             is_standing=is_standing,
+            at_once=at_once,
         )
         counts[3 + index] = (~perturbed.is_fooled).sum()
     return counts
+
+
+def random_starts(
+    images: Tensor, batches: Sequence[Batch], threat: AnyThreatModel, seed: int
+) -> Iterator[Tensor]:
+    """Yields the start of each restart: every minibatch draws from a generator of its own.
+
+    Args:
+        images: (N, 3, H, W) float32 in [0, 1], those of all minibatches.
+        batches: The minibatches, N images together.
+        threat: Gives the ball.
+        seed: The run's.
+    """
+    parts = images.split([len(batch.labels) for batch in batches])
+    generators = [start_generator(seed, int(b.indices[0]), images.device) for b in batches]
+    while True:
+        points = map(random_point, parts, [threat] * len(parts), generators)
+        yield images + torch.cat(list(points))
 
 
 def start_generator(seed: int, first_index: int, device: torch.device) -> torch.Generator:
@@ -193,14 +264,23 @@ def _running_text(counts: Tensor, attacks: Sequence[Attack]) -> str:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is in the mode it was in."""
+    """Eval mode inside, and no parameter asks for a gradient; afterwards all is as it was.
+
+    Attacks need the gradient at the image alone. Where parameters ask for theirs, layers keep their
+    inputs for it, and a fused batch norm, which cannot know who asks, sums its gradients.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
+    for parameter in asking:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
         for module, was_training in modes:
             module.training = was_training
+        for parameter in asking:
+            parameter.requires_grad_()
 
 
 @contextlib.contextmanager

@@ -24,7 +24,6 @@ one backward pass, so that there is one all-reduce an update.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -47,8 +46,16 @@ class Exchange(Protocol):
         ...
 
 
-# Sends images and labels away; the last argument is the update, which seeds the permutation.
-Shuffle = Callable[[Tensor, Tensor, int], Exchange]
+class Shuffle(Protocol):
+    """Sends images and labels to other batch-norm groups and ranks, in a random order."""
+
+    def order(self, num_images: int, update: int) -> Tensor:
+        """The order of an update's exchange, as a tensor on the device, for recordings."""
+        ...
+
+    def __call__(self, images: Tensor, labels: Tensor, order: int | Tensor) -> Exchange:
+        """Sends them away in such an order, or in that of the update of that number."""
+        ...
 
 
 class FastAdvProp:
@@ -101,16 +108,24 @@ class FastAdvProp:
             labels: (n,) int64.
             global_size: Images over all ranks, n on each.
         """
+        learner = self.learner
         num_ranks, num_adv = global_size // len(images), round(self.p_adv * len(images))
-        self.learner.update(self.descend, images, labels, num_adv, num_ranks)
+        order: int | Tensor = 0
+        if self.shuffle is not None:
+            is_recorded = learner.runner is not None
+            order = self.shuffle.order(num_adv, learner.updates) if is_recorded else learner.updates
+        learner.update(self.descend, images, labels, num_adv, num_ranks, order)
         return Passes(global_size + self.attack_steps * num_ranks * num_adv)
 
-    def descend(self, images: Tensor, labels: Tensor, num_adv: int, num_ranks: int) -> None:
+    def descend(
+        self, images: Tensor, labels: Tensor, num_adv: int, num_ranks: int, order: int | Tensor
+    ) -> None:
         """The attack, whose passes train the auxiliary branch, the exchange and the update.
 
         Args:
             images: (n, H, W, 3) uint8, `num_adv` of them to be attacked. labels: (n,) int64.
             num_adv: Of this rank. num_ranks: With as many images each.
+            order: Of the exchange, see `Shuffle`; any where there is none.
         """
         learner = self.learner
         (attacked, clean), (adv_labels, clean_labels) = (
@@ -141,7 +156,9 @@ class FastAdvProp:
                 unit=unit,
             )
         adversarial = self.perturbed(attacked, delta, unit)
-        exchange = self.shuffle and self.shuffle(adversarial, adv_labels, learner.updates)
+        exchange = None
+        if self.shuffle is not None:
+            exchange = self.shuffle(adversarial, adv_labels, order)
 
         x, targets = mix(
             learner.network_input(clean), clean_labels, self.kind_of_mix, self.mix_alpha

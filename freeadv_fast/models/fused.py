@@ -12,6 +12,12 @@ shortcut. On a GPU in training twins read it as two tensors in the same memory, 
 and not autograd sum the two gradients. `torch.autograd.grad` with respect to such an output gives
 the convolution's alone; a forward hook that calls `retain_grad` or `register_hook` gets the sum.
 
+Where a block's shortcut ends in a batch norm of its own, that one joins the block's last: on a GPU
+in training `ops.joined_norms` normalises both, and the normalised shortcut is never written.
+
+The stem's batch norm takes over the max pooling behind its ReLU, too, and `nn.Identity` stands in
+the pooling's place: `ops.batch_norm_relu_pool` never writes the activation between them.
+
 A layer or block is left alone unless its class, its activations and its optional parts are known:
 the table at the end says which are.
 """
@@ -26,6 +32,7 @@ from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from freeadv_fast import ops
 from freeadv_fast.models.batch_norm import AUXILIARY, GhostBatchNorm2d, GhostBatchNormAct2d
@@ -39,6 +46,7 @@ class FusedBatchNorm2d(GhostBatchNorm2d):
         group: Images that share training statistics, at most; None for the whole minibatch.
         relu: Whether the output goes through ReLU, after the addition.
         negative_slope: That of the ReLU, at least 0; 0 unless it is a leaky one.
+        pool: Whether a plain ReLU's output goes through 3x3 max pooling, stride 2 and padding 1.
     """
 
     group: int | None  # type: ignore[assignment]
@@ -50,67 +58,125 @@ class FusedBatchNorm2d(GhostBatchNorm2d):
         group: int | None = None,
         relu: bool = True,
         negative_slope: float = 0.0,
+        pool: bool = False,
         **options: object,
     ) -> None:
-        """Takes what `nn.BatchNorm2d` takes, the group size and which ReLU follows, if any.
+        """Takes what `nn.BatchNorm2d` takes, the group size and what follows, if anything.
 
         Args:
             num_features: Channels.
             group: Images that share statistics, at least 1; None for the whole minibatch.
             relu: Whether the output goes through ReLU.
             negative_slope: The slope of a leaky ReLU, at least 0; unused without `relu`.
+            pool: Whether the output of a plain ReLU goes through the pooling of a ResNet's stem.
             **options: eps, momentum, affine, track_running_stats, device, dtype.
         """
         super().__init__(num_features, group=group, **options)  # type: ignore[arg-type]
         self.relu = relu
         self.negative_slope = negative_slope
+        self.pool = pool
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Normalises, adds and activates; memory format and dtype are kept.
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        residual_norm: FusedBatchNorm2d | None = None,
+    ) -> Tensor:
+        """Normalises, adds, activates and pools; memory format and dtype are kept.
 
         Args:
             input: (N, C, H, W) activations.
             residual: Added before ReLU, in the shape of `input`; None for nothing.
+            residual_norm: What the residual goes through first; None for nothing.
 
         Raises:
             ValueError: `input` is not 4-D.
             RuntimeError: shapes disagree, or a channel holds a single value in training.
         """
-        weight, bias, mean, variance = self.weight, self.bias, self.running_mean, self.running_var
-        # Without momentum torch takes a cumulative average, whose count it reads on the host.
-        if self.momentum is None or weight is None or mean is None or variance is None:
+        if residual is not None and residual_norm is not None:
+            joined = self._joined(input, residual, residual_norm)
+            if joined is not None:
+                return joined
+            residual = residual_norm(residual)
+        norm = self._norm()
+        if norm is None:
             return self._unfused(input, residual)
-        if not self.track_running_stats or self.num_batches_tracked is None:
-            return self._unfused(input, residual)
-        if residual is not None and residual.dtype != input.dtype:
+        if residual is not None and (residual.dtype != input.dtype or self.pool):
             return self._unfused(input, residual)
         self._check_input_dim(input)
-        num_groups = 1
-        if self.training:
-            self.num_batches_tracked.add_(1)
-            if self.group is not None:
-                # No group of one image, as in `GhostBatchNorm2d`.
-                num_groups = max(1, min(math.ceil(len(input) / self.group), len(input) // 2))
+        if self.pool:
+            return ops.batch_norm_relu_pool(
+                input,
+                norm.weight,
+                norm.bias,
+                norm.running_mean,
+                norm.running_var,
+                training=self.training,
+                momentum=norm.momentum,
+                eps=norm.eps,
+                num_groups=self._num_groups(input),
+                num_batches_tracked=norm.num_batches_tracked,
+            )
         # A residual marks the end of a block: the next block reads its output twice.
         output = ops.batch_norm_act(
             input,
-            weight,
-            bias,
-            mean,
-            variance,
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
             training=self.training,
-            momentum=self.momentum,
-            eps=self.eps,
-            num_groups=num_groups,
+            momentum=norm.momentum,
+            eps=norm.eps,
+            num_groups=self._num_groups(input),
             relu=self.relu,
             residual=residual,
             negative_slope=self.negative_slope,
             fork=residual is not None,
+            num_batches_tracked=norm.num_batches_tracked,
+        )
+        return output if isinstance(output, Tensor) else _with_shortcut(*output)
+
+    def _norm(self) -> ops.Norm | None:
+        """The tensors and numbers of a norm that the fused operations take, else None."""
+        tensors = (self.weight, self.bias, self.running_mean, self.running_var)
+        # Without momentum torch takes a cumulative average, whose count it reads on the host.
+        if self.momentum is None or any(tensor is None for tensor in tensors):
+            return None
+        if not self.track_running_stats or self.num_batches_tracked is None:
+            return None
+        return ops.Norm(*tensors, self.num_batches_tracked, self.momentum, self.eps)
+
+    def _num_groups(self, input: Tensor) -> int:
+        """Groups of images with statistics of their own."""
+        if not self.training or self.group is None:
+            return 1
+        # No group of one image, as in `GhostBatchNorm2d`.
+        return max(1, min(math.ceil(len(input) / self.group), len(input) // 2))
+
+    def _joined(self, input: Tensor, residual: Tensor, other: FusedBatchNorm2d) -> Tensor | None:
+        """The output where an unhooked residual norm can be one with this, else None."""
+        norm, residual_norm = self._norm(), other._norm()
+        fits = (
+            "joined-norms" in ops.FAST_PATHS
+            and input.dim() == 4
+            and (input.shape, input.dtype) == (residual.shape, residual.dtype)
+            and self.training
+            and other.training
+            and self.group == other.group
+            and self.relu
+            and not (self.negative_slope or self.pool or other.relu or other.pool)
+            and _is_stock(other, FusedBatchNorm2d)
+        )
+        if not fits or norm is None or residual_norm is None:
+            return None
+        num_groups = self._num_groups(input)
+        output = ops.joined_norms(
+            input, norm, residual, residual_norm, num_groups=num_groups, fork=True
         )
         return output if isinstance(output, Tensor) else _with_shortcut(*output)
 
     def _unfused(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        """The same in up to three passes, for what `ops.batch_norm_act` does not take."""
+        """The same in up to four passes, for what the fused operations do not take."""
         plain = nn.BatchNorm2d if self.group is None else GhostBatchNorm2d
         output: Tensor = plain.forward(self, input)  # type: ignore[arg-type]
         if residual is not None:
@@ -119,12 +185,13 @@ class FusedBatchNorm2d(GhostBatchNorm2d):
             output = F.leaky_relu(output, self.negative_slope, inplace=True)
         elif self.relu:
             output = F.relu(output, inplace=True)
-        return output
+        return F.max_pool2d(output, 3, stride=2, padding=1) if self.pool else output
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         slope = f", negative_slope={self.negative_slope}" if self.negative_slope else ""
-        return f"{super().extra_repr()}, relu={self.relu}{slope}"
+        pool = ", pool=True" if self.pool else ""
+        return f"{super().extra_repr()}, relu={self.relu}{slope}{pool}"
 
 
 def fuse_batch_norms(model: nn.Module) -> tuple[nn.Module, list[str]]:
@@ -137,8 +204,9 @@ def fuse_batch_norms(model: nn.Module) -> tuple[nn.Module, list[str]]:
     It knows torchvision's and timm's ResNets (timm's: with ReLU, without squeeze-and-excitation,
     drop block and drop path), this package's networks, timm's `BatchNormAct2d` with
     ReLU or no activation, and a batch norm followed by ReLU in any `nn.Sequential`, which has to
-    run as a whole: its ReLU becomes `nn.Identity`. Where a layer has a hook on it, or its ReLU has,
-    the layer is left, for the hook would see another tensor; a block's own hooks go on working.
+    run as a whole: its ReLU becomes `nn.Identity`. So does the max pooling behind a stem's ReLU.
+    Where a layer has a hook on it, or its ReLU has, the layer is left, for the hook would see
+    another tensor, and a pooling that is hooked stays; a block's own hooks go on working.
 
     Args:
         model: The network; parameters and buffers stay the same objects under the same keys.
@@ -186,6 +254,7 @@ class _Pattern(NamedTuple):
         forward: The twin's forward pass; None where each activation is called once, right after
             its norm, so that `nn.Identity` can take its place.
         negative_slope: That of the ReLU.
+        pools: Children that may be max pooling, called once, right after the only norm's ReLU.
     """
 
     norms: tuple[str, ...]
@@ -193,6 +262,7 @@ class _Pattern(NamedTuple):
     absent: tuple[str, ...] = ()
     forward: Callable[[Any, Tensor], Tensor] | None = None
     negative_slope: float = 0.0
+    pools: tuple[str, ...] = ()
 
     def fits(self, module: nn.Module) -> bool:
         """Whether this instance is as its class usually is."""
@@ -231,12 +301,13 @@ def _apply(pattern: _Pattern, module: nn.Module) -> nn.Module:
         fused = twin_of(module, _twin_class(type(module), pattern.forward))  # type: ignore[arg-type]
         fused._modules = dict(module._modules)
     children = fused._modules
+    pools = [name for name in pattern.pools if _is_pooling(children.get(name))]
     for name in pattern.norms:
         children[name] = _fused_norm(
-            children[name], relu=True, negative_slope=pattern.negative_slope
+            children[name], relu=True, negative_slope=pattern.negative_slope, pool=bool(pools)
         )
     if pattern.forward is None:
-        for name in pattern.activations:
+        for name in (*pattern.activations, *pools):
             children[name] = nn.Identity().train(module.training)
     downsample = children.get("downsample")
     if isinstance(downsample, nn.Sequential):
@@ -267,16 +338,19 @@ def _fuse_own_activation(layer: nn.Module) -> nn.Module:
 
 
 def _fuse_pairs(sequence: nn.Module) -> None:
-    """Fuses each batch norm of an `nn.Sequential` with the ReLU right after it, in place."""
+    """Fuses each batch norm of an `nn.Sequential` with ReLU and pooling after it, in place."""
     children = sequence._modules
-    for name, following in itertools.pairwise(list(children)):
+    names = list(children)
+    for place, (name, following) in enumerate(itertools.pairwise(names)):
         if _is_norm(children[name]) and _is_stock(children[following], nn.ReLU):
-            children[name] = _fused_norm(children[name], relu=True)
-            children[following] = nn.Identity().train(sequence.training)
+            pools = [third for third in names[place + 2 :][:1] if _is_pooling(children[third])]
+            children[name] = _fused_norm(children[name], relu=True, pool=bool(pools))
+            for fused in (following, *pools):
+                children[fused] = nn.Identity().train(sequence.training)
 
 
 def _fused_norm(
-    layer: nn.Module | None, *, relu: bool, negative_slope: float = 0.0
+    layer: nn.Module | None, *, relu: bool, negative_slope: float = 0.0, pool: bool = False
 ) -> FusedBatchNorm2d:
     """The fused twin of a batch norm and of its auxiliary one."""
     assert layer is not None
@@ -284,10 +358,13 @@ def _fused_norm(
     twin.group = getattr(layer, "group", None)
     twin.relu = relu
     twin.negative_slope = negative_slope
+    twin.pool = pool
     twin._modules = dict(layer._modules)
     auxiliary = twin._modules.get(AUXILIARY)
     if auxiliary is not None:
-        twin._modules[AUXILIARY] = _fused_norm(auxiliary, relu=relu, negative_slope=negative_slope)
+        twin._modules[AUXILIARY] = _fused_norm(
+            auxiliary, relu=relu, negative_slope=negative_slope, pool=pool
+        )
     return twin
 
 
@@ -297,6 +374,16 @@ def _is_norm(layer: nn.Module | None, *classes: type[nn.Module]) -> bool:
         return False
     auxiliary = layer._modules.get(AUXILIARY)  # type: ignore[union-attr]
     return auxiliary is None or _is_stock(auxiliary, GhostBatchNorm2d, GhostBatchNormAct2d)
+
+
+def _is_pooling(layer: nn.Module | None) -> bool:
+    """Whether a child is the max pooling that a fused batch norm can do itself."""
+    if "norm-pool" not in ops.FAST_PATHS or not _is_stock(layer, nn.MaxPool2d):
+        return False
+    assert isinstance(layer, nn.MaxPool2d)
+    sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    plain = not layer.ceil_mode and not layer.return_indices
+    return plain and [_pair(size) for size in sizes] == [(3, 3), (2, 2), (1, 1), (1, 1)]
 
 
 def _is_stock(module: nn.Module | None, *classes: type[nn.Module]) -> bool:
@@ -342,6 +429,20 @@ def _shortcut(x: Tensor) -> Tensor:
     return alias
 
 
+def _block_end(norm: Any, x: Tensor, downsample: nn.Module | None, shortcut: Tensor) -> Tensor:
+    """A block's last norm, addition and ReLU, and before them what its shortcut goes through."""
+    residual_norm = None
+    if _is_stock(downsample, nn.Sequential):
+        *layers, last = downsample._modules.values()  # type: ignore[union-attr]
+        if type(last) is FusedBatchNorm2d:
+            for layer in layers:
+                shortcut = layer(shortcut)  # type: ignore[misc]
+            downsample, residual_norm = None, last
+    if downsample is not None:
+        shortcut = downsample(shortcut)
+    return norm(x, shortcut, residual_norm)  # type: ignore[no-any-return]
+
+
 # The forward passes of the twins: the original's computation, in its order.
 
 
@@ -349,10 +450,7 @@ def _torchvision_basic_block(self: Any, x: Tensor) -> Tensor:
     """3x3 and 3x3 convolution."""
     out = self.bn1(self.conv1(x))
     out = self.conv2(out)
-    shortcut = _shortcut(x)
-    if self.downsample is not None:
-        shortcut = self.downsample(shortcut)
-    return self.bn2(out, shortcut)  # type: ignore[no-any-return]
+    return _block_end(self.bn2, out, self.downsample, _shortcut(x))
 
 
 def _torchvision_bottleneck(self: Any, x: Tensor) -> Tensor:
@@ -360,20 +458,14 @@ def _torchvision_bottleneck(self: Any, x: Tensor) -> Tensor:
     out = self.bn1(self.conv1(x))
     out = self.bn2(self.conv2(out))
     out = self.conv3(out)
-    shortcut = _shortcut(x)
-    if self.downsample is not None:
-        shortcut = self.downsample(shortcut)
-    return self.bn3(out, shortcut)  # type: ignore[no-any-return]
+    return _block_end(self.bn3, out, self.downsample, _shortcut(x))
 
 
 def _timm_basic_block(self: Any, x: Tensor) -> Tensor:
     """torchvision's, with room for anti-aliasing."""
     out = self.aa(self.bn1(self.conv1(x)))
     out = self.conv2(out)
-    shortcut = _shortcut(x)
-    if self.downsample is not None:
-        shortcut = self.downsample(shortcut)
-    return self.bn2(out, shortcut)  # type: ignore[no-any-return]
+    return _block_end(self.bn2, out, self.downsample, _shortcut(x))
 
 
 def _timm_bottleneck(self: Any, x: Tensor) -> Tensor:
@@ -381,10 +473,7 @@ def _timm_bottleneck(self: Any, x: Tensor) -> Tensor:
     out = self.bn1(self.conv1(x))
     out = self.aa(self.bn2(self.conv2(out)))
     out = self.conv3(out)
-    shortcut = _shortcut(x)
-    if self.downsample is not None:
-        shortcut = self.downsample(shortcut)
-    return self.bn3(out, shortcut)  # type: ignore[no-any-return]
+    return _block_end(self.bn3, out, self.downsample, _shortcut(x))
 
 
 def _preact_block(self: Any, x: Tensor) -> Tensor:
@@ -444,14 +533,14 @@ _TIMM_TWO, _TIMM_THREE = ("act1", "act2"), ("act1", "act2", "act3")
 _TIMM_OPTIONS = ("drop_block", "se", "drop_path")
 
 _PATTERNS: dict[str, _Pattern] = {
-    "torchvision.models.resnet.ResNet": _Pattern(("bn1",), ("relu",)),
+    "torchvision.models.resnet.ResNet": _Pattern(("bn1",), ("relu",), pools=("maxpool",)),
     "torchvision.models.resnet.BasicBlock": _Pattern(
         _TWO, ("relu",), forward=_torchvision_basic_block
     ),
     "torchvision.models.resnet.Bottleneck": _Pattern(
         _THREE, ("relu",), forward=_torchvision_bottleneck
     ),
-    "timm.models.resnet.ResNet": _Pattern(("bn1",), ("act1",)),
+    "timm.models.resnet.ResNet": _Pattern(("bn1",), ("act1",), pools=("maxpool",)),
     "timm.models.resnet.BasicBlock": _Pattern(_TWO, _TIMM_TWO, _TIMM_OPTIONS, _timm_basic_block),
     "timm.models.resnet.Bottleneck": _Pattern(_THREE, _TIMM_THREE, _TIMM_OPTIONS, _timm_bottleneck),
     "freeadv_fast.models.preact_resnet.PreActBlock": _Pattern(_TWO, forward=_preact_block),

@@ -25,6 +25,7 @@ from typing import TypeGuard
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from freeadv_fast import ops
 from freeadv_fast.models.fused import class_path, twin_of
 
 KERNEL = 7
@@ -52,13 +53,13 @@ class SpaceToDepthConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """(N, 3, H, W), or packed, to (N, out, ceil(H/2), ceil(W/2))."""
         if input.size(1) == PACKED_CHANNELS:
-            return F.conv2d(input, self.packed_weight(), self.bias)
+            return ops.stem_convolution(input, self.packed_weight(), self.bias)
         return super().forward(input)
 
     def packed_weight(self) -> Tensor:
         """The kernel over blocks, (out, 16, 4, 4), channels_last, in the parameter's dtype.
 
-        Differentiable. Autocast rounds it once, in the convolution that it is made for.
+        Differentiable. It is rounded once, in the convolution that it is made for.
         """
         weight = F.pad(self.weight, (1, 0, 1, 0))
         # (out, colour, i, dy, j, dx) to (out, i, j, dy, dx, colour).

@@ -12,7 +12,6 @@ import torch
 
 from freeadv_fast.data.build import build_val_loader
 from freeadv_fast.errors import UserError
-from freeadv_fast.evaluation import report
 from freeadv_fast.evaluation.accuracy import accuracy_table, side_by_side
 from freeadv_fast.evaluation.class_words import class_words
 from freeadv_fast.evaluation.evaluate import Evaluation, evaluate
@@ -36,6 +35,7 @@ def conclude(run: Run) -> Result:
     """Evaluates the last weights and those that were chosen, and leaves all of it in the folder."""
     world = run.world
     run.learner.forget_recordings()  # the attacks take their memory
+    run.guard.forget_recordings()
     world.on_main(run.lock.refuse_if_lost)
     checkpoint.average_buffers_(run.model, world)  # no rank trains on
     measured = measure(run, "validation")
@@ -178,6 +178,7 @@ def describe(run: Run, measured: Evaluation, best: dict[str, Any] | None) -> Res
         passes=progress.passes,
         attack_passes=progress.attack_passes,
         train_seconds=round(progress.train_seconds, 3),
+        warm_up_seconds=round(progress.warm_up_seconds, 3),
         passes_per_second=round(progress.passes / max(progress.train_seconds, 1e-9), 2),
         clean_accuracy=measured.clean_accuracy,
         clean_top5_accuracy=measured.clean_top5,
@@ -227,12 +228,17 @@ def draw(run: Run) -> None:
 
 def draw_curves(run: Run, path: Path) -> None:
     """Draws what log.jsonl holds."""
+    # Matplotlib's import is an eighth of a start's: here it delays nobody.
+    from freeadv_fast.evaluation import report
+
     path.parent.mkdir(exist_ok=True)
     report.plot_training(read_log(run.folder.log), path)
 
 
 def draw_pictures(run: Run, path: Path) -> None:
     """Draws some validation images, their perturbations and what the network takes them for."""
+    from freeadv_fast.evaluation import report
+
     config = run.config
     path.parent.mkdir(exist_ok=True)
     alone = dataclasses.replace(run.world, rank=0, size=1)

@@ -17,11 +17,16 @@ because pairs of checks come that low by chance once robust overfitting has begu
 a collapse leaves next to nothing. A fall from 45 % to 5 % is named by the first check after it, or
 by the second (tests/unit/test_guard.py).
 
+On a GPU a check runs in the training's precision, where that is bfloat16, and as one recording.
+In float32 a pass costs ten times as much: checks of ResNet-50, 64 images each 53,000 passes, would
+take 5 % of 10,000 passes a second, and not the hundredth that they are to cost.
+
 What is done about a collapse is in `rewind`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -42,6 +47,7 @@ from freeadv_fast.methods.passes import Passes
 from freeadv_fast.models.normalize import unit_images, with_normalizer
 from freeadv_fast.runs.checkpoint import averaged_buffers
 from freeadv_fast.step.alignment import misalignment
+from freeadv_fast.step.graphs import GraphRunner
 
 # Ten steps tell robust weights from weak ones. The selection of weights at an epoch's end makes the
 # same attack, so that it is a check as well.
@@ -216,16 +222,26 @@ class Guard:
         loader: This rank's share of the slice; None turns the guard off.
         history: Of the checks before.
         world: The ranks.
+        runner: Records checks; None where they run as they are.
     """
 
     def __init__(
-        self, config: TrainConfig, loader: Loader | None, history: History, world: World
+        self,
+        config: TrainConfig,
+        loader: Loader | None,
+        history: History,
+        world: World,
+        runner: GraphRunner | None = None,
     ) -> None:
         """Reads nothing yet."""
         self.config, self.world, self.history = config, world, history
         self.good: dict[str, Any] | None = None
         self.num_images = loader.num_images if loader else 0
         self._slice: tuple[Loader | None, list[Batch]] = (None, [])
+        self._runner = runner
+        self._network: nn.Sequential | None = None
+        # Images, those that stand, sum of the cosines: a recorded check adds to them.
+        self._sums = torch.zeros(3, dtype=torch.float64, device=world.device)
 
     @property
     def is_on(self) -> bool:
@@ -252,8 +268,14 @@ class Guard:
     def batches(self, loader: Loader | None) -> list[Batch]:
         """The slice on the device, read once; anew when a phase brings another image size."""
         if loader is not None and loader is not self._slice[0]:
+            self.forget_recordings()
             self._slice = loader, self.world.together(lambda: list(loader.epoch(0)))
         return self._slice[1]
+
+    def forget_recordings(self) -> None:
+        """Gives their memory back."""
+        if self._runner is not None:
+            self._runner.forget()
 
     def check(self, model: nn.Module, loader: Loader | None) -> Check:
         """Attacks the slice; all ranks together, one read of the device.
@@ -266,18 +288,36 @@ class Guard:
         config, device = self.config, self.world.device
         wait_for(device)
         started = time.perf_counter()
-        network = with_normalizer(model, config.pixel_mean, config.pixel_std)
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        if self._network is None or self._network[1] is not model:
+            self._network = with_normalizer(model, config.pixel_mean, config.pixel_std)
+            self.forget_recordings()
+        self._sums.zero_()
         with (
             averaged_buffers(model, self.world),
-            eval_mode(network),
+            eval_mode(self._network),
             exact_arithmetic(device),
+            self._autocast(),
         ):
             for batch in batches:
-                sums += probe(network, batch, config.evaluation_threat, seed=config.seed)
-        images, standing, cosines = self.world.sum_(sums).tolist()
+                start = random_start(batch, config.evaluation_threat, seed=config.seed)
+                if self._runner is None:
+                    self._add_probe(batch.images, batch.labels, start)
+                else:
+                    self._runner(self._add_probe, batch.images, batch.labels, start)
+        images, standing, cosines = self.world.sum_(self._sums.clone()).tolist()
         seconds = time.perf_counter() - started
         return Check(Count(int(standing), int(images)), cosines / images, round(seconds, 4))
+
+    def _add_probe(self, images: Tensor, labels: Tensor, start: Tensor) -> None:
+        """Adds some images' probe to the sums; waits for nothing."""
+        assert self._network is not None
+        self._sums += probe(self._network, images, labels, start, self.config.evaluation_threat)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        """A GPU's bfloat16 where it trains in it; fp16's gradients would need a scale."""
+        if self.world.device.type == "cuda" and self.config.precision == "bf16":
+            return torch.autocast("cuda", torch.bfloat16)
+        return contextlib.nullcontext()
 
 
 def wait_for(device: torch.device) -> None:
@@ -286,7 +326,20 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def probe(network: nn.Module, batch: Batch, threat: AnyThreatModel, *, seed: int) -> Tensor:
+def random_start(batch: Batch, threat: AnyThreatModel, *, seed: int) -> Tensor:
+    """(n, 3, H, W) float32, the evaluation's uniform points of the balls around some images."""
+    images = unit_images(batch.images)
+    generator = start_generator(seed, int(batch.indices[0]), images.device)
+    return images + random_point(images, threat, generator)
+
+
+def probe(
+    network: nn.Module,
+    images_u8: Tensor,
+    labels: Tensor,
+    start: Tensor,
+    threat: AnyThreatModel,
+) -> Tensor:
     """PGD-10 and gradient alignment on some images.
 
     The point beside an image is the attack's start before it is clipped to the pixel range, as in
@@ -294,24 +347,22 @@ def probe(network: nn.Module, batch: Batch, threat: AnyThreatModel, *, seed: int
 
     Args:
         network: Network of [0, 1] images, in eval mode.
-        batch: (n, H, W, 3) uint8 images and their labels, n at least 1.
+        images_u8: (n, H, W, 3) uint8, n at least 1. labels: (n,) int64.
+        start: (n, 3, H, W) float32, the attack's.
         threat: The evaluation's ball and step.
-        seed: Seed of the random starts.
 
     Returns:
         (3,) float64: images, images that stand, sum of the cosines.
     """
-    images, labels = unit_images(batch.images), batch.labels
-    generator = start_generator(seed, int(batch.indices[0]), images.device)
-    start = images + random_point(images, threat, generator)
+    images = unit_images(images_u8)
     logits, gradient = logits_and_gradient(network, images, labels)
     _, gradient_beside = logits_and_gradient(network, start, labels)
     points = ascend(network, images, labels, start=start, attack=CHECK_ATTACK, threat=threat)
     with torch.no_grad():
         is_standing = is_correct(logits, labels) & is_correct(network(points), labels)
     cosines = 1 - misalignment(gradient, gradient_beside)
-    counts = (is_standing.new_tensor(len(labels), dtype=torch.float64), is_standing.sum())
-    return torch.stack([*counts, cosines.sum()])
+    num_images = torch.full_like(cosines, 1).sum()
+    return torch.stack([num_images, is_standing.sum(), cosines.sum()]).to(torch.float64)
 
 
 def logits_and_gradient(network: nn.Module, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import Tensor
 
 from freeadv_fast.config.run import TrainConfig
@@ -11,7 +13,30 @@ from freeadv_fast.methods.build import TrainingMethod, build_method
 from freeadv_fast.methods.fast_advprop import Exchange
 from freeadv_fast.session.guard import Guard, History
 from freeadv_fast.session.run import Run, say
+from freeadv_fast.step.graphs import CudaRecorder, GraphRunner
 from freeadv_fast.step.learner import Learner
+
+
+@dataclasses.dataclass(frozen=True)
+class RankShuffle:
+    """Moves images between batch-norm groups and ranks, for Fast AdvProp.
+
+    Attributes:
+        world: The ranks. seed: Of the run.
+    """
+
+    world: World
+    seed: int
+
+    def order(self, num_images: int, update: int) -> Tensor:
+        """The order of an update's exchange, as a tensor on the device."""
+        return self.world.shuffle_order(num_images, seed=self.seed, step=update)
+
+    def __call__(self, images: Tensor, labels: Tensor, order: int | Tensor) -> Exchange:
+        """Sends images and labels away in such an order, or in that of an update."""
+        if isinstance(order, Tensor):
+            return self.world.shuffle_in_order(images, labels, order)
+        return self.world.shuffle(images, labels, seed=self.seed, step=order)
 
 
 def build_phase_method(
@@ -31,12 +56,11 @@ def build_phase_method(
         num_classes: Of the data.
         history: Of the guard, after which the method may be another one.
     """
-
-    def shuffle(images: Tensor, labels: Tensor, step: int) -> Exchange:
-        return world.shuffle(images, labels, seed=config.seed, step=step)
-
     method_config = history.method_config(config.phase_configs[phase])
-    return build_method(method_config, learner, world.device, num_classes, shuffle)
+    shuffle = RankShuffle(world, config.seed)
+    method = build_method(method_config, learner, world.device, num_classes, shuffle)
+    learner.method_state = method.state_dict
+    return method
 
 
 def build_own_method(run: Run) -> None:
@@ -63,11 +87,28 @@ def enter_phase(run: Run) -> None:
 
 
 def build_guard(
-    config: TrainConfig, loaders: Loaders, method: TrainingMethod, history: History, world: World
+    config: TrainConfig,
+    loaders: Loaders,
+    method: TrainingMethod,
+    history: History,
+    world: World,
+    *,
+    is_recorded: bool,
 ) -> Guard:
-    """The run's guard; it is off where nothing needs it, and where no images are held out."""
+    """The run's guard; it is off where nothing needs it, and where no images are held out.
+
+    Args:
+        config: The run. loaders: Of its phase.
+        method: That of the phase.
+        history: Of the checks before.
+        world: This process among the others.
+        is_recorded: Whether updates are, so that checks can be.
+    """
     if not method.seeks_robustness or config.guard_every == 0:
         return Guard(config, None, history, world)
     if loaders.guard is None:
         say(world, "guard: off, for no training images are held out (--holdout-images 0)")
-    return Guard(config, loaders.guard, history, world)
+    runner = None
+    if is_recorded:  # apart from the updates, which go on recorded where a check cannot be
+        runner = GraphRunner(lambda line: say(world, f"guard: {line}"), CudaRecorder(), warm_up=1)
+    return Guard(config, loaders.guard, history, world, runner)

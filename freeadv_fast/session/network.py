@@ -13,13 +13,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from freeadv_fast import ops
 from freeadv_fast.config.budget import Budget
+from freeadv_fast.config.method_names import SUMMING
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.distributed.compress import GradientCompression
 from freeadv_fast.distributed.world import World, is_main_rank
 from freeadv_fast.errors import UserError, blaming
 from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
 from freeadv_fast.models.fused import fuse_batch_norms
-from freeadv_fast.models.own import adopt
+from freeadv_fast.models.half_weights import use_half_weights
+from freeadv_fast.models.own import adopt, is_own
+from freeadv_fast.models.pointwise import use_products
 from freeadv_fast.models.stem import use_space_to_depth
 from freeadv_fast.models.zoo import build_model, check_image_size
 from freeadv_fast.runs import checkpoint
@@ -27,6 +30,7 @@ from freeadv_fast.session.run import say
 from freeadv_fast.step.graphs import WARM_UP, WARM_UP_OF_RANKS, CudaRecorder, GraphRunner
 from freeadv_fast.step.learner import Learner, Pixels
 from freeadv_fast.step.optim import build_optimizer, is_capturable
+from freeadv_fast.step.trial import Trial
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,7 +77,13 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
         model, left = fuse_batch_norms(model)
         if left:
             say(world, f"fused batch norm: left as they are: {', '.join(left)}")
+    if wants_products(config, world):
+        use_products(model)
     has_packed_input = wants_packed_input(config, world) and use_space_to_depth(model)
+    precision = PRECISIONS[resolve_precision(config.precision, world.device)]
+    if wants_half_weights(config, world):
+        is_sum = adds_gradients_up(config, world)
+        use_half_weights(model, precision, has_half_gradients=not is_sum)
     # Together, for apex may be missing on one node of several.
     optimizer = world.together(
         lambda: build_optimizer(
@@ -98,7 +108,6 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
     # On the stream of the recordings, because data parallelism's hooks run where it was built.
     with recorder.warming_up() if recorder else contextlib.nullcontext():
         net, compression = over_ranks(net, config, world)
-    precision = PRECISIONS[resolve_precision(config.precision, world.device)]
     pixels = Pixels(
         torch.tensor(config.pixel_mean, device=world.device),
         torch.tensor(config.pixel_std, device=world.device),
@@ -118,8 +127,11 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
         net, optimizer, lr_at, pixels, precision, world.size, attack_scale_at, compression
     )
     if recorder is not None:
-        warm_up = WARM_UP if world.size == 1 else WARM_UP_OF_RANKS
-        learner.record_with(GraphRunner(lambda line: say(world, line), recorder, warm_up))
+        warm_up, trial = WARM_UP, None
+        if world.size > 1:
+            warm_up = WARM_UP_OF_RANKS
+            trial = Trial(learner.changing_tensors, world, recorder)
+        learner.record_with(GraphRunner(lambda line: say(world, line), recorder, warm_up, trial))
     return learner
 
 
@@ -134,6 +146,9 @@ def over_ranks(
     if world.size == 1:
         return net, None
     parallel = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Else it times its collectives in every hundredth pass, and waits for the device; a pass that
+    # is being recorded may not (torch 2.11, c10d/logger.cpp, set_runtime_stats_and_log).
+    parallel._set_ddp_runtime_logging_sample_rate(2**31 - 1)
     if config.compress == "none":
         return parallel, None
     compression = GradientCompression(
@@ -178,6 +193,12 @@ def has_fused_norms(config: TrainConfig, world: World) -> bool:
     return config.fuse == "on"
 
 
+def wants_products(config: TrainConfig, world: World) -> bool:
+    """Whether 1x1 convolutions may be matrix products: on a GPU, where batch norms are fused."""
+    is_chosen = "products" in ops.FAST_PATHS and has_fused_norms(config, world)
+    return is_chosen and world.device.type == "cuda"
+
+
 def wants_packed_input(config: TrainConfig, world: World) -> bool:
     """Whether the stem takes its input in space-to-depth layout, if it can.
 
@@ -192,6 +213,32 @@ def wants_packed_input(config: TrainConfig, world: World) -> bool:
     return is_chosen and config.can_pack_input
 
 
+def wants_half_weights(config: TrainConfig, world: World) -> bool:
+    """Whether layers read copies of their weights in half precision, which the optimizer writes.
+
+    A network of the user's own may change its weights in ways that leave no trace
+    (`models.half_weights`), and GradAlign's term wants autograd alone.
+    """
+    return (
+        "half-weights" in ops.FAST_PATHS
+        and ops.backend(world.device) == "triton"
+        and has_fused_norms(config, world)
+        and resolve_precision(config.precision, world.device) != "fp32"
+        and config.optimizer == "sgd"
+        and not config.is_second_order
+        and not is_own(config.arch)
+    )
+
+
+def adds_gradients_up(config: TrainConfig, world: World) -> bool:
+    """Whether an update's gradients are sums over ranks, parts or passes: made in float32, then."""
+    return (
+        world.size > 1
+        or config.update_size + config.num_unlabelled > config.batch_size
+        or config.method in SUMMING
+    )
+
+
 def obstacle_to_graphs(
     config: TrainConfig, world: World, optimizer: torch.optim.Optimizer
 ) -> str | None:
@@ -201,11 +248,11 @@ def obstacle_to_graphs(
     if world.device.type != "cuda":
         return "there is no GPU"
     if not config.is_recordable:
-        return f"updates of {config.method} are not all alike"
+        return f"{config.method if config.mix == 'none' else '--mix'} is not recorded"
     if not is_capturable(optimizer):
         return f"--optimizer {config.optimizer} reads the learning rate on the host"
-    if world.size > 1 and config.graphs == "auto":
-        return "several ranks (--graphs on records them too; no such machine has tried it)"
+    if world.size > 1 and config.compress != "none" and config.graphs == "auto":
+        return "gradients travel compressed (--graphs on records them too)"
     return None
 
 

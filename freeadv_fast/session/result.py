@@ -26,6 +26,9 @@ class Result:
         epochs: Data epochs trained. passes: Forward-backward image passes for the weights, over
             all ranks. attack_passes: Those for a perturbation alone.
         train_seconds: Training loop with its checkpoints, over all sessions; no evaluation.
+        warm_up_seconds: Those of them before the rate was steady: in each session up to the end of
+            the first minibatch, or, where updates are recorded (--graphs), of the first one with a
+            recording. Until then algorithms are timed and kernels compiled.
         robust_accuracy: Accuracy under each attack at `eps`, by the attack's name.
         num_eval_images: Validation images that were attacked; they selected nothing.
         num_clean_images: Validation images that the clean accuracies are over.
@@ -57,6 +60,7 @@ class Result:
     passes: int
     attack_passes: int
     train_seconds: float
+    warm_up_seconds: float | None = None
     passes_per_second: float
     clean_accuracy: float
     clean_top5_accuracy: float | None

@@ -30,6 +30,7 @@ class Progress:
         passes: Images forwarded and backwarded for the weights, over all ranks.
         attack_passes: Images forwarded and backwarded for a perturbation alone.
         train_seconds: Seconds in the training loop, checkpoints included, evaluation excluded.
+        warm_up_seconds: Those of them before a session's rate was steady, over all sessions.
         best_score: Held-out accuracy of best.pt. best_epoch: The epoch it is from.
         last_line: The latest training metrics.
     """
@@ -39,6 +40,7 @@ class Progress:
     passes: int = 0
     attack_passes: int = 0
     train_seconds: float = 0.0
+    warm_up_seconds: float = 0.0
     best_score: float = -1.0
     best_epoch: int = -1
     last_line: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -52,6 +54,7 @@ class Clock:
         self._before = seconds
         self._started: float | None = None
         self._lap = (seconds, passes)
+        self._cold_since: float | None = seconds
 
     def start(self) -> None:
         """Starts counting."""
@@ -72,6 +75,14 @@ class Clock:
         (seconds_before, passes_before), seconds = self._lap, self.seconds
         self._lap = (seconds, passes)
         return (passes - passes_before) / max(seconds - seconds_before, 1e-9)
+
+    def cold_seconds(self, is_over: bool) -> float:
+        """Seconds since the last call, until one says that the warm-up is over; then none."""
+        if self._cold_since is None:
+            return 0.0
+        seconds, before = self.seconds, self._cold_since
+        self._cold_since = None if is_over else seconds
+        return seconds - before
 
 
 @dataclasses.dataclass

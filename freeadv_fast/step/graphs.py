@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
+import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,21 +39,35 @@ WARM_UP_OF_RANKS = 11
 class GraphRunner:
     """Runs steps, each as a recording once it is warm.
 
+    NCCL asks that all ranks record a collective or none does. They do in the same update, for they
+    are given the same numbers: the size of the global minibatch is one of them.
+
     Args:
         say: Tells the user in one line why steps run eagerly after all.
         recorder: Makes recordings.
         warm_up: Calls that run as they are before a recording.
+        trial: Decides which recordings can be trusted; see `step.trial`. None trusts all.
     """
 
     def __init__(
-        self, say: Callable[[str], None], recorder: CudaRecorder, warm_up: int = WARM_UP
+        self,
+        say: Callable[[str], None],
+        recorder: CudaRecorder,
+        warm_up: int = WARM_UP,
+        trial: Judge | None = None,
     ) -> None:
         """Nothing is recorded yet."""
         self._say = say
         self._recorder = recorder
         self._warm_up = warm_up
+        self._trial = trial
         self._is_off = False
         self.forget()
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether there is a recording, or will be none."""
+        return self._is_off or bool(self._recordings)
 
     def forget(self) -> None:
         """Drops all recordings: tensors that they write to were replaced, or steps changed."""
@@ -93,16 +109,33 @@ class GraphRunner:
                 with self._recorder.warming_up():
                     step(*inputs)
                 return
-            try:
-                self._recordings[key] = Recording(step, inputs, self._recorder)
-            except RuntimeError as error:  # CUDA's errors are RuntimeErrors
+            record = functools.partial(self._record, step, inputs)
+            found = record() if self._trial is None else self._trial(step, inputs, record)
+            if isinstance(found, str):
                 self._is_off = True
                 self.forget()
-                reason = first_line(error)
-                self._say(f"graphs: off, this step cannot be recorded ({reason})")
+                self._say(f"graphs: off, this step cannot be recorded ({found})")
                 step(*inputs)
                 return
+            self._recordings[key] = found
         self._recordings[key](*inputs)
+
+    def _record(self, step: Step, inputs: tuple[Any, ...]) -> Recording | str:
+        """A recording, or why there is none."""
+        try:
+            return Recording(step, inputs, self._recorder)
+        except RuntimeError as error:  # CUDA's errors are RuntimeErrors
+            return first_line(error)
+
+
+class Judge(Protocol):
+    """Decides whether a recording can be trusted."""
+
+    def __call__(
+        self, step: Step, inputs: tuple[Any, ...], record: Callable[[], Recording | str]
+    ) -> Recording | str:
+        """A recording of ``step(*inputs)``, which was not made; or why there is none."""
+        ...
 
 
 class Recording:
@@ -161,6 +194,14 @@ class CudaRecorder:
         with torch.cuda.stream(self.stream):
             yield
         current.wait_stream(self.stream)
+
+    def has_ended(self, seconds: float) -> bool:
+        """Whether what the current stream has to do ends within so many seconds."""
+        end, deadline = torch.cuda.Event(), time.monotonic() + seconds
+        end.record()
+        while not end.query() and time.monotonic() < deadline:
+            time.sleep(1e-3)
+        return bool(end.query())
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         """A function that launches on the current stream what `step` would do.

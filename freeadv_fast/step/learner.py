@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,9 +24,11 @@ from freeadv_fast.config.threat import AnyThreatModel, L2ThreatModel, clip_to_pi
 from freeadv_fast.distributed.compress import GradientCompression
 from freeadv_fast.distributed.heartbeat import arrive
 from freeadv_fast.models.batch_norm import Branch, DualNetwork
+from freeadv_fast.models.half_weights import half_copy
 from freeadv_fast.step.graphs import GraphRunner, Step
 from freeadv_fast.step.meters import Meters, Role
 from freeadv_fast.step.mixing import Labels, MixedLabels, cross_entropy_sum, num_hits
+from freeadv_fast.step.sgd import MasterSgd
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Learner:
         minibatch_size: Images that go through the network together, at most; an update on more is
             made in parts and adds their gradients up. None for all of them.
         part: Of the update in progress.
+        method_state: What the method in training keeps between updates, as it saves it.
         compressed_updates: Updates whose gradients travelled compressed, in all sessions of the
             run: all, unless it has had one rank for a while.
     """
@@ -114,6 +117,7 @@ class Learner:
         self.updates = 0
         self.minibatch_size: int | None = None
         self.part = WHOLE
+        self.method_state: Callable[[], dict[str, Any]] = dict
         self.runner: GraphRunner | None = None
         self._rate: Tensor | None = None
         self.meters = Meters(device)
@@ -245,6 +249,8 @@ class Learner:
             logits: (n, classes). labels: (n,) int64, or mixed ones.
             role: What the pass is for.
         """
+        if isinstance(labels, Tensor):
+            return ops.cross_entropy_sum_(logits, labels, self.meters.of(role))
         loss_sum = cross_entropy_sum(logits, labels)
         self.meters.add(role, loss_sum.detach(), num_hits(logits.detach(), labels), len(logits))
         return loss_sum
@@ -377,6 +383,8 @@ class Learner:
         """
         arrive()  # where ranks wait for each other's gradients next
         self._set_rate()
+        if isinstance(self.optimizer, MasterSgd):
+            self.optimizer.refresh_copies()
         if self.compression is not None:
             self.compression.begin_update(self.updates)
             self.compressed_updates += 1
@@ -417,6 +425,26 @@ class Learner:
         self._rate = torch.zeros((), device=self.pixels.mean.device)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate
+
+    def changing_tensors(self) -> dict[str, list[Tensor]]:
+        """All tensors that an update changes and a later one reads, by what they are."""
+        buffers, parameters = list(self.module.buffers()), list(self.module.parameters())
+        kinds: dict[str, list[Tensor]] = {
+            "weights": [*parameters],
+            "rounded weights": [half.tensor for p in parameters if (half := half_copy(p))],
+            "running statistics": [b for b in buffers if b.is_floating_point()],
+            "counts of updates": [b for b in buffers if not b.is_floating_point()],
+            "optimizer's sums": _tensors_in(self.optimizer.state),
+            "loss scale": _tensors_in(vars(self.scaler)),
+            "metrics": _tensors_in(vars(self.meters)),
+            "attacks": _tensors_in(self.method_state()),
+        }
+        return {kind: tensors for kind, tensors in kinds.items() if tensors}
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether updates are made as they will be from now on: recorded, where they can be."""
+        return self.runner is None or self.runner.is_warm
 
     def forget_recordings(self) -> None:
         """Gives their memory back, the gradients that lie in it included."""
@@ -504,6 +532,13 @@ class InParts:
                     self.step(*(_rows_of(value, rows) for value in inputs))
         finally:
             learner.part = WHOLE
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested dicts."""
+    if isinstance(value, Mapping):
+        return [tensor for entry in value.values() for tensor in _tensors_in(entry)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def _rows_of(value: Any, rows: slice) -> Any:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from freeadv_fast import ops
 from freeadv_fast.distributed.world import World
 
 # What a pass was for: clean images, images moved at random, or images moved by an attack.
@@ -48,7 +49,10 @@ class Meters:
         self.nonfinite_gradients = torch.zeros(1, dtype=torch.int64, device=device)
         self.skipped_updates = torch.zeros(1, dtype=torch.int64, device=device)
 
-    @torch.no_grad()
+    def of(self, role: Role) -> Tensor:
+        """A role's sums, to count a pass into."""
+        return self.sums[ROLES.index(role)]
+
     def add(self, role: Role, loss_sum: Tensor, hits: Tensor, num_images: int) -> None:
         """Counts one pass over a minibatch.
 
@@ -58,11 +62,7 @@ class Meters:
             hits: () images classified right; a fraction of an image with mixed labels.
             num_images: Images of the pass.
         """
-        sums, is_finite = self.sums[ROLES.index(role)], torch.isfinite(loss_sum)
-        sums[0] += loss_sum.masked_fill(~is_finite, 0.0)
-        sums[1] += hits
-        sums[2] += num_images
-        sums[3] += ~is_finite
+        ops.count_pass_(self.of(role), loss_sum, hits, num_images)
 
     def read(self, world: World) -> Reading:
         """Sums over the ranks, resets, and returns the means; waits for the device."""

@@ -12,7 +12,9 @@ from torch import nn
 
 from freeadv_fast.config.choices import Decay, OptimizerName
 from freeadv_fast.errors import UserError
+from freeadv_fast.models.half_weights import half_copy
 from freeadv_fast.step.lalr import Lalr
+from freeadv_fast.step.sgd import MasterSgd
 from freeadv_fast.toolchain import has_nvidia_apex
 
 BUILD_APEX = (
@@ -96,9 +98,10 @@ def build_sgd(
 ) -> torch.optim.Optimizer:
     """SGD with momentum over a network's parameters.
 
-    All three compute the same update. On a GPU ``sgd`` is torch's fused kernel, which reads the
-    gradient scaler's verdict on the device; ``sgd-foreach`` and ``apex-sgd`` leave that to the
-    scaler, which reads it on the host at every fp16 step (`GradScaler._maybe_opt_step`).
+    All three compute the same update. On a GPU ``sgd`` is torch's fused kernel, or our own where
+    weights have copies in half precision (`MasterSgd`); both read the gradient scaler's verdict on
+    the device. ``sgd-foreach`` and ``apex-sgd`` leave that to the scaler, which reads it on the
+    host at every fp16 step (`GradScaler._maybe_opt_step`).
 
     The momentum buffers exist from the start. torch's fused kernel leaves them uninitialised when
     fp16 overflows in the very first step (pytorch 2.11), and apex takes the last parameter's word
@@ -117,6 +120,8 @@ def build_sgd(
     groups = parameter_groups(model, weight_decay, decay)
     optimizer: torch.optim.Optimizer
     match name:
+        case "sgd" if any(half_copy(p) is not None for p in model.parameters()):
+            optimizer = MasterSgd(groups, lr=lr, momentum=momentum)
         case "sgd":
             is_cuda = next(model.parameters()).is_cuda
             optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=is_cuda or None)
@@ -137,8 +142,8 @@ def build_sgd(
 def is_capturable(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a CUDA graph can hold the optimizer's step.
 
-    That of torch's fused SGD and that of lalr's kernels: given the learning rate as a tensor on the
-    device, they read nothing on the host. The foreach SGD turns it into a Python number
+    That of torch's fused SGD and those of our own kernels: given the learning rate as a tensor on
+    the device, they read nothing on the host. The foreach SGD turns it into a Python number
     (`torch.optim.sgd`, ``_to_scalar``), and apex's kernel takes it by value, so that a graph would
     repeat the rate of its capture.
     """

@@ -104,7 +104,8 @@ def assert_equal(ours, theirs):
         assert torch.equal(ours, theirs)
     elif isinstance(theirs, dict):
         assert ours.keys() == theirs.keys()
-        for key in theirs.keys() - {"train_seconds", "passes_per_second", "config", "log_bytes"}:
+        clocks = {"train_seconds", "warm_up_seconds", "passes_per_second"}
+        for key in theirs.keys() - clocks - {"config", "log_bytes"}:
             assert_equal(ours[key], theirs[key])
     elif isinstance(theirs, list | tuple):
         assert len(ours) == len(theirs)

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 import freeadv_fast as ff
 from freeadv_fast import training
@@ -108,9 +109,14 @@ def test_a_clock_that_jumps_changes_nothing(config, tmp_path, monkeypatch):
         return real() + jumps[-1]
 
     monkeypatch.setattr(time, "time", jumping)
+    searching = []
+    monkeypatch.setattr(
+        training, "arrive", lambda place: searching.append(torch.backends.cudnn.benchmark)
+    )
     result = ff.train(config)
     assert result.robust_accuracy == undisturbed.robust_accuracy
-    assert 0 < result.train_seconds < 600
+    assert 0 < result.warm_up_seconds < result.train_seconds < 600
+    assert searching == ([True] * 5 + [False]) * 2  # an epoch's last minibatch may be shorter
 
 
 def test_a_process_without_open_files_left_says_so(config, monkeypatch):

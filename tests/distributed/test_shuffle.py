@@ -81,6 +81,15 @@ def test_compiled_and_eager_agree_bit_for_bit(ranks, case):
                 assert all(map(torch.equal, found[ours], found[eager]))
 
 
+@pytest.mark.parametrize("case", ["uint8", "float16", "indivisible", "fewer rows than ranks"])
+def test_an_exchange_in_an_order_drawn_before_is_the_same(ranks, case):
+    """A recording's: the update is in a tensor, and nothing else of it differs."""
+    for state in ranks:
+        for step in (0, 1):
+            found = state["cases"][case, step]
+            assert all(map(torch.equal, found["in_order"], found["arrived"]))
+
+
 def test_a_quarter_of_the_rows_come_from_each_of_four_ranks(ranks):
     if len(ranks) != 4:
         pytest.skip("one number of ranks is enough")

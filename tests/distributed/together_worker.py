@@ -1,4 +1,4 @@
-"""Run by torchrun: rank 1 fails at its second turn; every rank says what it was told."""
+"""Run by torchrun: rank 1 objects, then fails at its second turn; ranks say what they hear."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,8 @@ def main(output):
             raise UserError("image 7 cannot be decoded")
         return number
 
-    told = []
+    objections = ["", "no" * world.rank, f"rank {world.rank}"]
+    told = [world.first_objection(objection) for objection in objections]
     try:
         told += [world.together(lambda number=number: turn(number)) for number in range(3)]
     except UserError as error:

@@ -16,40 +16,42 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from freeadv_fast.kernels import batch_norm as kernel
+from freeadv_fast.kernels import batch_norm_statistics as statistics
+from freeadv_fast.kernels import joined_norms as joined
 from pairwise import every_pair
 
 BYTES = {"bf16": 2, "fp32": 4}
 REGISTERS_PER_SM = 65536
+VECTORS = ("weight", "bias", "running_mean", "running_var", "dweight", "dbias")
 # What is not an activation.
 TYPES = {
     "bits_ptr": "u8",
-    **dict.fromkeys(("partial_ptr", "coefficients_ptr", "k_ptr"), "fp32"),
-    **dict.fromkeys(("running_mean_ptr", "running_var_ptr", "weight_ptr", "bias_ptr"), "fp32"),
-    **dict.fromkeys(("dweight_ptr", "dbias_ptr"), "fp32"),
+    "counters_ptr": "i32",
+    "num_batches_ptr": "i64",
+    "partial_ptr": "fp32",
+    **dict.fromkeys((f"{name}_ptr" for name in (*VECTORS, "coefficients", "k")), "fp32"),
 }
 
 
-def build(name, dtype, architecture, constants, *, warps=4, per_sm=None, fork=False):
+def build(function, dtype, architecture, constants, *, fork=False):
     """PTX and registers of a kernel whose pointers are 16-byte aligned and whose sizes are odd."""
+    options = {name: constants[name] for name in ("num_warps", "maxnreg") if name in constants}
+    constants = {name: value for name, value in constants.items() if name not in options}
     constants = constants if fork else {**constants, "shortcut_dy_ptr": None}
-    function = getattr(kernel, name)
     signature, attributes, values = {}, {}, {}
     for position, argument in enumerate(function.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
             values[(position,)] = constants[argument]
         elif argument.endswith("_ptr"):
-            signature[argument] = f"*{TYPES.get(argument, dtype)}"
+            signature[argument] = f"*{TYPES.get(argument.removeprefix('shortcut_'), dtype)}"
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[argument] = "fp32" if argument in ("momentum", "eps") else "i32"
-    options = {"num_warps": warps}
-    if per_sm is not None:
-        options["maxnreg"] = kernel._max_registers(per_sm)
     source = ASTSource(function, signature, values, attributes)
     binary = compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm
     registers = resources(binary["cubin"])
-    print(f"sm_{architecture} {dtype} {name} {constants}: {registers} registers")
+    print(f"sm_{architecture} {dtype} {function.__name__} {constants}: {registers} registers")
     return binary["ptx"], registers
 
 
@@ -75,10 +77,14 @@ def accesses(ptx, kind):
     return [int(count or 1) * int(bits) // 8 for count, bits in found]
 
 
-def tile(channels, dtype):
-    """The tile that the launcher chooses."""
-    rows = kernel.Rows(1, 1, 1, channels, BYTES[dtype])
-    return {"BM": rows.tile_rows, "BC": rows.columns}
+def rows(channels, dtype):
+    """Activations of one row."""
+    return kernel.Rows(1, 1, 1, channels, BYTES[dtype])
+
+
+def elementwise(channels, dtype, accesses=kernel.ACCESSES):
+    """What the launcher chooses."""
+    return kernel.elementwise(rows(channels, dtype), accesses)[1]
 
 
 def assert_wide(ptx, kind, num_wide, *, bits=False):
@@ -89,10 +95,22 @@ def assert_wide(ptx, kind, num_wide, *, bits=False):
     assert 2 not in found
 
 
-def assert_fits(registers, per_sm):
+def assert_leaky(ptx):
+    """A slope of 0.1 in float32."""
+    assert "0f3DCCCCCD" in ptx
+    assert "f64" not in ptx
+
+
+def assert_fits(registers, programs, num_warps=kernel.NUM_WARPS):
     """So many programs are on an SM at once; registers are given out in eights."""
     per_thread = -(-registers // 8) * 8
-    assert per_thread * kernel.NUM_THREADS * per_sm <= REGISTERS_PER_SM
+    assert per_thread * num_warps * 32 * programs <= REGISTERS_PER_SM
+
+
+def assert_scheduled(ptx, registers, schedule, inputs):
+    """All tiles of each input are under way, and those programs fit that shall run at once."""
+    assert accesses(ptx, "ld").count(16) >= inputs * (schedule.depth + 1)
+    assert_fits(registers, schedule.per_sm, schedule.num_warps)
 
 
 # 64, 32 and 128 columns: a kernel sees nothing else of the number of channels.
@@ -111,25 +129,34 @@ def cases(name, values):
 
 
 def test_one_tile_serves_all_wide_layers():
-    assert tile(256, "bf16") == tile(512, "bf16") == tile(2048, "bf16") == {"BM": 16, "BC": 128}
+    wide = elementwise(2048, "bf16")
+    assert elementwise(256, "bf16") == elementwise(512, "bf16") == wide
+    assert (wide["BM"], wide["BC"]) == (16, 128)
 
 
-@architectures
-@pytest.mark.parametrize(("dtype", "channels"), CASES)
+# The widest, which takes the most registers, on both; the others on one each.
+FEW_CASES = [("bf16", 64, 80), ("bf16", 160, 90), ("fp32", 2048, 80)]
+FEW_CASES += [("bf16", 2048, architecture) for architecture in ARCHITECTURES]
+few_cases = pytest.mark.parametrize(("dtype", "channels", "architecture"), FEW_CASES)
+
+
+@few_cases
 def test_stats(dtype, channels, architecture):
-    per_sm = kernel.STATS_PER_SM
-    ptx, registers = build(
-        "_stats_kernel", dtype, architecture, tile(channels, dtype), per_sm=per_sm
-    )
-    assert_wide(ptx, "ld", 4)
-    assert_fits(registers, per_sm)
+    schedule = statistics.STATISTICS
+    constants = schedule.options(rows(channels, dtype).tiled(schedule))
+    ptx, registers = build(statistics._stats_kernel, dtype, architecture, constants)
+    assert_scheduled(ptx, registers, schedule, 1)
+    # The last program is found by one addition, before and after which all threads wait.
+    before, after = re.split(r"atom\.global\.gpu\.acq_rel\.add\.u32", ptx)
+    assert "bar.sync" in before.rsplit("st.global", 1)[1]
+    assert "bar.sync" in after.split("ld.global", 1)[0]
 
 
 @cases("residual", [False, True])
 def test_forward(dtype, channels, residual, architecture):
     switches = {"HAS_RESIDUAL": residual, "RELU": True, "SLOPE": 0.0, "WRITE_BITS": residual}
-    constants = {**tile(channels, dtype), **switches, "TILES": kernel.TILES}
-    ptx, registers = build("_forward_kernel", dtype, architecture, constants)
+    constants = elementwise(channels, dtype) | switches
+    ptx, registers = build(kernel._forward_kernel, dtype, architecture, constants)
     assert_wide(ptx, "ld", 2 * kernel.TILES * (1 + residual))
     assert_wide(ptx, "st", 2 * kernel.TILES, bits=residual)
     # A multiply-add is one instruction in both directions, else masks would differ.
@@ -137,34 +164,48 @@ def test_forward(dtype, channels, residual, architecture):
     assert_fits(registers, 6)
 
 
-@cases("mask", [kernel.NO_MASK, kernel.RECOMPUTED, kernel.BITS])
-def test_backward_reduce(dtype, channels, mask, architecture):
-    per_sm = kernel.REDUCE_PER_SM
-    constants = {**tile(channels, dtype), "MASK": mask, "SLOPE": 0.0}
-    ptx, registers = build("_backward_reduce_kernel", dtype, architecture, constants, per_sm=per_sm)
-    assert_wide(ptx, "ld", 8, bits=mask == kernel.BITS)
-    assert_wide(ptx, "st", 2 * (mask == kernel.BITS))
-    assert_fits(registers, per_sm)
+def reduction(channels, dtype, mask, slope=0.0):
+    """What the launcher chooses."""
+    switches = {"TRAINING": True, "MASK": mask, "SLOPE": slope}
+    return kernel.REDUCTION.options(rows(channels, dtype).tiled(kernel.REDUCTION)) | switches
 
 
-@cases("slope", [0.0, 0.1])
-def test_backward_reduce_of_two_gradients(dtype, channels, slope, architecture):
-    per_sm = kernel.REDUCE_PER_SM
-    constants = {**tile(channels, dtype), "MASK": kernel.BITS, "SLOPE": slope}
+@pytest.mark.parametrize(
+    ("dtype", "channels", "architecture", "mask"),
+    [
+        *[("bf16", 2048, 90, mask) for mask in (kernel.NO_MASK, kernel.RECOMPUTED, kernel.BITS)],
+        *[("bf16", 2048, 80, mask) for mask in (kernel.RECOMPUTED, kernel.BITS)],
+        ("bf16", 64, 90, kernel.RECOMPUTED),
+        ("bf16", 160, 80, kernel.BITS),
+        ("fp32", 2048, 90, kernel.NO_MASK),
+    ],
+)
+def test_backward_reduce(dtype, channels, architecture, mask):
+    constants = reduction(channels, dtype, mask)
+    ptx, registers = build(kernel._backward_reduce_kernel, dtype, architecture, constants)
+    assert_scheduled(ptx, registers, kernel.REDUCTION, 2)
+    assert_wide(ptx, "st", mask == kernel.BITS)
+
+
+@few_cases
+def test_backward_reduce_of_two_gradients(dtype, channels, architecture):
+    slope = 0.0 if channels == 2048 else 0.1
+    constants = reduction(channels, dtype, kernel.BITS, slope)
     ptx, registers = build(
-        "_backward_reduce_kernel", dtype, architecture, constants, per_sm=per_sm, fork=True
+        kernel._backward_reduce_kernel, dtype, architecture, constants, fork=True
     )
-    assert_wide(ptx, "ld", 12, bits=True)
-    assert_wide(ptx, "st", 2, bits=True)
-    assert_fits(registers, per_sm)
+    assert_scheduled(ptx, registers, kernel.REDUCTION, 3)
+    assert_wide(ptx, "st", 1)
+    if slope:
+        assert_leaky(ptx)
 
 
 @cases("mode", [(True, kernel.NO_MASK), (True, kernel.RECOMPUTED), (False, kernel.RECOMPUTED)])
 def test_backward(dtype, channels, mode, architecture):
     training, mask = mode
     switches = {"TRAINING": training, "MASK": mask, "SLOPE": 0.0, "WRITE_DZ": False}
-    constants = {**tile(channels, dtype), **switches, "TILES": kernel.TILES}
-    ptx, registers = build("_backward_kernel", dtype, architecture, constants)
+    constants = elementwise(channels, dtype) | switches
+    ptx, registers = build(kernel._backward_kernel, dtype, architecture, constants)
     assert_wide(ptx, "ld", 4 * kernel.TILES)
     assert_wide(ptx, "st", 2 * kernel.TILES)
     assert_fits(registers, 5)
@@ -173,40 +214,44 @@ def test_backward(dtype, channels, mode, architecture):
 @architectures
 def test_backward_of_eval_mode_with_bits(architecture):
     switches = {"TRAINING": False, "MASK": kernel.BITS, "SLOPE": 0.0, "WRITE_DZ": True}
-    constants = {**tile(256, "bf16"), **switches, "TILES": kernel.TILES}
-    ptx, _ = build("_backward_kernel", "bf16", architecture, constants)
+    constants = elementwise(256, "bf16") | switches
+    ptx, _ = build(kernel._backward_kernel, "bf16", architecture, constants)
     assert_wide(ptx, "st", 4 * kernel.TILES)
 
 
 @cases("residual", [False, True])
 def test_leaky_relu(dtype, channels, residual, architecture):
     mask = kernel.BITS if residual else kernel.RECOMPUTED
-    common = {**tile(channels, dtype), "SLOPE": 0.1}
+    common = elementwise(channels, dtype) | {"SLOPE": 0.1}
     forward = {"HAS_RESIDUAL": residual, "RELU": True, "WRITE_BITS": residual}
     backward = {"TRAINING": not residual, "MASK": mask, "WRITE_DZ": residual}
-    tiles = {"TILES": kernel.TILES}
-    for name, switches, programs, options in (
-        ("_forward_kernel", forward | tiles, 5 if residual else 6, {}),
-        ("_backward_reduce_kernel", {"MASK": mask}, 4, {"per_sm": kernel.REDUCE_PER_SM}),
-        ("_backward_kernel", backward | tiles, 5, {}),
+    for function, constants, programs in (
+        (kernel._forward_kernel, common | forward, 5 if residual else 6),
+        (kernel._backward_kernel, common | backward, 5),
     ):
-        ptx, registers = build(name, dtype, architecture, common | switches, **options)
-        assert "0f3DCCCCCD" in ptx  # 0.1 in float32
-        assert "f64" not in ptx
+        ptx, registers = build(function, dtype, architecture, constants)
+        assert_leaky(ptx)
         assert_fits(registers, programs)
 
 
-@architectures
-@pytest.mark.parametrize("rows", kernel.MERGE_ROWS)
-def test_merges(rows, architecture):
-    block = {"BP": rows, "BC": kernel.MERGE_COLUMNS}
-    switches = {"HAS_WEIGHT": True, "HAS_BIAS": True, "HAS_RUNNING": True}
-    warps = kernel.MERGE_WARPS
-    build("_merge_stats_kernel", "fp32", architecture, {**block, **switches}, warps=warps)
-    build("_merge_sums_kernel", "fp32", architecture, {**block, "TRAINING": True}, warps=warps)
+@pytest.mark.parametrize(("dtype", "channels", "architecture"), FEW_CASES[1:])
+def test_joined_norms(dtype, channels, architecture):
+    schedule, fork = joined.REDUCTION, channels != 160
+    constants = schedule.options(rows(channels, dtype).tiled(schedule))
+    ptx, registers = build(joined._reduce_kernel, dtype, architecture, constants, fork=fork)
+    assert_scheduled(ptx, registers, schedule, 3 + fork)
+    constants = elementwise(channels, dtype, accesses=1)
+    ptx, registers = build(joined._backward_kernel, dtype, architecture, constants, fork=fork)
+    assert_wide(ptx, "ld", (3 + fork) * kernel.TILES)
+    assert_wide(ptx, "st", 2 * kernel.TILES)
+    assert_fits(registers, 4)
+    constants = elementwise(channels, dtype)
+    ptx, registers = build(joined._forward_kernel, dtype, architecture, constants)
+    assert_wide(ptx, "ld", 4 * kernel.TILES)
+    assert_wide(ptx, "st", 2 * kernel.TILES)
+    assert_fits(registers, 6)
 
 
 @architectures
 def test_running_coefficients(architecture):
-    switches = {"HAS_WEIGHT": True, "HAS_BIAS": True, "BLOCK": kernel.NUM_THREADS}
-    build("_running_coefficients_kernel", "fp32", architecture, switches)
+    build(statistics._running_coefficients_kernel, "fp32", architecture, {"BLOCK": 128})

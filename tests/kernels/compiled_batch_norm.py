@@ -12,9 +12,15 @@ import pytest
 import torch
 
 from freeadv_fast.kernels import batch_norm as kernel
+from freeadv_fast.kernels import batch_norm_statistics as statistics
+from freeadv_fast.kernels import joined_norms as joined
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
+if IS_INTERPRETED:  # loads far ahead of the few tiles here are loads of nothing
+    SHALLOW = statistics.Schedule(128, num_warps=8, per_sm=2, depth=1, turn=1)
+    statistics.STATISTICS = kernel.REDUCTION = joined.REDUCTION = SHALLOW
+    statistics.MERGE_LOADS = 1
 NAMES = ("x", "weight", "bias", "running_mean", "running_var", "residual")
 # Several chunks, the last one ragged; one image; 96 channels (tiles of 32); 24 (tiles of 8).
 SHAPES = [(3, 32, 9, 11), (1, 64, 13, 7), (2, 96, 3, 3), (5, 24, 5, 5)]
@@ -67,7 +73,7 @@ def outcome(function, tensors, dy, *, dtype=None, **options):
     inputs = {}
     for name, value in tensors.items():
         value = value if value is None else value.detach().to(dtype or value.dtype, copy=True)
-        if value is not None and not name.startswith("running"):
+        if value is not None and "running" not in name:
             value.requires_grad_()
         inputs[name] = value
     y = function(inputs, **options)
@@ -78,16 +84,16 @@ def outcome(function, tensors, dy, *, dtype=None, **options):
     else:
         y.backward(dy.to(y.dtype))
     gradients = {f"d{n}": v.grad for n, v in inputs.items() if v is not None and v.requires_grad}
-    running = {n: inputs[n] for n in ("running_mean", "running_var") if inputs[n] is not None}
+    running = {n: v for n, v in inputs.items() if "running" in n and v is not None}
     assert y.dtype is (dtype or tensors["x"].dtype)
     return {n: v.detach().double().cpu() for n, v in ({"y": y} | gradients | running).items()}
 
 
-def assert_near_double(tensors, dy, **options):
+def assert_near_double(tensors, dy, *, function=fused, reference=eager, **options):
     """Largest errors are at most twice the eager operations' in the same dtype."""
-    exact = outcome(eager, tensors, dy, dtype=torch.float64, **options)
-    ours = outcome(fused, tensors, dy, **options)
-    theirs = outcome(eager, tensors, dy, **options)
+    exact = outcome(reference, tensors, dy, dtype=torch.float64, **options)
+    ours = outcome(function, tensors, dy, **options)
+    theirs = outcome(reference, tensors, dy, **options)
     assert exact.keys() == ours.keys()
     is_truncated = IS_INTERPRETED and tensors["x"].dtype is torch.bfloat16
     for name, value in exact.items():
@@ -119,7 +125,7 @@ def test_without_relu(residual):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dtype", kernel.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", statistics.DTYPES, ids=str)
 @pytest.mark.parametrize("residual", [False, True])
 def test_leaky_relu(dtype, residual, training):
     example_ = example((3, 24, 5, 5), dtype, residual=residual)
@@ -163,14 +169,18 @@ def test_keeps_digits_far_from_zero():
         assert error <= allowed * exact[name].abs().max(), (name, error)
 
 
-def test_number_of_chunks_does_not_show(monkeypatch):
+@pytest.mark.parametrize(("depth", "turn", "num_groups"), [(2, 1, 1), (3, 3, 2)])
+def test_number_of_chunks_does_not_show(depth, turn, num_groups, monkeypatch):
     tensors, dy = example((3, 16, 19, 17), torch.float32)
-    # Tiles of 64 rows: 16 chunks of one tile, merged in loads of 4.
-    monkeypatch.setattr(kernel, "_num_multiprocessors", lambda device: 32)
-    monkeypatch.setattr(kernel, "MERGE_ROWS", (2, 4))
-    assert kernel.Mode(True, 0.1, 1e-5, 1, True, 0.0).rows(tensors["x"]).chunks(192) == (16, 64)
-    assert_near_double(tensors, dy)
-    assert_near_double(tensors, dy, num_groups=2)
+    schedule = statistics.Schedule(8, num_warps=1, per_sm=10, depth=depth, turn=turn)
+    for module, name in ((statistics, "STATISTICS"), (kernel, "REDUCTION")):
+        monkeypatch.setattr(module, name, schedule)
+    monkeypatch.setattr(statistics, "num_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(statistics, "MERGE_LOADS", depth)
+    # Two blocks of columns. Of one group 61 tiles of 16 rows for 5 programs, of two 41 for 2 each.
+    rows = kernel.Mode(True, num_groups, True, 0.0).rows(tensors["x"]).tiled(schedule)
+    assert rows.num_chunks(schedule, DEVICE) == 5 // num_groups
+    assert_near_double(tensors, dy, num_groups=num_groups)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -383,6 +393,84 @@ def test_eval_graph_survives_a_training_pass():
     assert torch.equal(tensors["x"].grad.double().cpu(), expected)
 
 
+def test_counts_minibatches_of_training():
+    tensors, _ = example((5, 24, 5, 5), torch.float32)
+    counter = torch.tensor(2**40, device=DEVICE)
+    for training in (True, False, True):
+        fused(tensors, training=training, num_groups=2, num_batches_tracked=counter)
+    assert counter == 2**40 + 2
+    assert all(not counters.any() for counters in statistics._COUNTERS.values())
+
+
+def joined_example(shape, dtype, **options):
+    """Two examples: of a block, and of its shortcut in the place of its residual."""
+    tensors, dy = example(shape, dtype, residual=False)
+    others, other_dy = example(shape, dtype, residual=False, **options)
+    del tensors["residual"], others["residual"]
+    # Else the sums of both would be the same.
+    others["x"] = others["x"].flip(0, 2)
+    return tensors | {f"shortcut_{name}": t for name, t in others.items()}, (dy, other_dy.flip(0))
+
+
+def joined_by(function):
+    """A function of both norms, as one of all tensors."""
+
+    def call(tensors, **options):
+        norms = [
+            statistics.Norm(*[tensors[f"{side}{n}"] for n in NAMES[1:5]], None, 0.1, 1e-5)
+            for side in ("", "shortcut_")
+        ]
+        return function(tensors["x"], norms[0], tensors["shortcut_x"], norms[1], **options)
+
+    return call
+
+
+def joined_eager(*inputs, num_groups=1, fork=False):
+    """PyTorch's own operations."""
+    y = joined.joined_norms_ref(*inputs, num_groups)
+    return (y, y) if fork else y
+
+
+JOINED = {"function": joined_by(joined.joined_norms), "reference": joined_by(joined_eager)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"),
+    [
+        ((3, 32, 9, 11), torch.float32, {"fork": True}),
+        ((7, 24, 3, 3), torch.float16, {"fork": True, "num_groups": 3}),
+        ((2, 16, 5, 5), torch.float32, {}),
+    ],
+    ids=str,
+)
+def test_joined_norms(shape, dtype, options, monkeypatch):
+    schedule = statistics.Schedule(128, num_warps=4, per_sm=2, depth=2, turn=2 if options else 1)
+    monkeypatch.setattr(joined, "REDUCTION", schedule)
+    tensors, dys = joined_example(shape, dtype, deviation=3.0)
+    dy = dys if options.get("fork") else dys[0]
+    assert_near_double(tensors, dy, **JOINED, **options)
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_joined_norms_with_one_gradient_of_two(given):
+    tensors, (dy, _) = joined_example((2, 8, 3, 3), torch.float32)
+    function, dys = JOINED["function"], (dy, None) if given == 0 else (None, dy)
+    forked = outcome(function, tensors, dys, fork=True)
+    single = outcome(function, tensors, dy)
+    assert all(torch.equal(forked[name], single[name]) for name in single)
+    tensors["shortcut_x"].requires_grad_()
+    (alone,) = torch.autograd.grad(function(tensors), tensors["shortcut_x"], dy)
+    assert torch.equal(alone.double().cpu(), single["dshortcut_x"])
+
+
+def test_joined_norms_differentiate_once():
+    tensors, (dy, _) = joined_example((2, 8, 3, 3), torch.float32)
+    y = JOINED["function"]({**tensors, "x": tensors["x"].requires_grad_()})
+    (dx,) = torch.autograd.grad(y, tensors["x"], dy, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"joined_norms was differentiated twice"):
+        dx.square().sum().backward()
+
+
 on_gpu = pytest.mark.skipif(IS_INTERPRETED, reason="needs a CUDA device")
 
 
@@ -414,6 +502,16 @@ def test_two_gradients_at_sizes_of_a_network(shape, dtype):
     tensors, dy = example(shape, dtype)
     given = tuple(where_relu_is_clear(tensors, d) for d in two_gradients(tensors, dy))
     assert_near_double(tensors, given, fork=True)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(31, 256, 56, 56), (16, 2048, 7, 7)])
+def test_joined_norms_at_sizes_of_a_network(shape, dtype):
+    tensors, dys = joined_example(shape, dtype)
+    z = joined_by(joined.joined_norms_ref)({n: t.double() for n, t in tensors.items()})
+    given = tuple(dy.masked_fill(z.abs() < 1e-5, 0.0) for dy in dys)
+    assert_near_double(tensors, given, **JOINED, fork=True)
 
 
 @on_gpu
@@ -491,10 +589,10 @@ def test_is_captured_in_a_graph():
 
 
 @on_gpu
-def test_two_runs_are_equal():
+def test_runs_are_equal():
     tensors, dy = example((31, 256, 56, 56), torch.bfloat16)
-    one, two = (outcome(fused, tensors, dy) for _ in range(2))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    first, *others = (outcome(fused, tensors, dy) for _ in range(5))
+    assert all(torch.equal(first[name], other[name]) for name in first for other in others)
 
 
 @on_gpu

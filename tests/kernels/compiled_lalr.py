@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from freeadv_fast.kernels import lalr as kernel
+from freeadv_fast.kernels import multi_tensor
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
@@ -144,7 +145,7 @@ def test_gradients_in_another_order_are_copied():
 
 def test_more_addresses_than_one_launch_writes(monkeypatch):
     """24 of them by 16: all arrive."""
-    monkeypatch.setattr(kernel, "NUM_WRITTEN", 16)
+    monkeypatch.setattr(multi_tensor, "NUM_WRITTEN", 16)
     tensors = example()
     expected = doubled(tensors)
     update(tensors)
@@ -154,8 +155,8 @@ def test_more_addresses_than_one_launch_writes(monkeypatch):
 
 def test_addresses_are_written_when_they_change(monkeypatch):
     """Once for tensors that stay, again for a new gradient."""
-    writes, write = [], kernel._write
-    monkeypatch.setattr(kernel, "_write", lambda *a: writes.append(a[1]) or write(*a))
+    writes, write = [], multi_tensor._write
+    monkeypatch.setattr(multi_tensor, "_write", lambda *a: writes.append(a[1]) or write(*a))
     tensors = example()
     table = kernel.Table(tensors[0], False)
     for _ in range(3):
@@ -173,10 +174,10 @@ def test_a_recording_has_addresses_of_its_own(monkeypatch):
     update(tensors, table=table)
     held = table._addresses.clone()
     tensors[1][0] = tensors[1][0].clone()
-    writes, write = [], kernel._write
-    monkeypatch.setattr(kernel, "_write", lambda *a: writes.append(a[0]) or write(*a))
+    writes, write = [], multi_tensor._write
+    monkeypatch.setattr(multi_tensor, "_write", lambda *a: writes.append(a[0]) or write(*a))
     with monkeypatch.context() as recording:
-        recording.setattr(kernel, "_is_recorded", lambda tensor: True)
+        recording.setattr(multi_tensor, "_is_recorded", lambda tensor: True)
         update(tensors, table=table)
     assert len(writes) == 1
     assert torch.equal(table._addresses, held)

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from freeadv_fast import ops
 from freeadv_fast.kernels import batch_norm as kernel
+from freeadv_fast.kernels import batch_norm_statistics as statistics
+from freeadv_fast.kernels import joined_norms
 from freeadv_fast.models.batch_norm import GhostBatchNorm2d
 
 
@@ -198,11 +200,13 @@ def test_refuses(function, change, message):
 )
 def test_what_the_kernels_take(dtype, channels, parameters, is_supported):
     x = torch.zeros(2, channels, 3, 3, dtype=dtype)
-    vector = torch.zeros(channels, dtype=parameters)
-    assert kernel.supports(x, vector, None, None, vector) is is_supported
-    assert not kernel.supports(x[:0], vector, None, None, vector)
+    vector, counter = torch.zeros(channels, dtype=parameters), torch.zeros((), dtype=torch.int64)
+    norm = ops.Norm(vector, None, None, vector, counter, 0.1, 1e-5)
+    assert statistics.supports(x, norm) is is_supported
+    assert not statistics.supports(x[:0], norm)
     strided = torch.zeros(2 * channels)[::2]
-    assert not kernel.supports(x, strided, None, None, vector)
+    assert not statistics.supports(x, norm._replace(weight=strided))
+    assert not statistics.supports(x, norm._replace(num_batches_tracked=counter.float()))
 
 
 def test_a_gpu_runs_the_kernels_where_they_apply(monkeypatch):
@@ -215,27 +219,74 @@ def test_a_gpu_runs_the_kernels_where_they_apply(monkeypatch):
         )
     options = {"training": True, "momentum": 0.1, "eps": 1e-5, "num_groups": 2, "relu": False}
     options |= {"residual": torch.zeros(1), "negative_slope": 0.1, "fork": True}
+    options |= {"num_batches_tracked": None}
     for channels in (8, 12):
         ops.batch_norm_act(torch.zeros(2, channels, 3, 3), None, None, None, None, **options)
     assert called == [("batch_norm_act", options), ("batch_norm_act_ref", {})]
 
 
-@pytest.mark.parametrize("num_programs", [1, 7, 792])
+def norm_of(layer):
+    """What `ops.joined_norms` takes of a layer."""
+    buffers = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+    return ops.Norm(layer.weight, layer.bias, *buffers, layer.momentum, layer.eps)
+
+
+@pytest.mark.parametrize(("images", "group", "num_groups"), [(4, None, 1), (7, 3, 3)])
+def test_joined_norms_equal_the_layers(images, group, num_groups):
+    results = []
+    for is_joined in (True, False):
+        x, shortcut, dy = example((images, 6, 5, 4))
+        layers = [layer(6, group) for _ in range(2)]
+        inputs = [x.requires_grad_(), shortcut.requires_grad_()]
+        if is_joined:
+            norm, shortcut_norm = map(norm_of, layers)
+            y, _ = ops.joined_norms(
+                x, norm, shortcut, shortcut_norm, num_groups=num_groups, fork=True
+            )
+        else:
+            y = F.relu(layers[0](x) + layers[1](shortcut))
+        y.backward(dy)
+        results.append([y.detach(), *(t.grad for t in inputs)])
+        for norm in layers:
+            results[-1] += [p.grad for p in norm.parameters()] + list(norm.buffers())
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def test_a_gpu_joins_norms_where_it_takes_both(monkeypatch):
+    called = []
+    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    monkeypatch.setattr(joined_norms, "joined_norms", lambda *_, **given: called.append(given))
+    monkeypatch.setattr(ops, "batch_norm_act", lambda x, *_, **given: called.append(x) or x)
+    fits, narrow = torch.zeros(2, 8, 3, 3), torch.zeros(2, 12, 3, 3)
+    norm, options = ops.Norm(*[None] * 5, 0.1, 1e-5), {"num_groups": 1, "fork": False}
+    ops.joined_norms(fits, norm, fits, norm, **options)
+    ops.joined_norms(fits, norm, narrow, norm, **options)
+    assert called[0] == options
+    assert called[1] is narrow
+    assert called[2] is fits
+
+
+@pytest.mark.parametrize("per_sm", [1, 6])
 @pytest.mark.parametrize(
     ("images", "image_rows", "num_groups", "channels"),
     [(256, 112 * 112, 1, 64), (256, 49, 4, 2048), (7, 9, 3, 160), (1, 1, 1, 8), (2**16, 1, 5, 24)],
 )
-def test_every_row_is_in_one_chunk(images, image_rows, num_groups, channels, num_programs):
+def test_every_row_is_in_one_tile(images, image_rows, num_groups, channels, per_sm, monkeypatch):
     rows = kernel.Rows(images, image_rows, num_groups, channels, 2)
     groups = torch.empty(images, 0).tensor_split(num_groups)
     assert rows.largest_group == len(groups[0]) * image_rows
-    num_chunks, chunk_rows = rows.chunks(num_programs)
-    assert (num_chunks - 1) * chunk_rows < rows.largest_group <= num_chunks * chunk_rows
-    assert chunk_rows % rows.tile_rows == 0
+    monkeypatch.setattr(statistics, "num_multiprocessors", lambda device: 132)
+    schedule = statistics.Schedule(32, num_warps=8, per_sm=per_sm, depth=2, turn=1)
+    tiled = rows.tiled(schedule)
+    num_chunks, tile_rows = tiled.num_chunks(schedule, None), tiled.tile_rows(8)
+    # No chunk is without a tile.
+    assert 1 <= num_chunks <= -(-rows.largest_group // tile_rows)
     # All run at once, unless there are more columns and groups than that.
-    blocks = rows.column_blocks * num_groups
-    assert num_chunks * blocks <= max(num_programs, blocks)
-    per_column, rest = divmod(rows.elementwise_grid[0], rows.column_blocks)
+    assert channels == tiled.columns * tiled.column_blocks
+    blocks = tiled.column_blocks * num_groups
+    assert num_chunks * blocks <= max(132 * per_sm, blocks)
+    grid, options = kernel.elementwise(rows)
+    per_column, rest = divmod(grid[0], rows.column_blocks)
     assert rest == 0
-    assert per_column * kernel.TILES * rows.tile_rows >= rows.largest_group
+    assert per_column * kernel.TILES * options["BM"] >= rows.largest_group
     assert channels % rows.columns == 0

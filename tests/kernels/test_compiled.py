@@ -18,13 +18,19 @@ pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 BY_VALUE = pytest.mark.parametrize(
-    "file",
-    ["compiled_kernels.py", "compiled_batch_norm.py", "compiled_training.py", "compiled_lalr.py"],
+    "files",
+    [
+        # Small ones together, for a process takes seconds to start.
+        "compiled_kernels.py compiled_stem_convolution.py",
+        "compiled_batch_norm.py compiled_norm_pool.py",
+        "compiled_training.py",
+        "compiled_lalr.py compiled_sgd.py compiled_cross_entropy.py",
+    ],
 )
 
 
-def run(file: str, tmp_path: Path, interpret: bool, *flags: str) -> None:
-    """Runs the tests in a file of this folder in a fresh process; `flags` are pytest's."""
+def run(files: str, tmp_path: Path, interpret: bool, *flags: str) -> None:
+    """Runs the tests in files of this folder in a fresh process; `flags` are pytest's."""
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1" if interpret else "0",
@@ -33,7 +39,7 @@ def run(file: str, tmp_path: Path, interpret: bool, *flags: str) -> None:
     }
     # The fixtures of conftest.py import for 3 s, and no test there asks for one.
     options = ["-q", "-p", "no:cacheprovider", "--noconftest", *flags]
-    command = [sys.executable, "-m", "pytest", *options, HERE / file]
+    command = [sys.executable, "-m", "pytest", *options, *map(HERE.joinpath, files.split())]
     done = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
@@ -42,21 +48,26 @@ def run(file: str, tmp_path: Path, interpret: bool, *flags: str) -> None:
 
 @pytest.mark.slow
 @BY_VALUE
-def test_interpreted_kernels_equal_the_references(file, tmp_path):
-    run(file, tmp_path, True, "-x")
+def test_interpreted_kernels_equal_the_references(files, tmp_path):
+    run(files, tmp_path, True, "-x")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "file", ["ahead_of_time.py", "ahead_of_time_batch_norm.py", "ahead_of_time_lalr.py"]
+    "files",
+    [
+        "ahead_of_time.py ahead_of_time_cross_entropy.py",
+        "ahead_of_time_batch_norm.py ahead_of_time_norm_pool.py",
+        "ahead_of_time_optimizers.py ahead_of_time_stem_convolution.py",
+    ],
 )
-def test_kernels_compile_ahead_of_time(file, tmp_path):
-    run(file, tmp_path, False, "-x")
+def test_kernels_compile_ahead_of_time(files, tmp_path):
+    run(files, tmp_path, False, "-x")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @BY_VALUE
-def test_kernels_on_the_device(file, tmp_path):
+def test_kernels_on_the_device(files, tmp_path):
     """Four at a time, for a file compiles up to 230 kernels; past failures, for GPUs are rare."""
-    run(file, tmp_path, False, "-n", "4")
+    run(files, tmp_path, False, "-n", "4")

@@ -280,7 +280,7 @@ def test_resume_keeps_what_succeeded(ladder, bench, tmp_path):
 
 
 @pytest.mark.parametrize("tiny", [False, True])
-@pytest.mark.parametrize("part", [1, 2, 3, 4])
+@pytest.mark.parametrize("part", [0, 1, 2, 3, 4])
 def test_every_section_is_a_command_that_its_script_takes(
     bench, repository, monkeypatch, tmp_path, part, tiny
 ):
@@ -298,6 +298,8 @@ def test_every_section_is_a_command_that_its_script_takes(
     names = [section.name for section in sections]
     assert len(set(names)) == len(names)
     for section in sections:
+        if section.command[:2] == ["-m", "pytest"]:
+            continue
         script = repository / section.command[0]
         assert script.is_file()
         if script.parent.name == "bench":

@@ -117,7 +117,7 @@ def test_a_cpu_packs_the_input_of_free_training_only(changes, is_packed, world):
     assert not any(isinstance(layer, FusedBatchNorm2d) for layer in learner.network.modules())
 
 
-def test_graphs_need_a_gpu_and_updates_that_are_all_alike(world):
+def test_graphs_need_a_gpu_and_updates_that_can_be_recorded(world):
     config = config_of("free", graphs="on")
     network = build_model("resnet18", 4, image_size=32)
     with pytest.raises(UserError, match="--graphs on: there is no GPU; use --graphs auto"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +15,18 @@ from torch import nn
 from freeadv_fast.config.attack import Attack
 from freeadv_fast.config.file import load_config
 from freeadv_fast.config.threat import Perturbation, ThreatModel
+from freeadv_fast.data.loader import Batch
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError
+from freeadv_fast.evaluation import evaluate as evaluation
 from freeadv_fast.evaluation import images
-from freeadv_fast.evaluation.evaluate import evaluate
+from freeadv_fast.evaluation.attacks import batches_of
+from freeadv_fast.evaluation.evaluate import (
+    count_images,
+    evaluate,
+    exact_arithmetic,
+    images_at_once,
+)
 from freeadv_fast.evaluation.subject import evaluate as evaluate_run
 from freeadv_fast.runs.log import save_config
 from freeadv_fast.runs.saved import export_run, load_run
@@ -96,8 +105,12 @@ def slow_counts(network, loader, attack, seed):
     return total
 
 
-@pytest.mark.parametrize("name", ["pgd-4", "pgd-3-3", "cw-4-2"])
-def test_counts_equal_a_slow_loop(network, world, name):
+@pytest.mark.parametrize(
+    ("name", "at_once"), [("pgd-4", None), ("pgd-3-3", None), ("cw-4-2", None), ("pgd-3-3", 2)]
+)
+def test_counts_equal_a_slow_loop(network, world, name, at_once, monkeypatch):
+    """With `at_once` as on a GPU: eight images or more in a pool, starts by minibatch as ever."""
+    monkeypatch.setattr(evaluation, "images_at_once", lambda batch: at_once)
     loader = label_by_network(FixedLoader([7, 5, 0, 1]), network)
     attack = Attack.parse(name)
     result = evaluate(network, loader, [name], THREAT, world=world, mean=MEAN, std=STD, seed=3)
@@ -107,6 +120,76 @@ def test_counts_equal_a_slow_loop(network, world, name):
     assert result.robust_accuracy == {name: standing / 13}
     assert result.clean_top5 is None
     assert result.seconds > 0
+
+
+def test_batches_have_few_sizes():
+    """What is left over comes in the smallest fraction that holds it, filled up with its first."""
+    rows = torch.arange(29) * 10
+    batches = list(batches_of(rows, 12))
+    assert [len(part) for part, _ in batches] == [12, 12, 6]
+    assert [count for _, count in batches] == [12, 12, 5]
+    assert batches[-1][0].tolist() == [240, 250, 260, 270, 280, 240]
+    assert torch.equal(torch.cat([part[:count] for part, count in batches]), rows)
+    assert [len(part) for part, _ in batches_of(rows[:1], 12)] == [3]
+    assert [len(part) for part, _ in batches_of(rows[:1], 64)] == [8]
+    assert [part.tolist() for part, _ in batches_of(rows[:3], None)] == [[0, 10, 20]]
+    assert not list(batches_of(rows[:0], None)) + list(batches_of(rows[:0], 12))
+
+
+@pytest.mark.parametrize(
+    ("gib", "side", "num_images"), [(140, 32, 1024), (80, 32, 512), (11, 32, 128), (140, 224, 128)]
+)
+def test_a_gpu_attacks_what_its_memory_holds(monkeypatch, gib, side, num_images):
+    device = SimpleNamespace(type="cuda")
+    card = SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    images = SimpleNamespace(device=device, shape=(128, side, side, 3))
+    assert images_at_once(SimpleNamespace(images=images)) == num_images
+
+
+def test_short_memory_makes_smaller_batches(network, monkeypatch):
+    """Down to the minibatch's own size, for which there is no remedy here."""
+    monkeypatch.setattr(evaluation, "images_at_once", lambda batch: 12)
+    batches, sizes = FixedLoader([4, 4, 4]).batches, []
+
+    def short(most):
+        def forward(images):
+            sizes.append(len(images))
+            if len(images) > most:
+                raise torch.OutOfMemoryError
+            return network.eval()(images)
+
+        return forward
+
+    counts = count_images(short(6), batches, [Attack.parse("pgd-1")], THREAT, seed=0)
+    assert counts[0] == 12
+    assert sizes[:3] == [12, 6, 6]
+    sizes.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        count_images(short(2), batches, [], THREAT, seed=0)
+    assert sizes == [12, 6, 3]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["pgd-4-2", "cw-3"])
+def test_joined_minibatches_count_as_each_alone(network, monkeypatch, name):
+    """On a GPU as well: the same random starts, in batches of 8, 4, 2 and 1."""
+    batches = [
+        Batch(batch.images.cuda(), batch.labels.cuda(), batch.global_size, batch.indices)
+        for batch in label_by_network(FixedLoader([7, 5, 9]), network).batches
+    ]
+    network.cuda().eval()
+    monkeypatch.setattr(evaluation, "images_at_once", lambda batch: 8)
+
+    def count(some):
+        return count_images(network, some, [Attack.parse(name)], THREAT, seed=3).tolist()
+
+    with exact_arithmetic(torch.device("cuda")):
+        joined = count(batches)
+        alone = [sum(column) for column in zip(*(count([b]) for b in batches), strict=True)]
+    assert joined[:3] == alone[:3]
+    assert abs(joined[3] - alone[3]) <= 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +242,8 @@ def test_top5_counts_the_five_largest(world):
 def test_nothing_is_left_changed(network, world):
     before = {key: value.clone() for key, value in network.state_dict().items()}
     modes = [module.training for module in network.modules()]
+    network[0].weight.requires_grad_(False)
+    asking = [p.requires_grad for p in network.parameters()]
     torch.backends.cudnn.allow_tf32 = True
     seen = []
 
@@ -171,6 +256,7 @@ def test_nothing_is_left_changed(network, world):
             seen.append(
                 (torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu"), x.dtype)
             )
+            assert not any(p.requires_grad for p in network.parameters())
             return self.inner(x)
 
     state = torch.get_rng_state()
@@ -182,6 +268,8 @@ def test_nothing_is_left_changed(network, world):
     assert [module.training for module in network.modules()] == modes
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
     assert all(p.grad is None for p in network.parameters())
+    assert [p.requires_grad for p in network.parameters()] == asking
+    assert any(asking)
 
 
 def test_starts_are_a_function_of_seed_and_first_index(world):

@@ -97,6 +97,37 @@ def test_every_layer_runs_fused(monkeypatch):
     assert {num_groups for *_, num_groups in calls} == {1}
 
 
+def test_the_norm_that_ends_a_shortcut_joins_the_blocks_last(monkeypatch):
+    """In training, unless it is hooked or averages otherwise, or the path is off; same output."""
+    calls, joined = [], ops.joined_norms
+    monkeypatch.setattr(ops, "joined_norms", lambda *a, **k: calls.append(k) or joined(*a, **k))
+    model, _ = fuse_batch_norms(build("resnet18", bn_group=2))
+    x = torch.randn(5, 3, 32, 32)
+
+    def num_joined():
+        calls.clear()
+        assert torch.equal(model(x), expected)
+        return len(calls)
+
+    expected = model(x)
+    assert calls == [{"num_groups": 2, "fork": True}] * 3
+    norm = model.layer2[0].downsample[1]
+    hook = norm.register_forward_hook(lambda *_: None)
+    assert num_joined() == 2
+    hook.remove()
+    hook = model.layer3[0].downsample.register_forward_hook(lambda *_: None)
+    assert num_joined() == 2
+    hook.remove()
+    norm.momentum = None
+    assert num_joined() == 2
+    norm.momentum = 0.1
+    monkeypatch.setattr(ops, "FAST_PATHS", ops.FAST_PATHS - {"joined-norms"})
+    assert num_joined() == 0
+    monkeypatch.setattr(ops, "FAST_PATHS", {"joined-norms"})
+    expected = model.eval()(x)
+    assert num_joined() == 0
+
+
 @pytest.mark.parametrize(
     "make",
     [lambda: build("resnet18"), small_wide, small_madry],

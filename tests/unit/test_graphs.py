@@ -2,65 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 
 import pytest
 import torch
+from recorded_training import Recorder, build_learner, build_method, minibatches
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from freeadv_fast import methods
-from freeadv_fast.config.method_names import DUAL, METHODS, UNRECORDABLE, WARMING
-from freeadv_fast.config.run import TrainConfig
-from freeadv_fast.config.threat import Perturbation
+from freeadv_fast.config.method_names import DUAL, METHODS, WARMING
 from freeadv_fast.errors import UserError
 from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
 from freeadv_fast.step.graphs import WARM_UP, CudaRecorder, GraphRunner
-from freeadv_fast.step.learner import Learner, Pixels
-from freeadv_fast.step.optim import build_sgd, is_capturable
-
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-RECORDABLE = [method for method in METHODS if method not in UNRECORDABLE]
-# What the host knows of an update; a recording would freeze it.
-HOSTS_HALF = ("lr_at", "updates", "attack_scale_at")
-
-
-class Recorder:
-    """Stands for CUDA's on a CPU: recording does nothing on the device, a launch does it all.
-
-    What a graph would freeze, it forbids: a launch may not ask the host about the update.
-    """
-
-    def __init__(self, error=None):
-        self.num_recordings = 0
-        self.num_launches = 0
-        self.num_beginnings = 0
-        self.error = error
-        self.learner = None
-
-    def begin_anew(self):
-        self.num_beginnings += 1
-
-    @contextlib.contextmanager
-    def warming_up(self):
-        yield
-
-    def record(self, step):
-        if self.error is not None:
-            raise self.error
-        self.num_recordings += 1
-
-        def launch():
-            self.num_launches += 1
-            if self.learner is None:
-                return step()
-            host = {name: getattr(self.learner, name) for name in HOSTS_HALF}
-            vars(self.learner).update(dict.fromkeys(HOSTS_HALF))
-            step()
-            assert all(getattr(self.learner, name) is None for name in HOSTS_HALF)
-            vars(self.learner).update(host)
-
-        return launch
+from freeadv_fast.step.optim import is_capturable
 
 
 def add(total, value, factor):
@@ -131,6 +84,22 @@ def test_each_shape_and_number_has_a_recording(lines):
     assert recorder.num_recordings == 4
 
 
+def test_ranks_record_in_the_same_updates(lines):
+    """NCCL's collectives have to be recorded by all ranks or by none.
+
+    An epoch's last seven images are four on one rank, as many as ever, and three on the other.
+    """
+    recorders = Recorder(), Recorder()
+    runs = [runner_of(lines, recorder) for recorder in recorders]
+    for _ in range(4):
+        for num_images, global_size in (((4, 4), 8), ((4, 3), 7)):
+            for run, num in zip(runs, num_images, strict=True):
+                run(add, torch.zeros(num), torch.ones(num), global_size)
+            counts = [(recorder.num_recordings, recorder.num_launches) for recorder in recorders]
+            assert counts[0] == counts[1]
+    assert counts[0] == (2, 4)
+
+
 def test_other_inputs_run_eagerly(lines):
     recorder = Recorder()
     run, seen = runner_of(lines, recorder), []
@@ -171,41 +140,6 @@ def test_short_memory_beside_recordings_is_told_with_the_flag(lines):
         run(step, torch.ones(3))
 
 
-def build_learner(network, device="cpu", dtype=torch.float32):
-    """A learner with a falling learning rate, an attack that warms up and torch's fused SGD."""
-    network.to(device)
-    optimizer = build_sgd(network, lr=0.05, momentum=0.9, weight_decay=5e-4, decay="all")
-    for group in optimizer.param_groups:
-        group["fused"], group["foreach"] = True, False
-    pixels = Pixels(torch.tensor(MEAN, device=device), torch.tensor(STD, device=device), dtype)
-    # Powers of two: a float32 on the device is the same number as a float on the host.
-    return Learner(
-        network,
-        optimizer,
-        lambda update: 2.0 ** -(4 + update // 8),
-        pixels,
-        attack_scale_at=lambda update: min(1.0, (update + 1) / 4),
-    )
-
-
-def build_method(name, learner, device="cpu", accumulate=1):
-    """A method as the trainer builds it, with few steps and updates of six images."""
-    config = TrainConfig(
-        method=name, m={"free": 3, "natural": 2, "free-trades": 2}.get(name, 1),
-        batch_size=6 // accumulate, accumulate=accumulate, image_size=8,
-        eps=Perturbation.parse("8/255"), attack_steps=2, aux_bn_group=3,
-    )  # fmt: skip
-    return methods.build_method(config, learner, torch.device(device), num_classes=5)
-
-
-def minibatches(sizes, device="cpu"):
-    generator = torch.Generator().manual_seed(0)
-    for size in sizes:
-        images = torch.randint(-60, 316, (size, 8, 8, 3), generator=generator)
-        labels = torch.randint(0, 5, (size,), generator=generator)
-        yield images.clamp(0, 255).to(torch.uint8).to(device), labels.to(device)
-
-
 def train(name, network, runner, device="cpu", dtype=torch.float32, recorder=None, accumulate=1):
     """Eight epochs of two full minibatches and a smaller one."""
     torch.manual_seed(0)
@@ -224,7 +158,7 @@ def train(name, network, runner, device="cpu", dtype=torch.float32, recorder=Non
 
 @pytest.mark.parametrize(
     ("name", "accumulate"),
-    [(name, n) for n in (1, 3) for name in RECORDABLE if n == 1 or name not in DUAL],
+    [(name, n) for n in (1, 3) for name in METHODS if n == 1 or name not in (*DUAL, "gradalign")],
 )
 def test_recorded_training_is_the_same_training(small_network, name, accumulate, lines):
     """Weights, statistics, momentum, delta, meters, with rates that fall and attacks that grow.
@@ -251,7 +185,7 @@ def test_recorded_training_is_the_same_training(small_network, name, accumulate,
         assert torch.equal(method.state_dict()[key], value)
 
 
-@pytest.mark.parametrize("name", [name for name in WARMING if name in RECORDABLE])
+@pytest.mark.parametrize("name", [name for name in WARMING if name != "gradalign"])
 def test_an_attack_that_warms_up_is_recorded_when_it_is_warm(small_network, name, lines):
     """Until then every update has a scale of its own, which its step is given as a number."""
     recorder, scales = Recorder(), []
@@ -288,7 +222,7 @@ class HostReads(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-@pytest.mark.parametrize("name", RECORDABLE)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_step_reads_nothing_on_the_host(small_network, name, lines):
     """What a CPU can tell of what `set_sync_debug_mode` tells on a GPU."""
     learner, method = train(name, small_network(), GraphRunner(lines.append, Recorder()))
@@ -323,7 +257,7 @@ def gpu(test):
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", RECORDABLE)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_cuda_graph_trains_as_eager_steps_do(small_network, name, dtype, lines):
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         plain, plain_method = train(name, small_network(), None, "cuda", dtype)
@@ -342,7 +276,7 @@ def test_a_cuda_graph_trains_as_eager_steps_do(small_network, name, dtype, lines
 
 @gpu
 @pytest.mark.parametrize("is_recorded", [False, True])
-@pytest.mark.parametrize("name", RECORDABLE)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_step_never_waits_for_the_device(small_network, name, is_recorded, lines):
     """Fused optimizer, meters, rate, perturbation: nothing reads the device; fp16's scaler too."""
     network = small_network().to("cuda")

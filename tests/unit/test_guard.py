@@ -1,5 +1,6 @@
 """The guard's rule against noise, its interval, and what its probe measures."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
@@ -13,11 +14,12 @@ from freeadv_fast.config.threat import Perturbation, ThreatModel
 from freeadv_fast.data.build import build_loaders
 from freeadv_fast.data.loader import Batch
 from freeadv_fast.errors import UserError
-from freeadv_fast.evaluation.evaluate import count_batch, eval_mode
+from freeadv_fast.evaluation.evaluate import count_images, eval_mode
 from freeadv_fast.methods.passes import Passes
 from freeadv_fast.models.normalize import unit_images
-from freeadv_fast.session.guard import Count, Guard, History, has_fallen, probe
+from freeadv_fast.session.guard import Count, Guard, History, has_fallen, probe, random_start
 from freeadv_fast.session.rewind import answer
+from freeadv_fast.step.graphs import CudaRecorder, GraphRunner
 
 THREAT = ThreatModel(Perturbation.parse("8/255"), Perturbation.parse("2/255"))
 
@@ -140,6 +142,12 @@ def test_the_slice_is_of_held_out_images(world):
         build_loaders(small_config(guard_images=61), world)
 
 
+def probed(network, batch, threat, seed):
+    """The probe of a batch, as the guard makes it."""
+    start = random_start(batch, threat, seed=seed)
+    return probe(network, batch.images, batch.labels, start, threat)
+
+
 @pytest.fixture
 def batch():
     """Twelve random images."""
@@ -154,8 +162,8 @@ def test_the_probe_is_the_evaluations_attack(small_network, batch):
     labels = network.eval()(unit_images(batch.images)).argmax(1)
     batch = batch._replace(labels=torch.where(torch.arange(12) < 9, labels, (labels + 1) % 5))
     threat = ThreatModel(Perturbation.parse("16/255"), Perturbation.parse("4/255"))
-    images, standing, _ = probe(network, batch, threat, seed=3).tolist()
-    counts = count_batch(network, batch, [Attack.parse("pgd-10")], threat, seed=3)
+    images, standing, _ = probed(network, batch, threat, seed=3).tolist()
+    counts = count_images(network, [batch], [Attack.parse("pgd-10")], threat, seed=3)
     assert images == 12
     assert standing == counts[3]
     assert 0 < standing < 9
@@ -165,7 +173,7 @@ def test_the_alignment(small_network, batch):
     """1 for a linear network; for another, the mean cosine of cross-entropy's own gradients."""
     linear = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
     two_classes = batch._replace(labels=batch.labels % 2)
-    assert probe(linear, two_classes, THREAT, seed=0)[2] / 12 == pytest.approx(1, abs=1e-6)
+    assert probed(linear, two_classes, THREAT, seed=0)[2] / 12 == pytest.approx(1, abs=1e-6)
     network = small_network().eval()
     x = unit_images(batch.images)
     generator = torch.Generator().manual_seed(0)
@@ -177,7 +185,7 @@ def test_the_alignment(small_network, batch):
         gradients.append(torch.autograd.grad(loss, point)[0].flatten(1))
     expected = torch.cosine_similarity(*gradients).mean().item()
     assert 0.1 < expected < 0.9999
-    found = probe(network, batch, THREAT, seed=0)[2].item() / 12
+    found = probed(network, batch, THREAT, seed=0)[2].item() / 12
     assert found == pytest.approx(expected, abs=1e-5)
 
 
@@ -200,6 +208,75 @@ def test_a_check_leaves_no_trace(small_network, world):
     assert check.line.keys() == {"guard_robust_accuracy", "guard_alignment", "guard_seconds"}
     with eval_mode(network):
         assert -1 <= check.alignment <= 1
+
+
+class Recorder:
+    """Stands for CUDA's: a launch does what was recorded, on the tensors that it was given then."""
+
+    def __init__(self):
+        self.num_recordings = 0
+
+    def begin_anew(self):
+        pass
+
+    def warming_up(self):
+        return contextlib.nullcontext()
+
+    def record(self, step):
+        self.num_recordings += 1
+        return step
+
+
+def test_a_recorded_check_is_the_same_check(small_network, world):
+    """Of the weights as they are now, of another network, of another slice."""
+    config, recorder = small_config(guard_images=20), Recorder()
+    loader = build_loaders(config, world).guard
+    runner = GraphRunner(pytest.fail, recorder, warm_up=1)
+    recorded = Guard(config, loader, History(), world, runner)
+    plain = Guard(config, loader, History(), world)
+
+    def counts(network, loader):
+        checks = [guard.check(network, loader) for guard in (recorded, plain)]
+        assert checks[0] == dataclasses.replace(checks[1], seconds=checks[0].seconds)
+        return checks[0].alignment
+
+    network = small_network()
+    found = []
+    for _ in range(3):
+        found.append(counts(network, loader))
+        with torch.no_grad():
+            network[0].weight.mul_(-0.5)
+    assert len(set(found)) == 3
+    assert recorder.num_recordings == 2  # minibatches of 16 and of 4
+    for _ in range(2):
+        counts(small_network(), loader)
+    other = build_loaders(small_config(guard_images=16), world).guard
+    for _ in range(3):
+        counts(network, other)
+    assert recorder.num_recordings == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_check_as_a_cuda_graph(small_network, world, precision):
+    """Of the weights as they are at the launch, and nothing else of the run is touched."""
+    world = dataclasses.replace(world, device=torch.device("cuda"))
+    config = small_config(guard_images=16, precision=precision)
+    loader, network = build_loaders(config, world).guard, small_network().cuda()
+    runner = GraphRunner(pytest.fail, CudaRecorder(), warm_up=1)
+    recorded = Guard(config, loader, History(), world, runner)
+    plain = Guard(config, loader, History(), world)
+    found = []
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        for _ in range(4):
+            checks = [guard.check(network, loader) for guard in (recorded, plain)]
+            assert abs(checks[0].count.standing - checks[1].count.standing) <= 1
+            assert checks[0].alignment == pytest.approx(checks[1].alignment, abs=1e-2)
+            found.append(checks[0].alignment)
+            with torch.no_grad():
+                network[0].weight.mul_(-0.5)
+    assert len(set(found)) == 4
 
 
 @pytest.mark.parametrize("changes", [{"method": "trades"}, {"method": "pgd", "norm": "l2"}])

@@ -97,6 +97,21 @@ def test_autocast_rounds_the_weight_once():
     assert torch.equal(output, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_on_a_cpu_it_is_torchs_convolution_bit_for_bit(bias, dtype):
+    stem, _ = make_stem(16, bias=bias)
+    packed = pack(torch.randn(2, 3, 9, 8)).to(dtype).requires_grad_()
+    results = []
+    for convolve in (stem, lambda x: F.conv2d(x, stem.packed_weight(), stem.bias)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            output = convolve(packed)
+        gradients = torch.autograd.grad(output.square().sum(), [packed, *stem.parameters()])
+        results.append([output, *gradients])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+    assert output.grad_fn.name() == "ConvolutionBackward0"
+
+
 def test_images_that_are_not_packed_still_work():
     stem, plain = make_stem()
     x = torch.randn(2, 3, 9, 8)

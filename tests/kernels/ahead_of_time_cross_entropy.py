@@ -1,0 +1,49 @@
+"""Compiles cross-entropy's kernels for sm_80 and sm_90, as ahead_of_time.py does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from freeadv_fast.kernels import cross_entropy as kernel
+
+TYPES = {"labels_ptr": "*i64", "sums_ptr": "*fp64", "num_images": "i32", "classes": "i32"}
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "architecture"),
+    [
+        ("_losses_kernel", {"BLOCK": 1024, "num_warps": 2}, 90),
+        ("_losses_kernel", kernel._block(kernel.MOST_CLASSES), 80),
+        ("_gradient_kernel", kernel._block(kernel.MOST_CLASSES), 90),
+        ("_count_kernel", {"BLOCK": kernel.MOST_IMAGES, "num_warps": 4}, 90),
+    ],
+)
+def test_compiles_without_local_memory(name, block, architecture):
+    function = getattr(kernel, name)
+    names = function.arg_names
+    signature = {n: "constexpr" if n == "BLOCK" else TYPES.get(n, "*fp32") for n in names}
+    attributes = {
+        (place,): [["tt.divisibility", 16]] for place, n in enumerate(names) if n.endswith("_ptr")
+    }
+    source = ASTSource(function, signature, {(len(names) - 1,): block["BLOCK"]}, attributes)
+    options = {"num_warps": block["num_warps"]}
+    binary = compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton comes without cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary["cubin"])
+        file.flush()
+        usage = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
+    found = {n: int(re.search(rf"\b{n}:(\d+)", usage)[1]) for n in ("REG", "STACK", "LOCAL")}
+    print(f"sm_{architecture} {name} {block}: {found['REG']} registers")
+    assert found["STACK"] == found["LOCAL"] == 0
+    assert found["REG"] <= 168

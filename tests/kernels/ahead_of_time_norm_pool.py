@@ -1,0 +1,103 @@
+"""Compiles batch norm with ReLU and pooling for sm_80 and sm_90, as ahead_of_time.py does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from freeadv_fast.kernels import norm_pool as kernel
+
+BYTES = {"bf16": 2, "fp32": 4}
+TYPES = {"tap_ptr": "u8", "coefficients_ptr": "fp32", "k_ptr": "fp32"}
+CHANNELS = 64
+
+
+def build(name, tile, dtype, sides, architecture, **switches):
+    """PTX and registers of a kernel as the launcher compiles it."""
+    function = getattr(kernel, name)
+    constants = {
+        **dict(zip(("HEIGHT", "WIDTH"), sides, strict=True)),
+        **{"C": CHANNELS, "BC": CHANNELS, "BM": tile.size // BYTES[dtype] // CHANNELS},
+        **{"STRIP": tile.strip, "CLOSED": kernel.CLOSED, **switches},
+    }
+    signature, attributes, values = {}, {}, {}
+    for position, argument in enumerate(function.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+            values[(position,)] = constants[argument]
+        elif argument.endswith("_ptr"):
+            signature[argument] = f"*{TYPES.get(argument, dtype)}"
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[argument] = "i32"
+    source = ASTSource(function, signature, values, attributes)
+    target, options = GPUTarget("cuda", architecture, 32), {"num_warps": tile.warps}
+    binary = compile(source, target=target, options=options).asm
+    registers = resources(binary["cubin"])
+    print(f"sm_{architecture} {dtype} {name} {switches}: {registers} registers")
+    return binary["ptx"], registers
+
+
+def resources(cubin):
+    """Registers of a thread; none of them in local memory."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton comes without cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
+    registers, stack, local = (
+        int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
+    )
+    assert stack == local == 0
+    return registers
+
+
+def accesses(ptx, kind):
+    """Bytes per thread of each global load (ld) or store (st)."""
+    found = re.findall(rf"{kind}\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", ptx)
+    return [int(count or 1) * int(bits) // 8 for count, bits in found]
+
+
+CASES = pytest.mark.parametrize(
+    ("dtype", "sides", "architecture", "training"),
+    [
+        ("bf16", (112, 112), 80, True),
+        ("bf16", (112, 112), 90, True),
+        ("fp32", (113, 111), 90, False),
+    ],
+)
+
+
+@CASES
+def test_forward(dtype, sides, architecture, training):
+    """Three rows of three taps, of which a row is loaded before the loop; at least 5 programs."""
+    switches = {"KEEPS": training, "LAST_NAN": not training}
+    ptx, registers = build(
+        "_norm_pool_forward_kernel", kernel.FORWARD, dtype, sides, architecture, **switches
+    )
+    assert accesses(ptx, "ld").count(16) >= 9
+    assert sorted(accesses(ptx, "st")) == ([8, 16, 16] if training else [16])
+    assert "bar.sync" not in ptx  # all tensors lie among the threads in one way
+    assert registers <= 96
+
+
+@CASES
+def test_backward(dtype, sides, architecture, training):
+    """Four windows and their taps, four pixels read in training; at least 4 programs."""
+    ptx, registers = build(
+        "_norm_pool_backward_kernel", kernel.BACKWARD, dtype, sides, architecture, TRAINING=training
+    )
+    assert accesses(ptx, "ld").count(16) >= 4 + 4 * training
+    assert accesses(ptx, "ld").count(16 // BYTES[dtype]) >= 4
+    assert accesses(ptx, "st") == [16] * 4
+    assert "bar.sync" not in ptx
+    assert registers <= 128
