@@ -42,7 +42,6 @@ OLDEST_CAPABILITY = (7, 0)
 FAST_PATHS = {
     "stem",  # the stem's convolution on packed images in kernels of our own
     "norm-pool",  # batch norm, ReLU and max pooling as one
-    "products",  # 1x1 convolutions as matrix products where those are faster
     "joined-norms",  # the two norms at the end of a projection block as one
     "cross-entropy",  # cross-entropy and the metrics of a pass as one
     "half-weights",  # the optimizer writes the half-precision weights that convolutions read

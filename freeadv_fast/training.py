@@ -33,7 +33,6 @@ from freeadv_fast.session.guard import Count
 from freeadv_fast.session.method import enter_phase
 from freeadv_fast.session.network import build_learner, build_network
 from freeadv_fast.session.prepare import (
-    note_products,
     prepare,
     refuse_different_configs,
     refuse_empty_exchange,
@@ -252,7 +251,6 @@ def save(run: Run) -> None:
     """
     refuse_nonfinite_weights(run)
     run.world.on_main(lambda: remake_folder(run))
-    run.world.on_main(lambda: note_products(run.folder))
     run.progress.train_seconds = run.clock.seconds
     rank_states = run.world.gather_on_host(to_cpu(rank_state(run)))
     good = run.guard.good and rewind.gathered(run.guard.good, run.world)

@@ -54,7 +54,7 @@ REDUCTION = Schedule(columns=128, num_warps=8, per_sm=2, depth=1, turn=1)
 
 
 @jit
-def _forward_kernel(
+def _joined_norms_forward_kernel(
     y_ptr,  # [M, C] bf16 | fp16 | fp32, output
     x_ptr,  # [M, C] like y
     shortcut_ptr,  # [M, C] like y
@@ -106,7 +106,7 @@ def _forward_kernel(
 
 
 @jit
-def _reduce_kernel(
+def _joined_norms_reduce_kernel(
     k_ptr,  # [2, G, C] fp32, output: k1, k2
     shortcut_k_ptr,  # [2, G, C] fp32, output, likewise
     dweight_ptr,  # [C] fp32, output
@@ -239,7 +239,7 @@ def _reduce_kernel(
 
 
 @jit
-def _backward_kernel(
+def _joined_norms_backward_kernel(
     dx_ptr,  # [M, C] bf16 | fp16 | fp32, output
     dshortcut_ptr,  # [M, C] like dx, output
     dy_ptr,  # [M, C] like dx
@@ -331,7 +331,7 @@ def _forward(x: Tensor, shortcut: Tensor, joint: Joint) -> tuple[Tensor, Tensor,
         shortcut_coefficients = statistics.coefficients(shortcut, joint.shortcut_norm, rows, True)
         coefficients = statistics.coefficients(x, joint.norm, rows, True)
         y = torch.empty_like(x)
-        _forward_kernel[grid](
+        _joined_norms_forward_kernel[grid](
             y, x, shortcut, coefficients, shortcut_coefficients, *rows.shape, **options
         )
     return y, coefficients, shortcut_coefficients
@@ -356,7 +356,7 @@ def _backward(
         num_chunks = rows.num_chunks(REDUCTION, x.device)
         k, shortcut_k = (coefficients.new_empty((2, *coefficients.shape[1:])) for _ in range(2))
         affine = [coefficients.new_empty(rows.channels) for _ in range(4)]
-        _reduce_kernel[(num_chunks * rows.column_blocks, rows.num_groups)](
+        _joined_norms_reduce_kernel[(num_chunks * rows.column_blocks, rows.num_groups)](
             k,
             shortcut_k,
             *affine,
@@ -369,7 +369,9 @@ def _backward(
         )
         dx, dshortcut = torch.empty_like(x), torch.empty_like(x)
         grid, options = elementwise(mode.rows(x), accesses=1)
-        _backward_kernel[grid](dx, dshortcut, *given, k, shortcut_k, *rows.shape, **options)
+        _joined_norms_backward_kernel[grid](
+            dx, dshortcut, *given, k, shortcut_k, *rows.shape, **options
+        )
     return dx, dshortcut, *affine
 
 

@@ -147,7 +147,7 @@ def _next_row(sums, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @jit
-def _forward_kernel(
+def _stem_forward_kernel(
     y_ptr,  # [N, H, W, OUT] as x, output
     x_ptr,  # [N, H + 3, W + 3, 16] bf16 | fp16 | fp32
     weight_ptr,  # [OUT, 4, 4, 16] fp32 | as x
@@ -187,7 +187,7 @@ def _forward_kernel(
 
 
 @jit
-def _input_gradient_kernel(
+def _stem_input_gradient_kernel(
     dx_ptr,  # [N, H + 3, W + 3, 16] as dy, output
     dy_ptr,  # [N, H, W, OUT] bf16 | fp16 | fp32
     weight_ptr,  # [OUT, 4, 4, 16] fp32 | as dy
@@ -234,7 +234,7 @@ def _input_gradient_kernel(
 
 
 @jit
-def _weight_gradient_kernel(
+def _stem_weight_gradient_kernel(
     partial_ptr,  # [P, 4, 64, OUT] fp32, output
     x_ptr,  # [N, H + 3, W + 3, 16] bf16 | fp16 | fp32
     dy_ptr,  # [N, H, W, OUT] as x
@@ -291,7 +291,7 @@ def _weight_gradient_kernel(
 
 
 @jit
-def _merge_kernel(
+def _stem_merge_kernel(
     dw_ptr,  # [OUT, 4, 4, 16] fp32 | bf16 | fp16, output
     partial_ptr,  # [P, 4, 64, OUT] fp32
     num_programs,  # P
@@ -367,7 +367,7 @@ def _forward(x: Tensor, weight: Tensor) -> Tensor:
     num_tasks = height * triton.cdiv(columns, tile.columns)
     num_programs, share = _shares(num_tasks, tile, x.device)
     with torch.cuda.device_of(x):
-        _forward_kernel[(num_programs,)](
+        _stem_forward_kernel[(num_programs,)](
             y, x, weight, columns, height, width, num_tasks, share, OUT=out, **tile.options
         )
     return y
@@ -384,7 +384,7 @@ def _input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     num_tasks = packed[0] * triton.cdiv(columns, tile.columns - TAPS + 1)
     num_programs, share = _shares(num_tasks, tile, dy.device)
     with torch.cuda.device_of(dy):
-        _input_gradient_kernel[(num_programs,)](
+        _stem_input_gradient_kernel[(num_programs,)](
             dx, dy, weight, columns, height, width, num_tasks, share, OUT=out, **tile.options
         )
     return dx
@@ -401,7 +401,7 @@ def _weight_gradient(x: Tensor, dy: Tensor, dtype: torch.dtype) -> Tensor:
     num_programs, share = _shares(num_tasks, tile, x.device)
     with torch.cuda.device_of(x):
         partial = dw.new_empty((num_programs, dw.numel()), dtype=torch.float32)
-        _weight_gradient_kernel[(num_programs,)](
+        _stem_weight_gradient_kernel[(num_programs,)](
             partial,
             x,
             dy,
@@ -415,7 +415,7 @@ def _weight_gradient(x: Tensor, dy: Tensor, dtype: torch.dtype) -> Tensor:
             ROWS=TASK_ROWS,
             **tile.options,
         )
-        _merge_kernel[(dw.numel() // MERGE_COLUMNS,)](
+        _stem_merge_kernel[(dw.numel() // MERGE_COLUMNS,)](
             dw,
             partial,
             num_programs,

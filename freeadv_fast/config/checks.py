@@ -174,8 +174,7 @@ def check_combinations(config: RunFields) -> None:
         )
     if config.graphs == "on" and not config.is_recordable:
         raise UserError(
-            f"--graphs on: {config.method}{' with --mix' if config.mix != 'none' else ''} cannot "
-            "be recorded; use --graphs auto"
+            "--graphs on: --mix cannot be recorded, the host draws mixtures; use --graphs auto"
         )
     if config.export == "best" and config.holdout_images == 0:
         raise UserError("--export best: no images are held out to choose them; leave it out")

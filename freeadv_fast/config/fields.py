@@ -29,7 +29,7 @@ from freeadv_fast.config.choices import (
     RegThrough,
     Switch,
 )
-from freeadv_fast.config.method_names import DUAL, REPLAYING, SECOND_ORDER, UNRECORDABLE, Method
+from freeadv_fast.config.method_names import DUAL, REPLAYING, SECOND_ORDER, Method
 from freeadv_fast.config.phases import Phases
 from freeadv_fast.config.presets import PIXEL_STATISTICS, preset_lambda
 from freeadv_fast.config.schedule import Schedule
@@ -176,8 +176,8 @@ class RunFields:
     space-to-depth layout. auto: both on a GPU with Triton, the stem alone for free training on a
     CPU, neither for methods with second derivatives."""
     graphs: Switch = "auto"
-    """One CUDA graph launch per update. auto: on GPUs, but not for gradalign and not with --mix;
-    over several ranks after a trial beside the eager update, and not with --compress."""
+    """One CUDA graph launch per update. auto: on GPUs, but not with --mix; over several ranks
+    after a trial beside the eager update, and not with --compress."""
     init_from: str | None = None
     """Weights to start from: a checkpoint of ours or a plain state dict. Nothing else is read."""
 
@@ -325,7 +325,7 @@ class RunFields:
     @property
     def is_recordable(self) -> bool:
         """Whether an update can become a CUDA graph; mixtures are drawn on the host."""
-        return self.method not in UNRECORDABLE and self.mix == "none"
+        return self.mix == "none"
 
     @property
     def can_pack_input(self) -> bool:

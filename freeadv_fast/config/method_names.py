@@ -30,7 +30,5 @@ ALIGNABLE: tuple[Method, ...] = ("free", "fgsm", "fgsm-rs", "n-fgsm", "elle", "p
 WARMING: tuple[Method, ...] = ("fgsm", "fgsm-rs", "n-fgsm", "gradalign", "elle", "pgd")
 # Methods that differentiate a gradient.
 SECOND_ORDER: tuple[Method, ...] = ("gradalign",)
-# Methods whose updates are not recorded: no GPU has yet recorded a second derivative.
-UNRECORDABLE: tuple[Method, ...] = ("gradalign",)
 # Methods whose update adds up the gradients of several backward passes.
 SUMMING: tuple[Method, ...] = ("fast-advprop", "elle", "dat", "yopo")

@@ -22,7 +22,6 @@ from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
 from freeadv_fast.models.fused import fuse_batch_norms
 from freeadv_fast.models.half_weights import use_half_weights
 from freeadv_fast.models.own import adopt, is_own
-from freeadv_fast.models.pointwise import use_products
 from freeadv_fast.models.stem import use_space_to_depth
 from freeadv_fast.models.zoo import build_model, check_image_size
 from freeadv_fast.runs import checkpoint
@@ -77,8 +76,6 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
         model, left = fuse_batch_norms(model)
         if left:
             say(world, f"fused batch norm: left as they are: {', '.join(left)}")
-    if wants_products(config, world):
-        use_products(model)
     has_packed_input = wants_packed_input(config, world) and use_space_to_depth(model)
     precision = PRECISIONS[resolve_precision(config.precision, world.device)]
     if wants_half_weights(config, world):
@@ -193,12 +190,6 @@ def has_fused_norms(config: TrainConfig, world: World) -> bool:
     return config.fuse == "on"
 
 
-def wants_products(config: TrainConfig, world: World) -> bool:
-    """Whether 1x1 convolutions may be matrix products: on a GPU, where batch norms are fused."""
-    is_chosen = "products" in ops.FAST_PATHS and has_fused_norms(config, world)
-    return is_chosen and world.device.type == "cuda"
-
-
 def wants_packed_input(config: TrainConfig, world: World) -> bool:
     """Whether the stem takes its input in space-to-depth layout, if it can.
 
@@ -248,7 +239,7 @@ def obstacle_to_graphs(
     if world.device.type != "cuda":
         return "there is no GPU"
     if not config.is_recordable:
-        return f"{config.method if config.mix == 'none' else '--mix'} is not recorded"
+        return "--mix is not recorded"
     if not is_capturable(optimizer):
         return f"--optimizer {config.optimizer} reads the learning rate on the host"
     if world.size > 1 and config.compress != "none" and config.graphs == "auto":

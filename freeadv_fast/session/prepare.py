@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -22,11 +21,10 @@ from freeadv_fast.data.kept import recognise
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError
 from freeadv_fast.models.own import arch_of, freeze_unused, refuse_unnamed_network
-from freeadv_fast.models.pointwise import choices_made
 from freeadv_fast.runs.checkpoint import LAST, PREVIOUS
 from freeadv_fast.runs.environment import environment
 from freeadv_fast.runs.lock import FolderLock
-from freeadv_fast.runs.log import Forecast, RunFolder, RunLog, read_json, save_config, write_json
+from freeadv_fast.runs.log import Forecast, RunFolder, RunLog, save_config, write_json
 from freeadv_fast.session.changes import (
     BUDGET,
     EVALUATION,
@@ -304,15 +302,3 @@ def write_description(folder: RunFolder, config: TrainConfig, record: dict[str, 
     """Writes config.yaml and env.json."""
     save_config(config, folder.config)
     write_json(folder.environment, record)
-
-
-def note_products(folder: RunFolder) -> None:
-    """Adds to env.json which 1x1 convolutions became products: the first minibatches show that."""
-    choices = choices_made()
-    if not choices:
-        return
-    # Where it cannot be read or written the checkpoint after it says so, or nothing is lost.
-    with contextlib.suppress(OSError, ValueError):
-        record = read_json(folder.environment)
-        if record.get("products") != choices:
-            write_json(folder.environment, record | {"products": choices})

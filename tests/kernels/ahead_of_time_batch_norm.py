@@ -238,15 +238,19 @@ def test_leaky_relu(dtype, channels, residual, architecture):
 def test_joined_norms(dtype, channels, architecture):
     schedule, fork = joined.REDUCTION, channels != 160
     constants = schedule.options(rows(channels, dtype).tiled(schedule))
-    ptx, registers = build(joined._reduce_kernel, dtype, architecture, constants, fork=fork)
+    ptx, registers = build(
+        joined._joined_norms_reduce_kernel, dtype, architecture, constants, fork=fork
+    )
     assert_scheduled(ptx, registers, schedule, 3 + fork)
     constants = elementwise(channels, dtype, accesses=1)
-    ptx, registers = build(joined._backward_kernel, dtype, architecture, constants, fork=fork)
+    ptx, registers = build(
+        joined._joined_norms_backward_kernel, dtype, architecture, constants, fork=fork
+    )
     assert_wide(ptx, "ld", (3 + fork) * kernel.TILES)
     assert_wide(ptx, "st", 2 * kernel.TILES)
     assert_fits(registers, 4)
     constants = elementwise(channels, dtype)
-    ptx, registers = build(joined._forward_kernel, dtype, architecture, constants)
+    ptx, registers = build(joined._joined_norms_forward_kernel, dtype, architecture, constants)
     assert_wide(ptx, "ld", 4 * kernel.TILES)
     assert_wide(ptx, "st", 2 * kernel.TILES)
     assert_fits(registers, 6)

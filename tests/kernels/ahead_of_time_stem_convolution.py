@@ -78,7 +78,7 @@ architectures = pytest.mark.parametrize("architecture", [80, 90])
 @architectures
 def test_forward(architecture):
     tile = kernel.TILES[architecture // 10].forward
-    ptx = build("_forward_kernel", architecture, tile, {})
+    ptx = build("_stem_forward_kernel", architecture, tile, {})
     assert num_products(ptx)
     # The rows move up in registers: only the product's factors and y go through shared memory.
     assert "shfl" not in ptx
@@ -87,11 +87,11 @@ def test_forward(architecture):
 @architectures
 def test_input_gradient(architecture):
     tile = kernel.TILES[architecture // 10].input_gradient
-    assert num_products(build("_input_gradient_kernel", architecture, tile, {}))
+    assert num_products(build("_stem_input_gradient_kernel", architecture, tile, {}))
 
 
 @architectures
 def test_weight_gradient(architecture):
     tile = kernel.TILES[architecture // 10].weight_gradient
     constants = {"ROWS": kernel.TASK_ROWS}
-    assert num_products(build("_weight_gradient_kernel", architecture, tile, constants))
+    assert num_products(build("_stem_weight_gradient_kernel", architecture, tile, constants))

@@ -136,10 +136,10 @@ def test_a_cell_that_fails_stops_no_other(root, run):
 
 def test_flags_that_do_not_fit_a_method_are_its_error(root, run):
     trainer = FakeTrainer()
-    flags = ["--methods", "natural,gradalign", "--graphs", "on", "--max-passes", "9"]
+    flags = ["--methods", "natural,gradalign", "--fuse", "on", "--max-passes", "9"]
     assert run(trainer, *flags) == 2
     assert trainer.names == NAMES[:4]
-    assert all("--graphs on: gradalign" in cell["error"] for cell in cells_of(root)[4:])
+    assert all("--fuse on: GradAlign" in cell["error"] for cell in cells_of(root)[4:])
 
 
 def test_a_flag_goes_to_the_methods_that_read_it(root, run):
