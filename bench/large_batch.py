@@ -9,17 +9,20 @@ in all of them, so that the number of updates is all that a large batch changes.
 
 Each optimizer and batch is first tried at several rates with a seed of its own (`RATES`), and the
 rate that leaves the highest robust accuracy is taken for the three seeds that count. Where the best
-is the largest or the smallest rate, the record says so.
+is the largest or the smallest rate, the record says so. The file is written after every run; a
+second call makes the runs that are missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import json
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -123,23 +126,41 @@ def run(cell: str, rate: float, seed: int, flags: argparse.Namespace) -> dict[st
 
 
 def all_runs(
-    which: list[tuple[str, float, int]], flags: argparse.Namespace
+    which: list[tuple[str, float, int]], record: dict[str, Any], flags: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """The runs of these cells, rates and seeds, `--jobs` at a time, in their order."""
+    """The runs of these cells, rates and seeds in their order.
+
+    Those that the record lacks are made, `--jobs` at a time; the file is written after each.
+    """
+    made = {(row["cell"], row["rate"], row["seed"]): row for row in record["runs"]}
+    writing = threading.Lock()
+
+    def one(key: tuple[str, float, int]) -> dict[str, Any]:
+        if key in made:
+            return made[key]
+        row = told(run(*key, flags))
+        with writing:
+            record["runs"].append(row)
+            harness.write_json(flags.out, record)
+        return row
+
     with concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
-        return list(pool.map(lambda one: told(run(*one, flags)), which))
+        return list(pool.map(one, which))
 
 
-def tuned_rates(flags: argparse.Namespace) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """The best rate of each cell that has rates to try, and all trials."""
+def tuned_rates(record: dict[str, Any], flags: argparse.Namespace) -> dict[str, float]:
+    """The best rate of each cell that has rates to try."""
     trials = all_runs(
-        [(cell, rate, TUNING_SEED) for cell, rates in RATES.items() for rate in rates], flags
+        [(cell, rate, TUNING_SEED) for cell, rates in RATES.items() for rate in rates],
+        record,
+        flags,
     )
-    best = {
-        cell: max((t for t in trials if t["cell"] == cell), key=lambda t: float(t["robust"]))
+    return {
+        cell: max((t for t in trials if t["cell"] == cell), key=lambda t: float(t["robust"]))[
+            "rate"
+        ]
         for cell in RATES
     }
-    return {cell: trial["rate"] for cell, trial in best.items()}, trials
 
 
 def told(row: dict[str, Any]) -> dict[str, Any]:
@@ -205,29 +226,37 @@ def main() -> None:
         torch.manual_seed(flags.seed)
         train(config_of(flags.cell, flags.rate, flags.seed, flags), model=SmallNetwork())
         return
-    with tempfile.TemporaryDirectory() as folder:
-        flags.folder = Path(folder)
-        rates, trials = tuned_rates(flags)
-        others = rates["2,048, layer-wise"]  # the codecs' rate as well
-        rows = all_runs(
-            [(cell, rates.get(cell, others), seed) for seed in SEEDS for cell in CELLS], flags
-        )
-    branch = f"DAT-{flags.attack.upper()}"
-    title = f"{branch} on CIFAR-10 (JPEG copy), a small network, eps {flags.eps}, equal passes"
-    draw(rows, title).savefig(flags.out.with_suffix(".png"), dpi=150)
-    settings = {k: v for k, v in vars(flags).items() if k in ("attack", "eps", "epochs")}
-    at_the_edge = [c for c, r in rates.items() if r in (min(RATES[c]), max(RATES[c]))]
     record = {
         "benchmark": "large-batch",
         "environment": harness.environment_record(torch.device("cpu")),
-        "settings": settings | {"attack_steps": flags.attack_steps, "ranks": RANKS,
-                                "bn_group": BN_GROUP, "eval_images": flags.eval_images},
-        "cells": CELLS,
-        "summary": summary(rows),
-        "best_rate_at_the_edge": at_the_edge,
-        "trials": trials,
-        "rows": rows,
-    }  # fmt: skip
+        "settings": {
+            "attack": flags.attack,
+            "attack_steps": flags.attack_steps,
+            "eps": flags.eps,
+            "epochs": flags.epochs,
+            "eval_images": flags.eval_images,
+            "ranks": RANKS,
+            "bn_group": BN_GROUP,
+            "cells": CELLS,
+            "rates": {cell: list(rates) for cell, rates in RATES.items()},
+        },
+        "runs": [],
+    }
+    if flags.out.is_file():
+        earlier = json.loads(flags.out.read_text())
+        if earlier["settings"] == record["settings"]:
+            record["runs"] = earlier["runs"]
+    with tempfile.TemporaryDirectory() as folder:
+        flags.folder = Path(folder)
+        rates = tuned_rates(record, flags)
+        others = rates["2,048, layer-wise"]  # the codecs' rate as well
+        keys = [(cell, rates.get(cell, others), seed) for seed in SEEDS for cell in CELLS]
+        rows = all_runs(keys, record, flags)
+    branch = f"DAT-{flags.attack.upper()}"
+    title = f"{branch} on CIFAR-10 (JPEG copy), a small network, eps {flags.eps}, equal passes"
+    draw(rows, title).savefig(flags.out.with_suffix(".png"), dpi=150)
+    at_the_edge = [c for c, r in rates.items() if r in (min(RATES[c]), max(RATES[c]))]
+    record |= {"summary": summary(rows), "best_rate_at_the_edge": at_the_edge}
     harness.write_json(flags.out, record)
 
 

@@ -103,7 +103,7 @@ def train_epoch(run: Run, stop: StopRequests) -> bool:
     run.model.train()
     batches = loader.epoch(progress.epoch, progress.minibatch)
     while (batch := run.world.together(lambda: next(batches, None))) is not None:
-        # cuDNN times its algorithms, 8 s for ResNet-50, but not for the shape of an epoch's last
+        # cuDNN times its algorithms, which takes seconds, but not for the shape of an epoch's last
         # minibatch, which may be smaller than the others. (The only one of an epoch is whole.)
         is_last = progress.minibatch + 1 == loader.num_batches > 1
         torch.backends.cudnn.benchmark = not is_last

@@ -74,7 +74,8 @@ NUM_WARPS = 4
 ACCESSES = 2
 # Tiles per program: what they know of a channel is loaded once for all.
 TILES = 4
-# All norms of a ResNet-50 at batch 256, backward, on an H200: 8.90 ms (bytes 8.34). Three programs
+# All norms of a ResNet-50 at batch 256, backward, on an H200
+# (bench/results/h200/trials/batch-norm.log): 8.90 ms (bytes 8.34). Three programs
 # 9.00, four tiles with one a turn 9.36; two tiles of twice the size, four programs of four warps
 # and a kernel apart for their merge 9.11.
 REDUCTION = Schedule(columns=128, num_warps=8, per_sm=2, depth=2, turn=2)
@@ -222,7 +223,7 @@ def leak(values, SLOPE: tl.constexpr):
 
 
 @jit
-def _forward_kernel(
+def _batch_norm_forward_kernel(
     y_ptr,  # [M, C] bf16 | fp16 | fp32, output
     bits_ptr,  # [M, C/8] u8, output: not z <= 0; unused without WRITE_BITS
     x_ptr,  # [M, C] like y
@@ -334,7 +335,7 @@ def merge_sums(
 
 
 @jit
-def _backward_reduce_kernel(
+def _batch_norm_reduce_kernel(
     k_ptr,  # [2, G, C] fp32, output if TRAINING: k1, k2
     dweight_ptr,  # [C] fp32, output
     dbias_ptr,  # [C] fp32, output
@@ -452,7 +453,7 @@ def _backward_reduce_kernel(
 
 
 @jit
-def _backward_kernel(
+def _batch_norm_backward_kernel(
     dx_ptr,  # [M, C] bf16 | fp16 | fp32, output
     dz_ptr,  # [M, C] like dx, output if WRITE_DZ
     dy_ptr,  # [M, C] like dx
@@ -561,7 +562,7 @@ def _forward(
         coefficients = statistics.coefficients(x, norm, rows, mode.training)
         y = torch.empty_like(x, memory_format=torch.channels_last)
         bits = x.new_empty(x.numel() // 8, dtype=torch.uint8) if wants_bits else None
-        _forward_kernel[grid](
+        _batch_norm_forward_kernel[grid](
             y,
             y if bits is None else bits,
             x,
@@ -615,7 +616,7 @@ def reduced(
         dbias,
         None if bits is None else torch.empty_like(dy),
     )
-    _backward_reduce_kernel[(num_chunks * rows.column_blocks, rows.num_groups)](
+    _batch_norm_reduce_kernel[(num_chunks * rows.column_blocks, rows.num_groups)](
         *found[:3],
         dy if found.dz is None else found.dz,
         coefficients.new_empty((2, rows.num_groups, num_chunks, rows.channels)),
@@ -668,7 +669,7 @@ def _backward(
             dz = torch.empty_like(dy) if writes_dz else dz
             rows = mode.rows(x)
             grid, options = elementwise(rows)
-            _backward_kernel[grid](
+            _batch_norm_backward_kernel[grid](
                 dx,
                 dx if dz is None else dz,
                 dy,

@@ -58,7 +58,7 @@ MAX_COLUMNS = 128
 # Accesses of 16 bytes to each of two planes of sums that the last program's threads have under way.
 MERGE_LOADS = 8
 # Counters of a stream, one a tile's columns: 8 channels where their number is 8 times an odd one.
-# torch hands out 65 streams, of which recordings take two or three.
+# Recordings take two or three streams; those beyond this number get zeros made anew.
 NUM_COUNTERS = 4096
 NUM_STREAMS = 65
 
@@ -101,7 +101,8 @@ class Schedule(NamedTuple):
         }
 
 
-# All norms of a ResNet-50 at batch 256, forward, on an H200: 5.69 ms (bytes 4.86). Half as many
+# All norms of a ResNet-50 at batch 256, forward, on an H200
+# (bench/results/h200/trials/batch-norm.log): 5.69 ms (bytes 4.86). Half as many
 # tiles 5.73, three programs 5.80, 16 warps 5.84; two tiles of twice the size, six programs of four
 # warps and a kernel apart for their merge 5.93.
 STATISTICS = Schedule(columns=128, num_warps=8, per_sm=2, depth=8, turn=8)
@@ -242,10 +243,10 @@ def tile_mask(tile, count, rows, BM: tl.constexpr):
 def is_last(counter_ptr, num_programs):
     """Whether all other programs have been here: what they stored before, this one can load."""
     tl.debug_barrier()  # every thread's stores come before the one thread's count
-    is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_programs - 1
-    if is_last:
+    was_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_programs - 1
+    if was_last:
         tl.store(counter_ptr, 0)
-    return is_last
+    return was_last
 
 
 @jit

@@ -23,7 +23,8 @@ tiles, on tensor cores, with float32 sums:
 As many programs as run at once share all rows equally, so that none waits for a last wave.
 
 Why: of 256 images of 224 pixels, with 64 channels, cuDNN 9.19 takes 647, 875 and 458 us for the
-three on an H200 (bf16), where the bytes take 121 at 4.3 TB/s and the products 133 at 790 TFLOP/s.
+three on an H200 (bf16; bench/results/h200/trials/stem-convolution.log), where the bytes take 121 at
+4.3 TB/s and the products 133 at 790 TFLOP/s.
 
 Numerics: the weights are rounded to x's dtype as they are loaded, and need no cast of their own;
 sums are float32 and rounded once, dw to the weights' dtype. Each of the three is the derivative of

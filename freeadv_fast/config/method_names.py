@@ -30,5 +30,7 @@ ALIGNABLE: tuple[Method, ...] = ("free", "fgsm", "fgsm-rs", "n-fgsm", "elle", "p
 WARMING: tuple[Method, ...] = ("fgsm", "fgsm-rs", "n-fgsm", "gradalign", "elle", "pgd")
 # Methods that differentiate a gradient.
 SECOND_ORDER: tuple[Method, ...] = ("gradalign",)
-# Methods whose update adds up the gradients of several backward passes.
-SUMMING: tuple[Method, ...] = ("fast-advprop", "elle", "dat", "yopo")
+# Methods whose update adds up the gradients of several passes, forward or backward.
+SUMMING: tuple[Method, ...] = (
+    "fast-advprop", "advprop", "elle", "trades", "free-trades", "dat", "yopo",
+)  # fmt: skip

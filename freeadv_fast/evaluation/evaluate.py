@@ -21,7 +21,6 @@ from freeadv_fast.evaluation.attacks import is_correct, logits_of, perturb, rand
 from freeadv_fast.models.normalize import unit_images, with_normalizer
 
 # Pixels that a GPU attacks at once, for each GiB of its memory: 1,024 images of CIFAR on an H200.
-# A WRN-32-10 keeps about 18 MB of each for its backward pass.
 PIXELS_PER_GIB = 8192
 # Batches that are filled with images that stand out of so many images: the last is not full.
 BATCHES_OF_A_POOL = 4

@@ -432,7 +432,7 @@ def _shortcut(x: Tensor) -> Tensor:
 def _block_end(norm: Any, x: Tensor, downsample: nn.Module | None, shortcut: Tensor) -> Tensor:
     """A block's last norm, addition and ReLU, and before them what its shortcut goes through."""
     residual_norm = None
-    if _is_stock(downsample, nn.Sequential):
+    if _is_stock(downsample, nn.Sequential) and downsample._modules:  # type: ignore[union-attr]
         *layers, last = downsample._modules.values()  # type: ignore[union-attr]
         if type(last) is FusedBatchNorm2d:
             for layer in layers:

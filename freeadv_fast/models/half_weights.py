@@ -2,9 +2,9 @@
 
 Under autocast every pass rounds each weight to half precision and casts its gradient back to
 float32: 112 launches for ResNet-50, 0.33 of the 33 ms of a free pass on an H200 at batch 256
-(measured/h200). Here a weight keeps a copy in half precision that the optimizer's kernel writes
-along with it (`step.sgd.MasterSgd`), layers read that copy, and where gradients are not added up
-(over ranks, parts of a minibatch, backward passes) they stay as a layer's backward pass made them:
+(bench/results/h200/profile-free-captured.json). Here a weight keeps a copy in half precision that
+the optimizer's kernel writes along with it (`step.sgd.MasterSgd`), layers read that copy, and where
+gradients are not added up (over ranks, parts of a minibatch, passes) they stay as they were made:
 `weight.grad` is in half precision, too (`Tensor.grad_dtype`). What a layer computes is the same to
 the last bit.
 
@@ -12,13 +12,15 @@ The weight stays the float32 parameter that it was: in state dicts, for weight d
 evaluation, for whoever reads it outside of autocast, or in a layer that knows no copies.
 
 A copy is never out of date: whoever reads it compares the weight's version and address with those
-that it was made of, and makes it anew where they differ. What changes a weight through ``.data``
+that it was made of, and makes it anew where they differ; a recording compares nothing, so that
+`refresh_copies` runs before one is launched. What changes a weight through ``.data``
 leaves no version, and has to change its copy as well: in this package `step.trial`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -61,6 +63,23 @@ def half_copy(weight: Tensor) -> HalfCopy | None:
     """The copy that a weight has; None for none."""
     copy: HalfCopy | None = getattr(weight, _COPY, None)
     return copy
+
+
+def refresh_copies(parameters: Iterable[Tensor]) -> None:
+    """Makes the copies of some weights what the weights are."""
+    for weight in parameters:
+        copy = half_copy(weight)
+        if copy is not None:
+            copy.refresh(weight)
+
+
+def drop_half_weights(model: nn.Module) -> None:
+    """Takes the copies from a network, in place: its gradients are float32 from now on."""
+    for weight in model.parameters():
+        if half_copy(weight) is not None:
+            weight.grad = None  # torch changes no grad_dtype under a gradient
+            weight.grad_dtype = weight.dtype
+            delattr(weight, _COPY)
 
 
 def weight_for(weight: Tensor, dtype: torch.dtype) -> Tensor:

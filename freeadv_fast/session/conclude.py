@@ -16,6 +16,7 @@ from freeadv_fast.evaluation.accuracy import accuracy_table, side_by_side
 from freeadv_fast.evaluation.class_words import class_words
 from freeadv_fast.evaluation.evaluate import Evaluation, evaluate
 from freeadv_fast.evaluation.images import whole_val_loader
+from freeadv_fast.models.half_weights import drop_half_weights
 from freeadv_fast.models.normalize import with_normalizer
 from freeadv_fast.models.own import hand_back
 from freeadv_fast.runs import checkpoint, export
@@ -36,6 +37,7 @@ def conclude(run: Run) -> Result:
     world = run.world
     run.learner.forget_recordings()  # the attacks take their memory
     run.guard.forget_recordings()
+    drop_half_weights(run.model)
     world.on_main(run.lock.refuse_if_lost)
     checkpoint.average_buffers_(run.model, world)  # no rank trains on
     measured = measure(run, "validation")
@@ -228,7 +230,7 @@ def draw(run: Run) -> None:
 
 def draw_curves(run: Run, path: Path) -> None:
     """Draws what log.jsonl holds."""
-    # Matplotlib's import is an eighth of a start's: here it delays nobody.
+    # Imported here, where it delays no start.
     from freeadv_fast.evaluation import report
 
     path.parent.mkdir(exist_ok=True)

@@ -18,8 +18,8 @@ a collapse leaves next to nothing. A fall from 45 % to 5 % is named by the first
 by the second (tests/unit/test_guard.py).
 
 On a GPU a check runs in the training's precision, where that is bfloat16, and as one recording.
-In float32 a pass costs ten times as much: checks of ResNet-50, 64 images each 53,000 passes, would
-take 5 % of 10,000 passes a second, and not the hundredth that they are to cost.
+In float32 a pass costs several times as much, and checks would cost more than the hundredth of
+training that they are to.
 
 What is done about a collapse is in `rewind`.
 """
@@ -44,6 +44,7 @@ from freeadv_fast.distributed.world import World
 from freeadv_fast.evaluation.attacks import ascend, cross_entropy, is_correct, random_point
 from freeadv_fast.evaluation.evaluate import eval_mode, exact_arithmetic, start_generator
 from freeadv_fast.methods.passes import Passes
+from freeadv_fast.models.half_weights import refresh_copies
 from freeadv_fast.models.normalize import unit_images, with_normalizer
 from freeadv_fast.runs.checkpoint import averaged_buffers
 from freeadv_fast.step.alignment import misalignment
@@ -286,6 +287,7 @@ class Guard:
         """
         batches = self.batches(loader)
         config, device = self.config, self.world.device
+        refresh_copies(model.parameters())
         wait_for(device)
         started = time.perf_counter()
         if self._network is None or self._network[1] is not model:

@@ -67,6 +67,7 @@ def build_own_method(run: Run) -> None:
     """Gives a run the method of its place and history, the perturbation at the start."""
     num_classes = len(run.loaders.train.classes)
     run.learner.forget_recordings()  # of another method's steps
+    run.guard.forget_recordings()  # perhaps of another image size
     run.method = build_phase_method(
         run.config, run.phase, run.learner, run.world, num_classes, run.guard.history
     )

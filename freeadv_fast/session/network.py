@@ -223,11 +223,7 @@ def wants_half_weights(config: TrainConfig, world: World) -> bool:
 
 def adds_gradients_up(config: TrainConfig, world: World) -> bool:
     """Whether an update's gradients are sums over ranks, parts or passes: made in float32, then."""
-    return (
-        world.size > 1
-        or config.update_size + config.num_unlabelled > config.batch_size
-        or config.method in SUMMING
-    )
+    return world.size > 1 or config.update_size > config.batch_size or config.method in SUMMING
 
 
 def obstacle_to_graphs(

@@ -224,8 +224,8 @@ class CudaRecorder:
                     cause = error
         except RuntimeError as error:
             raise UserError(
-                f"--graphs: an update cannot be recorded ({first_line(cause or error)}); use "
-                "--graphs off"
+                "--graphs: an update or a check cannot be recorded "
+                f"({first_line(cause or error)}); use --graphs off"
             ) from (cause or error)
         if cause is not None:
             raise cause

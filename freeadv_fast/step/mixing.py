@@ -78,14 +78,12 @@ def _rectangle(height: int, width: int, area: float) -> tuple[slice, slice]:
     return sides[0], sides[1]
 
 
-def cross_entropy_sum(logits: Tensor, labels: Labels) -> Tensor:
-    """Cross-entropy summed over the images, mixed labels by their shares.
+def cross_entropy_sum(logits: Tensor, labels: MixedLabels) -> Tensor:
+    """Cross-entropy summed over images of mixed labels, by their shares.
 
     Args:
-        logits: (n, classes). labels: (n,) int64, or mixed ones.
+        logits: (n, classes). labels: (n,) each.
     """
-    if not isinstance(labels, MixedLabels):
-        return F.cross_entropy(logits, labels, reduction="sum")
     own, other = (F.cross_entropy(logits, y, reduction="sum") for y in labels[:2])
     return labels.share * own + (1 - labels.share) * other
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from freeadv_fast import ops
-from freeadv_fast.models.half_weights import half_copy, state_of
+from freeadv_fast.models.half_weights import half_copy, refresh_copies, state_of
 
 
 class MasterSgd(torch.optim.SGD):
@@ -63,10 +63,7 @@ class MasterSgd(torch.optim.SGD):
     def refresh_copies(self) -> None:
         """Rounds those weights anew that others have changed: a recorded update cannot tell."""
         for group in self.param_groups:
-            for parameter in group["params"]:
-                copy = half_copy(parameter)
-                if copy is not None:
-                    copy.refresh(parameter)
+            refresh_copies(group["params"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from a saved state; momentum takes the order of its parameters' memory."""

@@ -156,7 +156,7 @@ def test_stats(dtype, channels, architecture):
 def test_forward(dtype, channels, residual, architecture):
     switches = {"HAS_RESIDUAL": residual, "RELU": True, "SLOPE": 0.0, "WRITE_BITS": residual}
     constants = elementwise(channels, dtype) | switches
-    ptx, registers = build(kernel._forward_kernel, dtype, architecture, constants)
+    ptx, registers = build(kernel._batch_norm_forward_kernel, dtype, architecture, constants)
     assert_wide(ptx, "ld", 2 * kernel.TILES * (1 + residual))
     assert_wide(ptx, "st", 2 * kernel.TILES, bits=residual)
     # A multiply-add is one instruction in both directions, else masks would differ.
@@ -182,7 +182,7 @@ def reduction(channels, dtype, mask, slope=0.0):
 )
 def test_backward_reduce(dtype, channels, architecture, mask):
     constants = reduction(channels, dtype, mask)
-    ptx, registers = build(kernel._backward_reduce_kernel, dtype, architecture, constants)
+    ptx, registers = build(kernel._batch_norm_reduce_kernel, dtype, architecture, constants)
     assert_scheduled(ptx, registers, kernel.REDUCTION, 2)
     assert_wide(ptx, "st", mask == kernel.BITS)
 
@@ -192,7 +192,7 @@ def test_backward_reduce_of_two_gradients(dtype, channels, architecture):
     slope = 0.0 if channels == 2048 else 0.1
     constants = reduction(channels, dtype, kernel.BITS, slope)
     ptx, registers = build(
-        kernel._backward_reduce_kernel, dtype, architecture, constants, fork=True
+        kernel._batch_norm_reduce_kernel, dtype, architecture, constants, fork=True
     )
     assert_scheduled(ptx, registers, kernel.REDUCTION, 3)
     assert_wide(ptx, "st", 1)
@@ -205,7 +205,7 @@ def test_backward(dtype, channels, mode, architecture):
     training, mask = mode
     switches = {"TRAINING": training, "MASK": mask, "SLOPE": 0.0, "WRITE_DZ": False}
     constants = elementwise(channels, dtype) | switches
-    ptx, registers = build(kernel._backward_kernel, dtype, architecture, constants)
+    ptx, registers = build(kernel._batch_norm_backward_kernel, dtype, architecture, constants)
     assert_wide(ptx, "ld", 4 * kernel.TILES)
     assert_wide(ptx, "st", 2 * kernel.TILES)
     assert_fits(registers, 5)
@@ -215,7 +215,7 @@ def test_backward(dtype, channels, mode, architecture):
 def test_backward_of_eval_mode_with_bits(architecture):
     switches = {"TRAINING": False, "MASK": kernel.BITS, "SLOPE": 0.0, "WRITE_DZ": True}
     constants = elementwise(256, "bf16") | switches
-    ptx, _ = build(kernel._backward_kernel, "bf16", architecture, constants)
+    ptx, _ = build(kernel._batch_norm_backward_kernel, "bf16", architecture, constants)
     assert_wide(ptx, "st", 4 * kernel.TILES)
 
 
@@ -226,8 +226,8 @@ def test_leaky_relu(dtype, channels, residual, architecture):
     forward = {"HAS_RESIDUAL": residual, "RELU": True, "WRITE_BITS": residual}
     backward = {"TRAINING": not residual, "MASK": mask, "WRITE_DZ": residual}
     for function, constants, programs in (
-        (kernel._forward_kernel, common | forward, 5 if residual else 6),
-        (kernel._backward_kernel, common | backward, 5),
+        (kernel._batch_norm_forward_kernel, common | forward, 5 if residual else 6),
+        (kernel._batch_norm_backward_kernel, common | backward, 5),
     ):
         ptx, registers = build(function, dtype, architecture, constants)
         assert_leaky(ptx)

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torchvision.models.resnet import BasicBlock
 
 from freeadv_fast.models.batch_norm import add_auxiliary_bn
 from freeadv_fast.models.fused import fuse_batch_norms
@@ -136,3 +137,12 @@ def test_hooks_of_a_block_go_on_working():
     model(torch.randn(2, 3, 32, 32))
     assert left == []
     assert shapes == [(2, 128, 4, 4)]
+
+
+def test_a_shortcut_of_no_layers_is_a_shortcut():
+    block = BasicBlock(8, 8, downsample=nn.Sequential()).eval()
+    x = torch.randn(2, 8, 5, 5)
+    expected = block(x)
+    fused, left = fuse_batch_norms(block)
+    assert not left
+    torch.testing.assert_close(fused(x), expected)

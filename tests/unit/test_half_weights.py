@@ -6,15 +6,18 @@ import copy
 import dataclasses
 
 import pytest
+import recorded_training
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from freeadv_fast import ops
+from freeadv_fast.config.method_names import METHODS, SUMMING
 from freeadv_fast.distributed.world import World
 from freeadv_fast.models.half_weights import (
     HalfWeightConv2d,
     HalfWeightLinear,
+    drop_half_weights,
     half_copy,
     use_half_weights,
     weight_for,
@@ -269,7 +272,8 @@ def test_the_rule(monkeypatch, world, changes, expected):
     ("changes", "expected"),
     [
         ({}, False),
-        ({"method": "trades", "m": 1}, False),  # two forward passes, one backward pass
+        ({"method": "pgd", "m": 1}, False),
+        ({"method": "trades", "m": 1}, True),  # two forward passes, one backward pass
         ({"accumulate": 2}, True),
         ({"method": "yopo", "m": 1, "attack_steps": 2}, True),
     ],
@@ -279,6 +283,34 @@ def test_which_gradients_are_sums(world, changes, expected):
     config = dataclasses.replace(FREE, **changes)
     assert adds_gradients_up(config, world) == expected
     assert adds_gradients_up(config, World(0, 2, world.device))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in SUMMING])
+def test_other_methods_make_one_pass_for_the_weights_an_update(small_network, name):
+    learner, passes = recorded_training.build_learner(small_network()), []
+    forward = learner.forward
+
+    def counted(x, branch=None, *, attack=False, evaluating=False):
+        passes.append(not attack)
+        return forward(x, branch, attack=attack, evaluating=evaluating)
+
+    learner.forward = counted
+    method = recorded_training.build_method(name, learner)
+    (minibatch,) = recorded_training.minibatches([6])
+    method.train_minibatch(*minibatch, 6)
+    assert sum(passes) == learner.updates
+
+
+def test_a_finished_network_is_a_plain_one(small_network):
+    network = small_network()
+    learner = learner_of(network, torch.bfloat16, has_copies=True)
+    advance(learner, [0])
+    assert {p.grad.dtype for p in network.parameters()} == {torch.bfloat16, torch.float32}
+    drop_half_weights(network)
+    assert all(half_copy(p) is None for p in network.parameters())
+    network(minibatch(1)[0]).sum().backward()
+    assert {p.grad.dtype for p in network.parameters()} == {torch.float32}
+    torch.optim.AdamW(network.parameters()).step()
 
 
 @gpu

@@ -195,5 +195,8 @@ def test_rounding_is_told_from_bugs_by_the_spread_of_eager_updates():
     assert not difference(before, eager, near, far)
     nan = {"weights": [torch.tensor([torch.nan, 1, 1, 1])]}
     assert "its weights end nan" in difference(before, eager, eager, nan)
+    flipped = torch.zeros(1000, dtype=torch.int8)
+    flipped[:3] = 2
+    assert distance([torch.zeros(1000, dtype=torch.int8)], [flipped]) == 3
     infinite = [torch.tensor([torch.inf, 1])]
     assert distance(infinite, infinite) == 0
