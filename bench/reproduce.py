@@ -7,8 +7,9 @@ and everything in fp32, and by `plain_training.py`, which shares no code with it
 the same budget, several seeds. One evaluator measures all networks. Where the ways' means differ
 by less than a point, or than chance allows, the path is right.
 
-Runs share the card (`--jobs`), so that their seconds say nothing. The file is written after every
-run; a second call makes the runs that are missing.
+Runs share the card (`--jobs`), so that their seconds say nothing; six at once, beside other work,
+were ended by the budget before they were evaluated. The file is written after every run; a second
+call makes the runs that are missing.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ import plain_training
 import torch
 from run_gpu import run_limited
 from torch import nn
+
+from freeadv_fast import load_run
 
 RECIPES = {
     "fgsm-rs": plain_training.Recipe("fgsm-rs", 15, 1, lr=0.2, peak=0.5, is_gradalign=False),
@@ -84,8 +87,6 @@ def by_the_trainer(
     method: str, switches: list[str], epochs: float, seed: int, flags: argparse.Namespace
 ) -> nn.Module:
     """As its user would: from a shell, guard and selection by held-out images included."""
-    from freeadv_fast import load_run
-
     folder = tempfile.mkdtemp(dir=flags.folder)
     command = [sys.executable, "launch/cifar.py", "--recipe", OURS[method], *switches]
     command += ["--data", f"cifar10:{flags.data}", "--epochs", f"{epochs:g}", "--seed", str(seed)]
@@ -156,7 +157,7 @@ def main() -> None:
     parser.add_argument("--free-epochs", type=float, default=RECIPES["free"].epochs)
     parser.add_argument("--attack-steps", type=int, default=10, help="of PGD")
     parser.add_argument("--eval-images", type=int, default=10_000)
-    parser.add_argument("--jobs", type=int, default=6, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=3, help="runs at a time")
     parser.add_argument("--budget", type=float, default=3600, help="seconds for everything")
     parser.add_argument("--tiny", action="store_true", help="minutes on a CPU, to prove the script")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")

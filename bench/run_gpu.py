@@ -76,13 +76,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="ImageFolder with train/ and val/: loader and short runs")
     parser.add_argument("--part", type=int, choices=tuple(PARTS), default=0, help="see above")
-    parser.add_argument("--budget", type=float, default=400, help="seconds for everything")
+    parser.add_argument("--budget", type=float, help="seconds for everything; 400, of a part 530")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to prove the script")
     parser.add_argument("--only", nargs="+", help="names of the sections to run")
     parser.add_argument("--resume", action="store_true", help="keep what --out has of this commit")
     parser.add_argument("--input-gradient", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     flags = parser.parse_args()
+    flags.budget = flags.budget or (530 if flags.part else 400)
     if flags.input_gradient:
         print(json.dumps(input_gradient(flags.input_gradient, flags.tiny)))
         return
@@ -140,7 +141,7 @@ def essentials(flags: argparse.Namespace) -> list[Section]:
     step = ["--methods", "natural,eager,free"]
     tests = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
     tests += ["--collect-only"] if flags.tiny else ["-n", str(min(os.cpu_count() or 1, 14))]
-    # A recording holds about 14 GB: all of them beside the competitor would not fit.
+    # Apart from the competitor: each recording holds an update's activations.
     each = ["--methods", "free", "--without-each"]
     memory = ["--rounds", "3", *step] if flags.tiny else step
     sections = [

@@ -6,15 +6,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from cubin import accesses, resources
 from freeadv_fast.kernels import batch_norm as kernel
 from freeadv_fast.kernels import batch_norm_statistics as statistics
 from freeadv_fast.kernels import joined_norms as joined
@@ -53,28 +50,6 @@ def build(function, dtype, architecture, constants, *, fork=False):
     registers = resources(binary["cubin"])
     print(f"sm_{architecture} {dtype} {function.__name__} {constants}: {registers} registers")
     return binary["ptx"], registers
-
-
-def resources(cubin):
-    """Registers of a thread; none of them in local memory."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.exists():
-        pytest.skip("this Triton comes without cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
-    registers, stack, local = (
-        int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
-    )
-    assert stack == local == 0
-    return registers
-
-
-def accesses(ptx, kind):
-    """Bytes per thread of each global load (ld) or store (st)."""
-    found = re.findall(rf"{kind}\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", ptx)
-    return [int(count or 1) * int(bits) // 8 for count, bits in found]
 
 
 def rows(channels, dtype):

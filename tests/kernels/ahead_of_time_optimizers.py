@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
-import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from cubin import accesses, resources
 from freeadv_fast.kernels import lalr, multi_tensor, sgd
 
 TYPES = {
@@ -51,28 +48,6 @@ def build(kernel, name, architecture, *, scaled=True, **constants):
     registers = resources(binary["cubin"])
     print(f"sm_{architecture} {name} {constants} scaled={scaled}: {registers} registers")
     return binary["ptx"], registers
-
-
-def resources(cubin):
-    """Registers of a thread; none of them in local memory."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.exists():
-        pytest.skip("this Triton comes without cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
-    registers, stack, local = (
-        int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
-    )
-    assert stack == local == 0
-    return registers
-
-
-def accesses(ptx, kind):
-    """Bytes per thread of each global load (ld) or store (st)."""
-    found = re.findall(rf"{kind}\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", ptx)
-    return [int(count or 1) * int(bits) // 8 for count, bits in found]
 
 
 @architectures

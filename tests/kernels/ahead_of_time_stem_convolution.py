@@ -6,15 +6,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from cubin import resources
 from freeadv_fast.kernels import stem_convolution as kernel
 
 # Shared memory in KiB: of an SM, of which each program costs 1 more than it asks for, and what any
@@ -41,7 +38,7 @@ def build(name, architecture, tile, constants):
             signature[argument] = "i32"
     source = ASTSource(function, signature, values, attributes)
     binary = compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    registers = registers_without_spills(binary.asm["cubin"])
+    registers = resources(binary.asm["cubin"])
     shared = binary.metadata.shared
     print(f"sm_{architecture} {name} {tile}: {registers} registers, {shared} bytes shared")
     assert registers <= options["maxnreg"]
@@ -49,22 +46,6 @@ def build(name, architecture, tile, constants):
     assert (shared / 1024 + 1) * tile.per_sm <= of_sm
     assert shared / 1024 <= of_program
     return binary.asm["ptx"]
-
-
-def registers_without_spills(cubin):
-    """Registers of a thread; none of them in local memory."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.exists():
-        pytest.skip("this Triton comes without cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
-    registers, stack, local = (
-        int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
-    )
-    assert stack == local == 0
-    return registers
 
 
 def num_products(ptx):
