@@ -9,6 +9,7 @@ Scripts in this folder import it as `harness` (Python puts a script's folder on 
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -16,8 +17,9 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,49 @@ def measure(
         for name in names:
             result[name]["cpu_seconds"] = _with_samples(cpu_samples[name])
     return result
+
+
+def make_missing(
+    keys: Sequence[tuple[Any, ...]],
+    make: Callable[..., dict[str, Any]],
+    record: dict[str, Any],
+    names: Sequence[str],
+    out: Path,
+    jobs: int = 1,
+) -> list[dict[str, Any]]:
+    """The runs of a study in their order; those that its record lacks are made and kept.
+
+    Args:
+        keys: What tells one run from another, each as `make` takes it.
+        make: Makes one run and returns its row; from several threads where `jobs` allows.
+        record: The study's; its ``runs`` grows.
+        names: The row's fields that hold the key.
+        out: JSON file, written after every run.
+        jobs: Runs at a time.
+    """
+    made = {tuple(row[name] for name in names): row for row in record["runs"]}
+    writing = threading.Lock()
+
+    def one(key: tuple[Any, ...]) -> dict[str, Any]:
+        if key in made:
+            return made[key]
+        row = make(*key)
+        with writing:
+            record["runs"].append(row)
+            write_json(out, record)
+        return row
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(one, keys))
+
+
+def with_earlier_runs(record: dict[str, Any], out: Path) -> dict[str, Any]:
+    """A study's record with the runs of an earlier call, if that had the same settings."""
+    if out.is_file():
+        earlier = json.loads(out.read_text())
+        if earlier["settings"] == record["settings"]:
+            record["runs"] = earlier["runs"]
+    return record
 
 
 def _with_samples(samples: list[float]) -> dict[str, Any]:

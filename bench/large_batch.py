@@ -16,13 +16,10 @@ second call makes the runs that are missing.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -128,24 +125,11 @@ def run(cell: str, rate: float, seed: int, flags: argparse.Namespace) -> dict[st
 def all_runs(
     which: list[tuple[str, float, int]], record: dict[str, Any], flags: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """The runs of these cells, rates and seeds in their order.
-
-    Those that the record lacks are made, `--jobs` at a time; the file is written after each.
-    """
-    made = {(row["cell"], row["rate"], row["seed"]): row for row in record["runs"]}
-    writing = threading.Lock()
-
-    def one(key: tuple[str, float, int]) -> dict[str, Any]:
-        if key in made:
-            return made[key]
-        row = told(run(*key, flags))
-        with writing:
-            record["runs"].append(row)
-            harness.write_json(flags.out, record)
-        return row
-
-    with concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
-        return list(pool.map(one, which))
+    """The runs of these cells, rates and seeds in their order, `--jobs` at a time."""
+    names = ("cell", "rate", "seed")
+    return harness.make_missing(
+        which, lambda *key: told(run(*key, flags)), record, names, flags.out, flags.jobs
+    )
 
 
 def tuned_rates(record: dict[str, Any], flags: argparse.Namespace) -> dict[str, float]:
@@ -242,10 +226,7 @@ def main() -> None:
         },
         "runs": [],
     }
-    if flags.out.is_file():
-        earlier = json.loads(flags.out.read_text())
-        if earlier["settings"] == record["settings"]:
-            record["runs"] = earlier["runs"]
+    harness.with_earlier_runs(record, flags.out)
     with tempfile.TemporaryDirectory() as folder:
         flags.folder = Path(folder)
         rates = tuned_rates(record, flags)

@@ -158,6 +158,10 @@ def essentials(flags: argparse.Namespace) -> list[Section]:
         sections.append(step_section(name, arch, 32, 128, seconds, flags, more, limit_s=80))
     dat = ["--methods", "natural,dat"]
     sections.append(step_section("dat_resnet50_224", "resnet50", 224, 256, 4, flags, dat))
+    network = ["--arch", "resnet50", "--image-size", "224", "--batch-size", "256"]
+    network = ["--image-size", "16", "--batch-size", "2"] if flags.tiny else network
+    average = ["bench/bench_average.py", *network, *seconds_of(5, flags)]
+    sections.append(Section("average_resnet50_224", average, 60))
     sections.append(
         step_section("memory_resnet50_224", "resnet50", 224, 256, 4, flags, memory, memory=True)
     )
@@ -442,6 +446,9 @@ def page(sections: dict[str, dict[str, Any]]) -> list[str]:
             ]
             peaks = {k: v for k, v in outcome["memory"].items() if k != "kind"}
             lines += [f"    {what} {mib:,.0f}" for what, mib in peaks.items()]
+        elif outcome.get("benchmark") == "average":
+            ratios = outcome["time_ratios"].items()
+            lines.append(f"{name}: " + ", ".join(f"{k} {v['median']:.4f}" for k, v in ratios))
         elif "result" in outcome:
             lines.append(
                 f"{name}: {outcome['log'][-1]['passes_per_second']:,.0f} passes/s at its end"

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freeadv_fast.kernels import ascend_normalize as _ascend_normalize
+from freeadv_fast.kernels import averaging as _averaging
 from freeadv_fast.kernels import batch_norm as _batch_norm
 from freeadv_fast.kernels import batch_norm_statistics as _statistics
 from freeadv_fast.kernels import cross_entropy as _cross_entropy
@@ -118,19 +119,22 @@ def perturb_normalize(
     return x
 
 
-def cross_entropy_sum_(logits: Tensor, labels: Tensor, sums: Tensor) -> Tensor:
+def cross_entropy_sum_(
+    logits: Tensor, labels: Tensor, sums: Tensor, smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy summed over the images of a pass, which is counted.
 
     Args:
         logits: (n, classes). labels: (n,) int64.
         sums: (4,) float64 on the device, updated: losses, images whose largest logit is their
             label's, images, and passes whose loss is not finite, which is not summed.
+        smoothing: Share of a label that is spread over all classes, in [0, 1).
 
     Returns:
         () of the logits' dtype. The kernels take float32 on a GPU and are differentiable once: a
         second derivative raises.
 
-    Source: Bridle 1990.
+    Source: Bridle 1990; Szegedy et al. 2016, section 7.
     """
     is_fused = (
         "cross-entropy" in FAST_PATHS
@@ -140,7 +144,7 @@ def cross_entropy_sum_(logits: Tensor, labels: Tensor, sums: Tensor) -> Tensor:
     function = (
         _cross_entropy.cross_entropy_sum_ if is_fused else _cross_entropy.cross_entropy_sum_ref_
     )
-    loss_sum: Tensor = function(logits, labels, sums)
+    loss_sum: Tensor = function(logits, labels, sums, smoothing)
     return loss_sum
 
 
@@ -597,6 +601,45 @@ def sgd_(
         _sgd.sgd_(table, *tensors, **numbers, grad_scale=grad_scale, found_inf=found_inf)
     else:
         _sgd.sgd_ref_(*tensors, **numbers, grad_scale=grad_scale, found_inf=found_inf)
+
+
+def average_table(averages: Sequence[Tensor]) -> _averaging.Table | None:
+    """What `average_` needs beside tensors where a kernel does it; None where the reference does.
+
+    Args:
+        averages: Of one network's tensors, as they lie in memory.
+    """
+    device = averages[0].device
+    if backend(device) == "triton" and all(
+        a.dtype is torch.float32 and a.device == device for a in averages
+    ):
+        return _averaging.Table(averages)
+    return None
+
+
+def average_(
+    table: _averaging.Table | None,
+    averages: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    share: float | Tensor,
+) -> None:
+    """Moves running averages towards weights, in place, of many tensors at once.
+
+    For each average a of a weight w: ``a <- a + share (w - a)``, which is w at share 1. The host
+    never waits for a GPU.
+
+    Args:
+        table: Of these averages, from `average_table`.
+        averages: a, dense in memory; updated.
+        weights: w, of their shapes and dtypes; for the kernel copied unless in their order.
+        share: Of w in the average, in (0, 1]; a () float32 tensor on the device for CUDA graphs.
+
+    Source: Polyak and Juditsky 1992, with weights that fall off exponentially.
+    """
+    if table is not None:
+        _averaging.average_(table, averages, weights, share)
+    else:
+        _averaging.average_ref_(averages, weights, share)
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from freeadv_fast.runs import checkpoint
 from freeadv_fast.runs.environment import environment
 from freeadv_fast.runs.log import RunFolder, labelled
 from freeadv_fast.session import rewind
+from freeadv_fast.session.averages import averaged, chosen_among
 from freeadv_fast.session.conclude import conclude
 from freeadv_fast.session.guard import Count
 from freeadv_fast.session.method import enter_phase
@@ -133,7 +134,8 @@ def end_epoch(run: Run) -> None:
     progress, loaders = run.progress, run.loaders
     run.clock.pause()
     found = select(run)
-    run.log.write(progress.last_line | found)
+    count, checked = check_at_end(run, found)
+    run.log.write(progress.last_line | found | checked)
     run.clock.start()
     begins_phase, selected = False, (progress.best_score, progress.best_epoch)
     # More of them where images left while the run was stopped: that place ends its epoch.
@@ -142,14 +144,32 @@ def end_epoch(run: Run) -> None:
         begins_phase = run.budget.begins_phase(progress.epoch)
         if begins_phase:  # before the save: it holds a new delta
             enter_phase(run)
-    if run.guard.is_on and loaders.holdout is not None:
-        num_images = loaders.holdout.num_images
-        standing = round(found["holdout_robust_accuracy"] * num_images)
-        is_rewound = rewind.judge(run, Count(standing, num_images))
+    if count is not None:
+        is_rewound = rewind.judge(run, count)
         if begins_phase and is_rewound:  # back in the old phase, and to its selection
             progress.best_score, progress.best_epoch = selected
         elif begins_phase:
             rewind.begin_anew(run)
+
+
+def check_at_end(run: Run, found: dict[str, float]) -> tuple[Count | None, dict[str, float]]:
+    """The guard's check at the end of a data epoch, None where it is off; and what is logged of it.
+
+    The selection is one, unless it has measured averaged weights: these still stand when the plain
+    ones, which training goes on from, have collapsed.
+
+    Args:
+        run: In the phase of the epoch.
+        found: What the selection has measured.
+    """
+    loaders = run.loaders
+    if not run.guard.is_on or loaders.holdout is None:
+        return None, {}
+    if run.learner.average is not None:
+        check = run.guard.check(run.model, loaders.guard)
+        return check.count, check.line
+    num_images = loaders.holdout.num_images
+    return Count(round(found["holdout_robust_accuracy"] * num_images), num_images), {}
 
 
 def obey_requests(run: Run, stop: StopRequests) -> None:
@@ -211,13 +231,15 @@ def refuse_nonfinite(run: Run) -> None:
 def select(run: Run) -> dict[str, float]:
     """Measures the held-out slice and keeps the weights as best.pt if none were better.
 
+    Averaged weights where there are some.
+
     Returns:
         What was measured, for log.jsonl; nothing where no images are held out.
     """
     progress = run.progress
     if run.loaders.holdout is None:
         return {}
-    with checkpoint.averaged_buffers(run.model, run.world):
+    with chosen_among(run):
         measured = measure_held_out(run, f"epoch {progress.epoch} held-out")
         found, reached = {"holdout_clean_accuracy": measured.clean_accuracy}, score(measured)
         if measured.robust_accuracy:
@@ -237,7 +259,11 @@ def select(run: Run) -> dict[str, float]:
 def save_best(run: Run) -> None:
     """Writes best.pt: weights and what they are, nothing to continue from."""
     refuse_nonfinite_weights(run)
-    state = identity(run) | {"model": run.model.state_dict(), "epoch": run.progress.best_epoch}
+    state = identity(run) | {
+        "model": run.model.state_dict(),
+        "epoch": run.progress.best_epoch,
+        "is_averaged": run.learner.average is not None,
+    }
     write(run, state, checkpoint.BEST)
 
 
@@ -247,17 +273,20 @@ def save(run: Run) -> None:
     The last good state is in the same file, so that the two are never of different times.
 
     Rank 0's weights and optimizer stand for all; perturbation, running statistics, generators and
-    sums are each rank's own. Inside ``model`` the running statistics are the ranks' mean.
+    sums are each rank's own. Inside ``model`` the running statistics are the ranks' mean, and so
+    are those of ``average``.
     """
     refuse_nonfinite_weights(run)
     run.world.on_main(lambda: remake_folder(run))
     run.progress.train_seconds = run.clock.seconds
     rank_states = run.world.gather_on_host(to_cpu(rank_state(run)))
     good = run.guard.good and rewind.gathered(run.guard.good, run.world)
+    average = averaged(run)
     with checkpoint.averaged_buffers(run.model, run.world):
         state = identity(run) | {
             "model": run.model.state_dict(),
             "learner": run.learner.state_dict(),
+            "average": average,
             "progress": dataclasses.asdict(run.progress),
             "guard": run.guard.history.state_dict(),
             "good": good,

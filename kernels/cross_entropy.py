@@ -1,8 +1,10 @@
 """Cross-entropy of a pass, and what the metrics count of it.
 
-With logits z of n images and their labels y,
+With logits z of n images over C classes and their labels y, of which a share s is spread over all
+classes,
 
-    loss = sum_i (logsumexp(z_i) - z_i[y_i]),    dz_i = g (softmax(z_i) - onehot(y_i)),
+    loss = sum_i (logsumexp(z_i) - t_i . z_i),    dz_i = g (softmax(z_i) - t_i),
+    t_i = (1 - s) onehot(y_i) + s / C,
 
 and the metrics' row of sums grows by (loss, images whose largest logit is their label's, n, 0), or
 where the loss is not finite by (0, hits, n, 1).
@@ -13,11 +15,13 @@ an image computes its softmax again and writes dz. Together 9.7 us on an H200 fo
 classes, where the 25 take 44.9; 7.8 and 35.7 for 128 of 10
 (bench/results/h200/trials/cross-entropy.log).
 
-Numerics: float32; the metrics are float64. A label outside of 0..classes-1 makes the loss NaN,
-where PyTorch's kernel ends the process. Of equal largest logits the first is the guess.
+Numerics: float32; the metrics are float64. s is compiled in, so that at 0 nothing of it is there. A
+label outside of 0..classes-1 makes the loss NaN, where PyTorch's kernel ends the process. Of equal
+largest logits the first is the guess.
 
 Source: Bridle, "Probabilistic Interpretation of Feedforward Classification Network Outputs", 1990,
-as `torch.nn.functional.cross_entropy` computes it.
+as `torch.nn.functional.cross_entropy` computes it; label smoothing: Szegedy et al., "Rethinking the
+Inception Architecture for Computer Vision", CVPR 2016, section 7.
 """
 
 from __future__ import annotations
@@ -52,9 +56,11 @@ def count_ref_(sums: Tensor, loss_sum: Tensor, hits: Tensor, num_images: int) ->
     sums[3] += ~is_finite
 
 
-def cross_entropy_sum_ref_(logits: Tensor, labels: Tensor, sums: Tensor) -> Tensor:
+def cross_entropy_sum_ref_(
+    logits: Tensor, labels: Tensor, sums: Tensor, smoothing: float = 0.0
+) -> Tensor:
     """The reference, in PyTorch's own operations."""
-    loss_sum = F.cross_entropy(logits, labels, reduction="sum")
+    loss_sum = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
     count_ref_(sums, loss_sum.detach(), (logits.detach().argmax(1) == labels).sum(), len(logits))
     return loss_sum
 
@@ -75,6 +81,7 @@ def _losses_kernel(
     labels_ptr,  # [n] i64
     num_images,
     classes,
+    SMOOTHING: tl.constexpr,  # s
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -84,7 +91,12 @@ def _losses_kernel(
     own = tl.sum(tl.where(columns == label, z, 0.0), axis=0)
     is_label = (label >= 0) & (label < classes)
     guess = tl.min(tl.where(z == largest, columns, BLOCK), axis=0)
-    tl.store(found_ptr + row, tl.where(is_label, logsumexp - own, float("nan")))
+    loss = logsumexp - own
+    if SMOOTHING > 0:
+        # From the label's logit to the mean one; around the largest, so that little cancels.
+        distances = tl.where(columns < classes, z - largest, 0.0)
+        loss += SMOOTHING * ((own - largest) - tl.sum(distances, axis=0) / classes)
+    tl.store(found_ptr + row, tl.where(is_label, loss, float("nan")))
     tl.store(found_ptr + num_images + row, tl.where(guess == label, 1.0, 0.0))
 
 
@@ -115,14 +127,17 @@ def _gradient_kernel(
     labels_ptr,  # [n] i64
     gradient_ptr,  # [] f32
     classes,
+    SMOOTHING: tl.constexpr,  # s
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
     z, columns, largest = _row_of(logits_ptr, row, classes, BLOCK)
     exponentials = tl.exp(z - largest)
     softmax = exponentials / tl.sum(exponentials, axis=0)
-    onehot = tl.where(columns == tl.load(labels_ptr + row), 1.0, 0.0)
-    dz = tl.load(gradient_ptr) * (softmax - onehot)
+    target = tl.where(columns == tl.load(labels_ptr + row), 1.0, 0.0)
+    if SMOOTHING > 0:
+        target = (1 - SMOOTHING) * target + SMOOTHING / classes
+    dz = tl.load(gradient_ptr) * (softmax - target)
     where = dz_ptr + row.to(tl.int64) * classes + columns
     tl.store(where, dz, mask=columns < classes)
 
@@ -139,6 +154,11 @@ def supports(logits: Tensor, labels: Tensor) -> bool:
     )
 
 
+def _constants(classes: int, smoothing: float) -> dict[str, float]:
+    """What the kernels of a row are compiled for."""
+    return {"SMOOTHING": smoothing, **_block(classes)}
+
+
 def _block(classes: int) -> dict[str, int]:
     """The columns of a program and its warps: up to 16 values a thread."""
     block = triton.next_power_of_2(classes)
@@ -149,29 +169,32 @@ class _CrossEntropy(torch.autograd.Function):
     """Loss and count forward; the gradient is the second Function's."""
 
     @staticmethod
-    def forward(ctx, logits, labels, sums):
+    def forward(ctx, logits, labels, sums, smoothing):
         num, classes = logits.shape
+        constants = _constants(classes, smoothing)
         found, loss = logits.new_empty((2, num)), logits.new_empty(())
         with torch.cuda.device_of(logits):
-            _losses_kernel[num,](found, logits, labels, num, classes, **_block(classes))
+            _losses_kernel[num,](found, logits, labels, num, classes, **constants)
             _count_kernel[1,](loss, sums, found, num, BLOCK=triton.next_power_of_2(num))
         ctx.save_for_backward(logits, labels)
+        ctx.smoothing = smoothing
         return loss
 
     @staticmethod
     def backward(ctx, gradient):
-        return _Gradient.apply(gradient, *ctx.saved_tensors), None, None
+        return _Gradient.apply(gradient, *ctx.saved_tensors, ctx.smoothing), None, None, None
 
 
 class _Gradient(torch.autograd.Function):
     """The gradient, whose own derivative is an error and not a silent zero."""
 
     @staticmethod
-    def forward(ctx, gradient, logits, labels):
+    def forward(ctx, gradient, logits, labels, smoothing):
         num, classes = logits.shape
+        constants = _constants(classes, smoothing)
         dz = torch.empty_like(logits)
         with torch.cuda.device_of(logits):
-            _gradient_kernel[num,](dz, logits, labels, gradient, classes, **_block(classes))
+            _gradient_kernel[num,](dz, logits, labels, gradient, classes, **constants)
         return dz
 
     @staticmethod
@@ -187,13 +210,16 @@ class _Gradient(torch.autograd.Function):
         )
 
 
-def cross_entropy_sum_(logits: Tensor, labels: Tensor, sums: Tensor) -> Tensor:
+def cross_entropy_sum_(
+    logits: Tensor, labels: Tensor, sums: Tensor, smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy summed over the images of a pass, which is counted; differentiable once.
 
     Args:
         logits: (n, classes) float32; see `supports`.
         labels: (n,) int64.
         sums: (4,) float64, updated: losses, hits, images, non-finite losses.
+        smoothing: Share of a label that is spread over all classes, in [0, 1).
 
     Returns:
         () float32.
@@ -201,5 +227,5 @@ def cross_entropy_sum_(logits: Tensor, labels: Tensor, sums: Tensor) -> Tensor:
     Raises:
         RuntimeError: in backward, of a second derivative.
     """
-    loss: Tensor = _CrossEntropy.apply(logits.contiguous(), labels.contiguous(), sums)
+    loss: Tensor = _CrossEntropy.apply(logits.contiguous(), labels.contiguous(), sums, smoothing)
     return loss

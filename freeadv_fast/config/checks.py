@@ -97,8 +97,18 @@ def check_values(config: RunFields) -> None:
     ):
         if not (math.isfinite(number) and number >= 0):
             raise UserError(f"{flag} {number:g}: must be zero or a positive number")
+    if config.ema is not None and not 0 < config.ema < 1:
+        raise UserError(
+            f"--ema {config.ema:g}: must be above 0 and below 1, such as 0.9995, or "
+            "None for no average"
+        )
     if not 0 <= config.momentum < 1:
         raise UserError(f"--momentum {config.momentum:g}: must be at least 0 and below 1")
+    if not 0 <= config.label_smoothing < 1:
+        raise UserError(
+            f"--label-smoothing {config.label_smoothing:g}: must be at least 0 and below 1, "
+            "such as 0.1"
+        )
     if not 0 <= config.max_bad_fraction < 1:
         raise UserError(
             f"--max-bad-fraction {config.max_bad_fraction:g}: must be at least 0 and below 1"
@@ -143,6 +153,7 @@ def check_values(config: RunFields) -> None:
         ("--noise-radius", config.noise_radius),
         ("--reg-lambda", config.reg_lambda or 0.0),
         ("--trades-beta", config.trades_beta),
+        ("--awp", config.awp),
     ):
         if not (math.isfinite(number) and number >= 0):
             raise UserError(f"{flag} {number:g}: must be zero or a positive number")
@@ -168,6 +179,11 @@ def check_combinations(config: RunFields) -> None:
             f"--on-collapse gradalign: {config.method} with --norm {config.norm} cannot go on as "
             "GradAlign; use --on-collapse restore or stop"
         )
+    if config.on_collapse == "gradalign" and config.unlabelled:
+        raise UserError(
+            "--on-collapse gradalign: GradAlign takes no --unlabelled images; use --on-collapse "
+            "restore or stop"
+        )
     if config.fuse == "on" and config.is_second_order:
         raise UserError(
             "--fuse on: GradAlign differentiates twice, fused batch norm only once; use --fuse auto"
@@ -188,6 +204,15 @@ def check_combinations(config: RunFields) -> None:
         raise UserError(
             f"--warmup-epochs {config.warmup_epochs:g}: leaves nothing of --epochs "
             f"{config.epochs:g} to the schedule; warm up for less"
+        )
+    if (
+        config.schedule.kind == "onecycle-epochs"
+        and config.steps is None
+        and config.data_epochs < 2
+    ):  # torch's last step has a rate of next to nothing, and there would be no other
+        raise UserError(
+            f"--schedule {config.schedule}: one pass over the data has no cycle; use "
+            f"{str(config.schedule).replace('-epochs', '')}, which moves with each update"
         )
     if config.method == "dat" and config.dat_attack == "fgsm" and config.dat_unlabelled == "kl":
         raise UserError(

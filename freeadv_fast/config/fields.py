@@ -88,6 +88,10 @@ class RunFields:
     by 0.99 an update (ELLE-A)."""
     trades_beta: float = 6.0
     """Weight of the distance between clean and adversarial predictions in trades."""
+    awp: float = 0.0
+    """Adversarial weight perturbation of pgd and trades: weights descend the loss where each tensor
+    has moved up it by this share gamma of its length, at the price of the loss's passes once more.
+    0 for none; Wu et al. 2020 take 0.01 for pgd and 0.005 for trades."""
     yopo_inner: int = 3
     """Steps n through the first layer in each of yopo's K passes."""
     dat_attack: DatAttack = "pgd"
@@ -140,6 +144,10 @@ class RunFields:
     """Mix pairs of clean training images: mixup, cutmix or none (natural and the AdvProps)."""
     mix_alpha: float | None = None
     """Both parameters of the Beta distribution of the mixture. Default: 0.2 mixup, 1 cutmix."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread evenly over all classes, in the losses that train weights
+    and in the logs; in [0, 1). Attacks of free, yopo, fast-advprop and the fgsm family ascend the
+    smoothed loss, those of pgd, dat, gradalign, elle and advprop the plain one."""
     unlabelled: str | None = None
     """More images to train on beside those of --data, with pseudo labels instead of true ones: the
     pickle of Carmon et al. (data, extrapolated_targets) or an .npz with image and label, such as
@@ -157,8 +165,9 @@ class RunFields:
 
     # The network.
     arch: str = "resnet50"
-    """Network by name: torchvision's and timm's names, wrn-32-10, wrn-34-10, preact-resnet18,
-    preact-resnet18-gradalign."""
+    """Network by name: torchvision's and timm's names, wrn-28-10, wrn-32-10, wrn-34-10,
+    preact-resnet18, preact-resnet18-gradalign, and with a 3x3 stem cifar-resnet18 and
+    cifar-resnet50."""
     normalization: Normalization = "imagenet"
     """Pixel statistics of the network's input. symmetric: mean and std 0.5. per-image: each image
     by its own mean and standard deviation, inside the network."""
@@ -207,7 +216,9 @@ class RunFields:
     schedule: Schedule = Schedule.parse("every:30")
     """Learning rate over the run. every:30 divides it by 10 each ceil(30/m) data epochs; at:30,60
     at these epochs of the natural budget; steps:40000,60000 at these updates; linear:0.4 rises
-    from 0 to --lr at 40 % of the updates and falls back to 0; piecewise:0=0,1=1,6=0.1 draws lines
+    from 0 to --lr at 40 % of the updates and falls back to 0; onecycle:0.3 is torch's OneCycleLR,
+    which is at --lr after 30 % of the updates, and onecycle-epochs:0.3 steps once a data epoch;
+    piecewise:0=0,1=1,6=0.1 draws lines
     between these factors of --lr at these epochs of the natural budget; constant."""
     warmup_epochs: float = 0.0
     """Epochs of the natural budget, the first of --epochs, over which the learning rate rises to
@@ -231,6 +242,10 @@ class RunFields:
     """lalr moves batch norm's parameters and biases by Adam's direction at --lr itself. The
     authors' code does so only while they are zero; afterwards their rate falls to next to
     nothing."""
+    ema: float | None = None
+    """Keep an average of the weights beside them that forgets by this factor with each update, such
+    as 0.9995, and evaluate and export both. Held-out images choose among averages then. Default: no
+    average."""
     compress: Compress = "none"
     """Average gradients over ranks in one byte an element, both ways: bucket scales 512 of them by
     their largest magnitude, paper a whole tensor by its L2 norm, which zeroes nearly all of a large
@@ -267,8 +282,8 @@ class RunFields:
 
     # The evaluation.
     eval_attacks: tuple[str, ...] = ("pgd-10", "pgd-50")
-    """Attacks on the trained network, such as pgd-50 (50 steps), pgd-50-10 (10 restarts) or
-    cw-100 (margin loss), separated by commas."""
+    """Attacks on the trained network, such as pgd-50 (50 steps), pgd-50-10 (10 restarts), cw-100
+    (margin loss), apgd-ce-100 (steps that adapt) or autoattack, separated by commas."""
     eval_step: Perturbation = Perturbation.parse("1/255").chosen_in(DEFAULT_EPS, "linf")
     """Step of the evaluation's attacks. Default: the recipe's, in proportion to --eps."""
     eval_images: int | None = None

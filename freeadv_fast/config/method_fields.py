@@ -29,6 +29,7 @@ READERS: dict[str, tuple[Method, ...]] = {
     "reg_through": ("gradalign",),
     "reg_adaptive": ("elle",),
     "trades_beta": ("trades", "free-trades"),
+    "awp": ("pgd", "trades"),
     "yopo_inner": ("yopo",),
     "dat_attack": ("dat",),
     "dat_mode": ("dat",),
@@ -57,6 +58,7 @@ READERS: dict[str, tuple[Method, ...]] = {
 NEUTRAL: dict[str, object] = {
     "m": 1,
     "attack_warmup": 0.0,
+    "awp": 0.0,
     "norm": "linf",
     "mix": "none",
     "unlabelled": None,

@@ -22,8 +22,9 @@ class Schedule:
     Attributes:
         kind: ``every`` (drop by 10 each so many epochs of the natural budget), ``at`` (drop by 10
             at these epochs of the natural budget), ``steps`` (drop by 10 at these updates),
-            ``linear`` (rise to a peak, fall to zero), ``piecewise`` (straight lines between given
-            factors at given epochs of the natural budget) or ``constant``.
+            ``linear`` (rise to a peak, fall to zero), ``onecycle`` (rise and fall along cosines, by
+            updates), ``onecycle-epochs`` (the same, by data epochs), ``piecewise`` (straight lines
+            between given factors at given epochs of the natural budget) or ``constant``.
         values: Epochs between drops; epochs; update indices; the peak's place in (0, 1); or epochs
             and factors by turns.
     """
@@ -35,7 +36,8 @@ class Schedule:
     def parse(cls, text: str | Schedule) -> Schedule:
         """Reads ``every:30``, ``at:30,60,90``, ``steps:40000,60000``, ``linear:0.4`` and the rest.
 
-        The rest: ``piecewise:0=0,1=1,6=0.1`` (epoch=factor, epochs rising from 0), ``constant``.
+        The rest: ``onecycle:0.3``, ``onecycle-epochs:0.3``, ``piecewise:0=0,1=1,6=0.1``
+        (epoch=factor, epochs rising from 0), ``constant``.
 
         Raises:
             UserError: any other form.
@@ -53,7 +55,10 @@ class Schedule:
             "every": len(values) == 1 and values[0] > 0,
             "at": len(values) >= 1 and all(v > 0 for v in values),
             "steps": len(values) >= 1 and all(v > 0 for v in values),
-            "linear": len(values) == 1 and 0 < values[0] < 1,
+            **dict.fromkeys(
+                ("linear", "onecycle", "onecycle-epochs"),
+                len(values) == 1 and 0 < values[0] < 1,
+            ),
             "piecewise": (
                 _KNOTS.fullmatch(rest) is not None
                 and knots[0] == 0
@@ -65,7 +70,7 @@ class Schedule:
         if not is_valid.get(kind, False):
             raise UserError(
                 f"--schedule {text}: write every:30, at:30,60,90, steps:40000,60000, linear:0.4, "
-                "piecewise:0=0,1=1,6=0.1 or constant"
+                "onecycle:0.3, onecycle-epochs:0.3, piecewise:0=0,1=1,6=0.1 or constant"
             )
         return cls(kind, values)
 
@@ -98,7 +103,9 @@ class Schedule:
         is ceil(epochs / m) data epochs, so that m = 4 drops at 8 and 16 of 23. ``at`` follows Fast
         AdvProp's: 30, 60, 90, 100 at cost 1.2 are data epochs 25, 50, 75, 83. ``piecewise`` follows
         Wong et al.'s code for ImageNet, main_fast.py: an update's rate is that of the place in the
-        data where it ends.
+        data where it ends. ``onecycle`` is torch's OneCycleLR, whose momentum stays, by default
+        stepped after each update; the FastAT Benchmark's code (Pan and Yao 2026, main.py) steps it
+        after each pass over the data.
         """
         # 1e-9, here and below: 30 / 1.2 is 25, and 8 passes after a warm-up of 5 / 7 are 8, to the
         # last bit.
@@ -114,7 +121,31 @@ class Schedule:
             rising = (update + 1) / peak  # the first update already moves the weights
             falling = (total_updates - update) / (total_updates - peak)
             return max(0.0, min(rising, falling))
+        if self.kind == "onecycle":
+            return one_cycle(update, total_updates, self.values[0])
+        if self.kind == "onecycle-epochs":
+            total_epochs = math.ceil(data_epochs_before(total_updates) - 1e-9)
+            return one_cycle(data_epoch, total_epochs, self.values[0])
         if self.kind == "piecewise":
             epoch = cost * data_epochs_before(update + 1)
             return float(np.interp(epoch, self.values[::2], self.values[1::2]))
         return 1.0
+
+
+def one_cycle(step: int, total_steps: int, share: float) -> float:
+    """The factor on the peak rate of torch's OneCycleLR with its defaults, but for the share.
+
+    From 1/25 along half a cosine to 1, and from there to 1/250,000 in the last step.
+
+    Args:
+        step: From 0. total_steps: Of the whole cycle.
+        share: Of the steps, in (0, 1), that rise: torch's ``pct_start``, 0.3 by default.
+
+    Source: Smith and Topin, "Super-Convergence", 2018; torch/optim/lr_scheduler.py.
+    """
+    first, last, peak = 1 / 25, 1 / 25 / 1e4, share * total_steps - 1
+    if step < peak:
+        start, end, way = first, 1.0, step / peak
+    else:
+        start, end, way = 1.0, last, (step - peak) / (total_steps - 1 - peak)
+    return end + (start - end) / 2 * (math.cos(math.pi * way) + 1)

@@ -10,6 +10,8 @@ images, each parameter's gradient divided by the weighted images that it saw, th
 mode on the auxiliary branch. That code draws the target as (y + r) mod classes with r from 0, so
 that it can be the true label; here it never is. Clean and adversarial pass end in one backward
 pass, one all-reduce an update, with the activations of both in memory.
+
+``--label-smoothing`` smooths both training losses, not the attack's.
 """
 
 from __future__ import annotations

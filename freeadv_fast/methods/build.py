@@ -65,9 +65,21 @@ def build_method(
     learner.minibatch_size = config.batch_size
     threat = config.threat
     if config.method == "pgd":
-        return Pgd(learner, threat, attack_steps=config.attack_steps, start=config.attack_start)
+        return Pgd(
+            learner,
+            threat,
+            attack_steps=config.attack_steps,
+            start=config.attack_start,
+            awp=config.awp,
+        )
     if config.method == "trades":
-        return Trades(learner, threat, attack_steps=config.attack_steps, beta=config.trades_beta)
+        return Trades(
+            learner,
+            threat,
+            attack_steps=config.attack_steps,
+            beta=config.trades_beta,
+            awp=config.awp,
+        )
     assert isinstance(threat, ThreatModel)  # TrainConfig gives an L2 ball to these two only
     mixing: dict[str, Any] = {"kind_of_mix": config.mix, "mix_alpha": config.mix_alpha}
     buffer: dict[str, Any] = {

@@ -26,6 +26,9 @@ Unlabelled images. Where text and code differ, both are here:
   paper: its attack, whether lambda counts pseudo labels, and a weight of phi; here there is none.
   Labelled and unlabelled images go through the network together: batch norm sees the minibatch.
 
+``--label-smoothing`` smooths both cross-entropies of the training loss, pseudo labels like labels;
+attacks of DAT-PGD ascend the plain one.
+
 Where we differ from the code:
 - It clips to the pixel range, then to the ball; here it is the ball first. Both hold the image, so
   that one order leads to the same point as the other.
@@ -115,8 +118,10 @@ class Dat:
         # For the log alone.
         learner.cross_entropy(adversarial_logits.detach(), labels, role="adversarial")
         learner.cross_entropy(clean_logits.detach(), labels, role="clean")
-        natural = F.cross_entropy(clean_logits, labels, reduction="none").masked_fill(marked < 0, 0)
-        robust = phi(clean_logits, adversarial_logits, marked)
+        natural = F.cross_entropy(
+            clean_logits, labels, reduction="none", label_smoothing=learner.label_smoothing
+        ).masked_fill(marked < 0, 0)
+        robust = phi(clean_logits, adversarial_logits, marked, learner.label_smoothing)
         loss_sum = (self.clean_weight * natural + robust).sum()
         learner.backward(learner.share(loss_sum, global_size))
         learner.apply_gradients()
@@ -185,13 +190,19 @@ def unmarked(marked: Tensor) -> Tensor:
     return torch.where(marked < 0, ~marked, marked)
 
 
-def phi(clean_logits: Tensor, adversarial_logits: Tensor, marked: Tensor) -> Tensor:
+def phi(
+    clean_logits: Tensor, adversarial_logits: Tensor, marked: Tensor, smoothing: float = 0.0
+) -> Tensor:
     """What the attack maximises, (n,): cross-entropy; of unlabelled images the divergence.
 
     Args:
         clean_logits: (n, classes) at x. adversarial_logits: (n, classes) at x + delta.
         marked: (n,) int64 labels; ~y marks an unlabelled image.
+        smoothing: Share of a label that is spread over all classes, for the training loss.
     """
     log_p, log_q = clean_logits.log_softmax(1), adversarial_logits.log_softmax(1)
     kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)
-    return torch.where(marked < 0, kl, F.nll_loss(log_q, unmarked(marked), reduction="none"))
+    labelled = F.nll_loss(log_q, unmarked(marked), reduction="none")
+    if smoothing:
+        labelled = torch.lerp(labelled, -log_q.mean(1), smoothing)
+    return torch.where(marked < 0, kl, labelled)

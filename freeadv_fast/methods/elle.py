@@ -22,6 +22,9 @@ Presets, CIFAR-10: ELLE-A lambda_max 4000; ELLE lambda 1000 up to eps 8/255, 500
 is coarse: on a small untrained network it read 2.6e-6 at 1/255 where it was 5e-9 (float16: 6e-8),
 and 6.6e-6 at 8/255 where it was 3e-6.
 
+``--label-smoothing`` smooths the first term alone: attack and E_lin keep the plain loss, as in the
+FastAT Benchmark's code (Pan and Yao 2026, fast_at/elle.py).
+
 The two terms have a backward pass each: their gradients add up, only the activations of the three
 points are in memory at once, and one all-reduce serves both.
 
@@ -75,7 +78,7 @@ class Elle:
         self.learner, self.threat = learner, threat
         self.lambda_max, self.adaptive = lambda_max, adaptive
         self.decay, self.sensitivity = decay, sensitivity
-        self.fgsm = Fgsm(learner, threat, start=start)
+        self.fgsm = Fgsm(learner, threat, start=start, smoothed=False)
         device = learner.pixels.mean.device
         self.lam = torch.tensor(0.0 if adaptive else lambda_max, device=device)
         # Of the E_lin so far: count, mean, sum of squared distances from the mean.

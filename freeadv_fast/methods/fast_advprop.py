@@ -17,6 +17,8 @@ Where paper and authors' code differ:
   paper, and clip.
 - The attack normalises with batch statistics. With running ones the paper's loss became NaN.
 
+With ``--label-smoothing`` all three losses are smoothed, and with the noise pass the attack.
+
 The clean pass comes after the attack here, so that it hides the exchange between the ranks: the two
 branches share no statistics, and gradients add up in any order. Clean and adversarial pass end in
 one backward pass, so that there is one all-reduce an update.

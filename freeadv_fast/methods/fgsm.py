@@ -21,6 +21,9 @@ away; here that pass computes the input's alone.
 FGSM and, at larger eps, FGSM-RS suffer from catastrophic overfitting: within an epoch the network
 comes to withstand single-step attacks and no others.
 
+With ``--label-smoothing`` both passes have the smoothed loss, as in the FastAT Benchmark's code
+(Pan and Yao 2026, fast_at/fgsm_rs.py, n_fgsm.py).
+
 Cost: two forward passes, one full backward pass and one for the input alone: about 1.6 steps of
 natural training.
 """
@@ -50,6 +53,8 @@ class Fgsm:
         threat: Radius eps, and alpha as its step.
         start: Where the step starts; it decides whether the ball binds as well.
         noise: k, the radius of ``noisy`` starts in units of eps.
+        smoothed: Whether the attack ascends the loss that trains weights, with smoothed labels
+            where the learner smooths them, or the plain one.
     """
 
     seeks_robustness = True
@@ -61,9 +66,11 @@ class Fgsm:
         *,
         start: Start = "uniform",
         noise: float = 2.0,
+        smoothed: bool = True,
     ) -> None:
         """Works out how far the noise and the perturbation reach."""
         self.learner, self.threat, self.start = learner, threat, start
+        self.smoothed = smoothed
         self.step_size, self.reach = float(threat.step.levels), float(threat.eps.levels)
         self.noise = threat
         if start == "noisy":
@@ -106,7 +113,7 @@ class Fgsm:
         x = learner.network_input(images, delta)
         ops.sign_ascent_(
             delta,
-            learner.input_gradient(x, labels),
+            learner.input_gradient(x, labels, smoothed=self.smoothed),
             images,
             learner.meters.nonfinite_gradients,
             step=self.step_size * attack_scale,

@@ -8,7 +8,8 @@ Where paper and reference code differ: Algorithm 1 adds delta without clipping t
 both reference implementations clip x + delta before the network and let the gradient through
 where 0 <= x + delta <= 1. We follow the code. Row i of delta belongs to batch slot i; a smaller
 last minibatch uses and updates the first rows only, as in the reference code. Batch norm stays in
-training mode, and its running statistics move in every replay.
+training mode, and its running statistics move in every replay. With ``--label-smoothing`` both
+gradients are those of the smoothed loss: there is one backward pass.
 """
 
 from __future__ import annotations

@@ -15,6 +15,9 @@ text. The code drops images without a gradient from the mean, which is NaN when 
 they contribute nothing. All passes are in training mode, as in the code: batch norm's running
 statistics move with x, x + delta and x + eta.
 
+``--label-smoothing`` smooths the loss at x + delta alone: g1 and g2 are of the plain one, as in the
+FastAT Benchmark's code (Pan and Yao 2026, fast_at/grad_align.py).
+
 Cost: FGSM's two passes, and 1.27 times as much for the term (an input gradient of a third forward
 pass, and its derivative). `every` k takes the term in every k-th update with k times the weight:
 the same mean gradient for a k-th of the price. In half precision the term runs in float32: in

@@ -3,6 +3,8 @@ ICML 2019, Algorithm 1; and free-TRADES, its replayed form.
 
     loss = CE(f(x), y) + beta * KL(p(x) || p(x + delta)),    p = softmax of the logits f
 
+``--label-smoothing`` smooths the cross-entropy; the divergence knows no labels.
+
 Attacks ascend the same divergence, without the labels: K steps from normal noise of 0.001 of the
 pixel range. At delta = 0 the divergence has its minimum and its gradient is zero. Gradients of the
 training loss reach the weights through both p(x) and p(x + delta); attacks hold p(x) fixed.
@@ -26,11 +28,17 @@ starts as one step in random directions: at delta = 0 the gradient is zero, and 
 computed is that of rounding errors. The ascent goes through the training pass, hence with batch
 statistics.
 
+With ``--awp`` TRADES takes the weights' gradient where they have moved up its loss, as TRADES-AWP
+does (`step.weight_perturbation`).
+
 Cost: TRADES 2 + K passes, of which K compute the input's gradient alone, and a forward pass: about
-2.3 + 0.6 K steps of natural training. Free-TRADES: two passes a replay, twice free training.
+2.3 + 0.6 K steps of natural training; with ``--awp`` two more. Free-TRADES: two passes a replay,
+twice free training.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +47,7 @@ from torch import Tensor
 from freeadv_fast.config.threat import AnyThreatModel, ThreatModel, clip_to_pixels_
 from freeadv_fast.methods.passes import Passes
 from freeadv_fast.step.learner import Learner
+from freeadv_fast.step.weight_perturbation import WeightPerturbation
 
 START_LEVELS = 0.001 * 255
 """Standard deviation of the attack's start, in grey levels."""
@@ -81,6 +90,7 @@ class Trades:
         threat: The ball of radius eps, L-infinity or L2, and the attack's step.
         attack_steps: K.
         beta: 1/lambda of the paper: 6 for robustness, 1 for accuracy.
+        awp: gamma of the weights' perturbation; 0 for none.
     """
 
     seeks_robustness = True
@@ -92,10 +102,12 @@ class Trades:
         *,
         attack_steps: int = 10,
         beta: float = 6.0,
+        awp: float = 0.0,
     ) -> None:
         """Binds the learner."""
         self.learner, self.threat = learner, threat
         self.attack_steps, self.beta = attack_steps, beta
+        self.awp = WeightPerturbation(learner, awp)
 
     def train_minibatch(self, images: Tensor, labels: Tensor, global_size: int) -> Passes:
         """Makes one update from one minibatch.
@@ -105,14 +117,16 @@ class Trades:
             global_size: Images of the minibatch over all ranks.
         """
         self.learner.update(self.descend, images, labels, global_size)
-        return Passes(2 * global_size, self.attack_steps * global_size)
+        return Passes(2 * global_size, (self.attack_steps + 2 * self.awp.passes) * global_size)
 
     def descend(self, images: Tensor, labels: Tensor, global_size: int) -> None:
         """The attack, and the update where it ends."""
         learner = self.learner
         clean = learner.network_input(images)
         x = learner.network_input(images, self.attack(images, clean))
-        learner.backward(trades_loss(learner, clean, x, labels, global_size, self.beta))
+        loss = functools.partial(trades_loss, learner, clean, x, labels, global_size, self.beta)
+        with self.awp.up(loss):
+            learner.backward(loss())
         learner.apply_gradients()
 
     def attack(self, images: Tensor, clean: Tensor) -> Tensor:

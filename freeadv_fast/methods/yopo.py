@@ -22,6 +22,8 @@ Where we differ from the authors' code:
 - A convolution is linear, so that its n inner steps share one gradient. Here they are taken as one
   step of n * alpha, which ends at the same point. With a standardiser they are taken one by one.
 
+``--label-smoothing`` smooths the loss of the full passes, and with it p.
+
 Presets, in 1/255: YOPO-5-3 with eps 8, alpha 2 on CIFAR-10.
 
 Cost: K full passes, K steps of natural training, and K - 1 passes through the first convolution.

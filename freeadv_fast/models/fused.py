@@ -309,11 +309,11 @@ def _apply(pattern: _Pattern, module: nn.Module) -> nn.Module:
     if pattern.forward is None:
         for name in (*pattern.activations, *pools):
             children[name] = nn.Identity().train(module.training)
-    downsample = children.get("downsample")
-    if isinstance(downsample, nn.Sequential):
-        for name, layer in downsample._modules.items():
-            if _is_norm(layer):
-                downsample._modules[name] = _fused_norm(layer, relu=False)
+    for downsample in (children.get("downsample"), children.get("shortcut")):
+        if isinstance(downsample, nn.Sequential):
+            for name, layer in downsample._modules.items():
+                if _is_norm(layer):
+                    downsample._modules[name] = _fused_norm(layer, relu=False)
     return fused
 
 
@@ -476,6 +476,24 @@ def _timm_bottleneck(self: Any, x: Tensor) -> Tensor:
     return _block_end(self.bn3, out, self.downsample, _shortcut(x))
 
 
+def _cifar_block(self: Any, x: Tensor) -> Tensor:
+    """torchvision's under other names."""
+    out = self.conv2(self.bn1(self.conv1(x)))
+    return _block_end(self.bn2, out, self.shortcut, _shortcut(x))
+
+
+def _cifar_bottleneck(self: Any, x: Tensor) -> Tensor:
+    """torchvision's under other names."""
+    out = self.conv3(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
+    return _block_end(self.bn3, out, self.shortcut, _shortcut(x))
+
+
+def _cifar_resnet(self: Any, x: Tensor) -> Tensor:
+    """A stem without pooling, stages, global average."""
+    x = self.layer4(self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x))))))
+    return self.linear(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
 def _preact_block(self: Any, x: Tensor) -> Tensor:
     """Batch norm and ReLU before each convolution."""
     activated = self.bn1(x)
@@ -543,6 +561,9 @@ _PATTERNS: dict[str, _Pattern] = {
     "timm.models.resnet.ResNet": _Pattern(("bn1",), ("act1",), pools=("maxpool",)),
     "timm.models.resnet.BasicBlock": _Pattern(_TWO, _TIMM_TWO, _TIMM_OPTIONS, _timm_basic_block),
     "timm.models.resnet.Bottleneck": _Pattern(_THREE, _TIMM_THREE, _TIMM_OPTIONS, _timm_bottleneck),
+    "freeadv_fast.models.cifar_resnet.CifarBlock": _Pattern(_TWO, forward=_cifar_block),
+    "freeadv_fast.models.cifar_resnet.CifarBottleneck": _Pattern(_THREE, forward=_cifar_bottleneck),
+    "freeadv_fast.models.cifar_resnet.CifarResNet": _Pattern(("bn1",), forward=_cifar_resnet),
     "freeadv_fast.models.preact_resnet.PreActBlock": _Pattern(_TWO, forward=_preact_block),
     "freeadv_fast.models.preact_resnet.PreActResNet18": _Pattern(("bn",), forward=_preact_resnet18),
     "freeadv_fast.models.wide_resnet.WideBlock": _Pattern(_TWO, forward=_wide_block),

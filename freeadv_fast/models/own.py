@@ -177,6 +177,6 @@ def hand_back(model: nn.Module, own: nn.Module) -> None:
     own.load_state_dict(without_auxiliary(plain_network(model).state_dict()))
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """An exception in a line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,6 +12,7 @@ from torch import nn
 
 from freeadv_fast.errors import UserError
 from freeadv_fast.models.batch_norm import apply_bn_groups
+from freeadv_fast.models.cifar_resnet import CifarResNet
 from freeadv_fast.models.normalize import StandardizedNetwork
 from freeadv_fast.models.preact_resnet import PreActResNet18
 from freeadv_fast.models.wide_resnet import MadryWideResNet, WideResNet
@@ -19,8 +20,11 @@ from freeadv_fast.models.wide_resnet import MadryWideResNet, WideResNet
 OWN_NETWORKS: dict[str, Callable[[int], nn.Module]] = {
     "wrn-32-10": MadryWideResNet,
     "wrn-34-10": WideResNet,
+    "wrn-28-10": lambda n: WideResNet(n, depth=28),
     "preact-resnet18": PreActResNet18,
     "preact-resnet18-gradalign": lambda n: PreActResNet18(n, variant="gradalign"),
+    "cifar-resnet18": CifarResNet,
+    "cifar-resnet50": lambda n: CifarResNet(n, depth=50),
 }
 
 TIMM_PREFIX = "timm/"

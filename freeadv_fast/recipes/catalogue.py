@@ -11,7 +11,18 @@ import difflib
 from freeadv_fast.config.method_names import METHODS
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.errors import UserError
-from freeadv_fast.recipes import advprop, dat, digits, fast, free, gradalign, pgd, trades, yopo
+from freeadv_fast.recipes import (
+    advprop,
+    dat,
+    digits,
+    fast,
+    fastat,
+    free,
+    gradalign,
+    pgd,
+    trades,
+    yopo,
+)
 
 # Each paper's recipes by name.
 PAPERS: dict[str, dict[str, TrainConfig]] = {
@@ -26,6 +37,7 @@ PAPERS: dict[str, dict[str, TrainConfig]] = {
         "You Only Propagate Once (Zhang et al. 2019)": yopo,
         "TRADES (Zhang et al. 2019)": trades,
         "Distributed Adversarial Training (Zhang et al. 2022)": dat,
+        "FastAT Benchmark (Pan and Yao 2026)": fastat,
     }.items()
 }
 RECIPES = {name: config for rows in PAPERS.values() for name, config in rows.items()}

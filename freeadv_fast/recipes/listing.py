@@ -61,5 +61,6 @@ def recipe_page(name: str) -> str:
         clean = {} if reported.clean is None else {"clean": reported.clean}
         accuracies = clean | dict(reported.robust)
         said = ", ".join(f"{what} {percent(value)}" for what, value in accuracies.items())
-        comments.append(f"{reported.place}, in percent: {said}")
+        took = "" if reported.seconds is None else f"; trained in {reported.seconds:,.0f} s"
+        comments.append(f"{reported.place}, in percent: {said}{took}")
     return "".join(f"# {line}\n" for line in comments) + config_to_yaml(config).rstrip()

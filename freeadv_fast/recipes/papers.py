@@ -17,11 +17,13 @@ class Reported:
         place: Where it stands, such as the table.
         clean: Accuracy on clean images in percent; None where it is not given.
         robust: Accuracies in percent by attack, as `--eval-attacks` names it.
+        seconds: Of training, where they are given.
     """
 
     place: str
     clean: float | None = None
     robust: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    seconds: float | None = None
 
 
 def _rows(
@@ -143,4 +145,16 @@ REPORTED: dict[str, Reported] = {
     "imagenet-rn50-fgsm-rs-eps2": Reported("their README", 60.90, {"pgd-50-10": 43.46}),
     "imagenet-rn50-fgsm-rs-eps4": Reported("the paper", robust={"pgd-50-10": 30.28}),
     "cifar10-wrn34-yopo-5-3": Reported("the paper", 87.20, {"pgd-20": 47.98}),
+    # benchmark_data.json of their code, means of three seeds; the GPU is named nowhere.
+    **{
+        name: Reported(place, clean, {"pgd-50": pgd, "autoattack": autoattack}, seconds)
+        for name, place, clean, pgd, autoattack, seconds in (
+            ("fastat-free-4", "their board; delta starts anew", 75.20, 48.83, 44.34, 1979),
+            ("fastat-fgsm-rs", "their board", 77.66, 48.27, 43.09, 1902),
+            ("fastat-n-fgsm", "their board", 78.59, 53.07, 47.77, 1941),
+            ("fastat-gradalign", "their board", 79.39, 52.87, 47.99, 5612),
+            ("fastat-pgd", "their board", 82.36, 54.17, 50.49, 7027),
+            ("fastat-pgd-plain", "their board", 85.35, 46.31, 44.33, 6954),
+        )
+    },
 }

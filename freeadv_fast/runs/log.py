@@ -64,7 +64,9 @@ def labelled(label: str, lines: Sequence[str]) -> list[str]:
 
 
 class RunFolder:
-    """Paths of a run: config.yaml, env.json, log.jsonl, checkpoints/, result.json, plots/, export/.
+    """Paths of a run: config.yaml, env.json, log.jsonl, checkpoints/, result.json and the others.
+
+    With averaged weights also export-average/.
 
     Args:
         root: The output folder.
@@ -77,9 +79,11 @@ class RunFolder:
         self.environment = root / "env.json"
         self.log = root / "log.jsonl"
         self.result = root / "result.json"
+        self.report = root / "report.html"
         self.checkpoints = root / "checkpoints"
         self.plots = root / "plots"
         self.export = root / "export"
+        self.export_average = root / "export-average"
 
     def claim(self, resume: bool) -> None:
         """Makes the folder, or refuses one that holds something else.

@@ -1,4 +1,4 @@
-"""A run read back from its folder: its network, and its export once more."""
+"""A run read back from its folder, and its network."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from freeadv_fast.models.normalize import with_normalizer
 from freeadv_fast.models.own import adopt, refuse_unnamed_network
 from freeadv_fast.models.zoo import build_model
 from freeadv_fast.runs.checkpoint import BEST, LAST, load_checkpoint, load_weights
-from freeadv_fast.runs.export import export_model
 from freeadv_fast.runs.log import RunFolder
+
+# The name of the averaged weights, which lie in the same file as the last ones.
+AVERAGE = "average"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,7 @@ class SavedRun:
         folder: Paths of the run.
         config: The config it was made with.
         checkpoint: The file that the weights are from.
+        is_averaged: Whether they are the average that it holds, beside other weights.
         classes: Class names; a label is an index into this list.
         model: The network of normalised images, on the CPU, in training mode.
     """
@@ -35,6 +38,12 @@ class SavedRun:
     checkpoint: Path
     classes: list[str]
     model: nn.Module
+    is_averaged: bool = False
+
+    @property
+    def weights(self) -> str:
+        """What the weights are called: ``average``, or as their file: ``last.pt``, ``best.pt``."""
+        return AVERAGE if self.is_averaged else self.checkpoint.name
 
     @property
     def network(self) -> nn.Module:
@@ -54,7 +63,8 @@ def load_run(
     Args:
         run_folder: The run's output folder.
         checkpoint: ``last``, whose accuracies are the run's result, ``best`` by the held-out
-            images (each stands for the other where that is missing), or the path of a checkpoint.
+            images (each stands for the other where that is missing), ``average`` for the averaged
+            weights beside the last ones, or the path of a checkpoint.
         model: Your own network where the run trained one: a module of the same class and shapes,
             of which a copy takes the weights.
 
@@ -74,9 +84,18 @@ def load_run(
     classes = state.get("classes")
     if not isinstance(classes, list):
         raise UserError(f"--checkpoint {path}: no class names; not a checkpoint of a run")
+    is_averaged = checkpoint == AVERAGE
+    if is_averaged:
+        average = state.get("average")
+        if average is None:
+            raise UserError(
+                f"--checkpoint average: {path} holds none, it was trained without --ema; use last "
+                "or best"
+            )
+        state = average
     built = _build(config, len(classes), model)
     load_weights(built, state, config.arch, f"--checkpoint {path}")
-    return SavedRun(folder, config, path, classes, built)
+    return SavedRun(folder, config, path, classes, built, is_averaged)
 
 
 def _build(config: TrainConfig, num_classes: int, own: nn.Module | None) -> nn.Module:
@@ -93,44 +112,12 @@ def _build(config: TrainConfig, num_classes: int, own: nn.Module | None) -> nn.M
 
 
 def _checkpoint_path(folder: RunFolder, checkpoint: str) -> Path:
-    """The file that ``best``, ``last`` or a path means."""
+    """The file that ``best``, ``last``, ``average`` or a path means."""
     best, last = folder.checkpoints / BEST, folder.checkpoints / LAST
     if checkpoint == "best":
         return best if best.exists() else last
     if checkpoint == "last":
         return last if last.exists() else best
+    if checkpoint == AVERAGE:
+        return last
     return Path(checkpoint).expanduser()
-
-
-def export_run(
-    run_folder: str | Path,
-    output_dir: str | Path | None = None,
-    checkpoint: str = "last",
-    *,
-    model: nn.Module | None = None,
-) -> Path:
-    """Exports a run's network again.
-
-    Args:
-        run_folder: The run's output folder.
-        output_dir: Folder to write; ``export`` in the run's folder by default.
-        checkpoint: ``last``, ``best`` or a path.
-        model: Your own network where the run trained one, as for `load_run`.
-
-    Returns:
-        The folder written.
-
-    Raises:
-        UserError: no such run or checkpoint.
-    """
-    run = load_run(run_folder, checkpoint, model=model)
-    return export_model(
-        run.model,
-        run.folder.export if output_dir is None else Path(output_dir).expanduser(),
-        arch=run.config.arch,
-        classes=run.classes,
-        mean=run.config.pixel_mean,
-        std=run.config.pixel_std,
-        image_size=run.config.image_size,
-        resize_size=run.config.evaluation_resize,
-    )

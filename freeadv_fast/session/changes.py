@@ -25,6 +25,7 @@ SURROUNDINGS = (
     "workers",
     "max_bad_fraction",
     "graphs",
+    "ema",  # an average begins where it is asked for, and training never reads it
     "checkpoint_every",
     "log_every",
 )
@@ -124,5 +125,9 @@ def in_words(names: list[str], saved: TrainConfig, config: TrainConfig) -> str:
         f"{as_typed(name, getattr(config, name))} (was {as_written(getattr(saved, name))})"
         for name in names
     )
-    has_new_length = "epochs" in names or "steps" in names
-    return text + "; the learning rate follows the new length" * has_new_length
+    if "epochs" in names or "steps" in names:
+        text += "; the learning rate follows the new length"
+    if "ema" in names:
+        is_dropped = config.ema is None
+        text += "; the average so far is dropped" if is_dropped else "; the average begins here"
+    return text

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,25 @@ import torch
 
 from freeadv_fast.data.build import build_val_loader
 from freeadv_fast.errors import UserError
-from freeadv_fast.evaluation.accuracy import accuracy_table, side_by_side
+from freeadv_fast.evaluation.autoattack.ledger import forget, ledgers_in
 from freeadv_fast.evaluation.class_words import class_words
 from freeadv_fast.evaluation.evaluate import Evaluation, evaluate
 from freeadv_fast.evaluation.images import whole_val_loader
 from freeadv_fast.models.half_weights import drop_half_weights
 from freeadv_fast.models.normalize import with_normalizer
 from freeadv_fast.models.own import hand_back
-from freeadv_fast.runs import checkpoint, export
+from freeadv_fast.runs import checkpoint
 from freeadv_fast.runs.environment import hardware, versions
+from freeadv_fast.runs.export.trained import export_trained
 from freeadv_fast.runs.log import read_log, write_json
-from freeadv_fast.session.guard import Count
+from freeadv_fast.session.averages import averaged, weights_of
+from freeadv_fast.session.guard import CHECK_ATTACK, Count
 from freeadv_fast.session.prepare import remake_folder
 from freeadv_fast.session.result import Result
 from freeadv_fast.session.run import Run
 from freeadv_fast.session.selection import exceeds_chance, measure_held_out, score
 from freeadv_fast.session.signals import Interrupted
+from freeadv_fast.session.summary import summary
 
 NUM_PICTURED = 6
 
@@ -40,15 +44,20 @@ def conclude(run: Run) -> Result:
     drop_half_weights(run.model)
     world.on_main(run.lock.refuse_if_lost)
     checkpoint.average_buffers_(run.model, world)  # no rank trains on
-    measured = measure(run, "validation")
+    started = time.perf_counter()
+    last = measure(run, "validation")
+    average = measured_average(run)
     chosen = chosen_state(run)
-    result = describe(run, measured, chosen and compare(run, measured, chosen))
-    world.on_main(lambda: leave_behind(run, result, chosen))
+    best = chosen and compare(run, last, average, chosen)
+    result = describe(run, last, average, best, time.perf_counter() - started)
+    world.on_main(lambda: leave_behind(run, result, average, chosen))
     if run.own_model is not None:
         hand_back(run.model, run.own_model)
-    for line in summary(result, measured):
+    for line in summary(result, last):
         run.log.say(line)
-    run.log.say(f"wrote {run.folder.result}, {run.folder.plots}, {run.folder.export}")
+    wrote = [run.folder.result, run.folder.plots, run.folder.export]
+    wrote += [run.folder.export_average] * (average is not None)
+    run.log.say(f"wrote {', '.join(map(str, wrote))}")
     return result
 
 
@@ -66,7 +75,30 @@ def measure(run: Run, label: str) -> Evaluation:
         clean_loader=world.together(lambda: whole_val_loader(config, world)),
         seed=config.seed,
         label=label,
+        folder=run.folder.root,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Average:
+    """The averaged weights at a run's end.
+
+    Attributes:
+        state: As a checkpoint holds them.
+        measured: Their accuracies, on the validation images.
+    """
+
+    state: dict[str, Any]
+    measured: Evaluation
+
+
+def measured_average(run: Run) -> Average | None:
+    """The averaged weights and what they come to; None where there are none."""
+    state = averaged(run)
+    if state is None:
+        return None
+    with weights_of(run, state):
+        return Average(state, measure(run, "averaged weights"))
 
 
 def chosen_state(run: Run) -> dict[str, Any] | None:
@@ -83,28 +115,36 @@ def chosen_state(run: Run) -> dict[str, Any] | None:
     return state if state["epoch"] >= run.budget.spans[run.phase].epochs.start else None
 
 
-def compare(run: Run, last: Evaluation, chosen: dict[str, Any]) -> dict[str, Any]:
+def compare(
+    run: Run, last: Evaluation, average: Average | None, chosen: dict[str, Any]
+) -> dict[str, Any]:
     """What the chosen weights come to, for result.json.
+
+    Averaged weights are compared with the last average: plain ones are another kind.
 
     Args:
         run: With its last weights.
         last: Accuracies of these.
+        average: The averaged ones.
         chosen: What best.pt holds; the same weights are not evaluated twice.
     """
-    weights, is_better = run.model.state_dict(), False
-    is_last = run.world.on_main(
-        lambda: all(torch.equal(weights[name].cpu(), v) for name, v in chosen["model"].items())
-    )
-    best = last
-    if not is_last:
-        with weights_of(run, chosen):
-            best = measure(run, "best weights")
-        if run.loaders.holdout is not None:
-            num_images = run.loaders.holdout.num_images
-            scores = run.progress.best_score, score(measure_held_out(run, "held-out"))
-            is_better = exceeds_chance(*(Count(round(s * num_images), num_images) for s in scores))
+    is_averaged, is_better = chosen.get("is_averaged", False), False
+    own: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if is_averaged and average is not None:
+        own, last = weights_of(run, average.state), average.measured
+    with own:
+        weights = run.model.state_dict()
+        is_last = run.world.on_main(
+            lambda: all(torch.equal(weights[name].cpu(), v) for name, v in chosen["model"].items())
+        )
+        best = last
+        if not is_last:
+            with weights_of(run, chosen):
+                best = measure(run, "best weights")
+            is_better = is_beyond_chance(run)
     return {
         "epoch": chosen["epoch"],
+        "is_averaged": is_averaged,
         "clean_accuracy": best.clean_accuracy,
         "clean_top5_accuracy": best.clean_top5,
         "robust_accuracy": best.robust_accuracy,
@@ -113,18 +153,18 @@ def compare(run: Run, last: Evaluation, chosen: dict[str, Any]) -> dict[str, Any
     }
 
 
-@contextlib.contextmanager
-def weights_of(run: Run, state: dict[str, Any]) -> Iterator[None]:
-    """Within the block the network has a checkpoint's weights, afterwards its own again."""
-    own = {name: value.clone() for name, value in run.model.state_dict().items()}
-    checkpoint.load_weights(run.model, state, run.config.arch, checkpoint.BEST)
-    try:
-        yield
-    finally:
-        run.model.load_state_dict(own)
+def is_beyond_chance(run: Run) -> bool:
+    """Whether the chosen weights did better than the network's own on the held-out images."""
+    if run.loaders.holdout is None:
+        return False
+    num_images = run.loaders.holdout.num_images
+    scores = run.progress.best_score, score(measure_held_out(run, "held-out"))
+    return exceeds_chance(*(Count(round(s * num_images), num_images) for s in scores))
 
 
-def leave_behind(run: Run, result: Result, chosen: dict[str, Any] | None) -> None:
+def leave_behind(
+    run: Run, result: Result, average: Average | None, chosen: dict[str, Any] | None
+) -> None:
     """Writes the export, result.json, and then what no run may fail for.
 
     result.json is what says that a run is finished, so a run killed before it is evaluated again.
@@ -132,14 +172,25 @@ def leave_behind(run: Run, result: Result, chosen: dict[str, Any] | None) -> Non
     remake_folder(run)
     last = contextlib.nullcontext()
     with weights_of(run, chosen) if chosen and result.exported == "best" else last:
-        attempt(
-            run,
-            f"not exported, python launch/export.py {run.folder.root} does it later",
-            lambda: write_export(run),
-        )
+        attempt_export(run, result, result.exported or "last")
+    if average is not None:
+        with weights_of(run, average.state):
+            attempt_export(run, result, "average")
     write_json(run.folder.result, result.record())
+    forget(ledgers_in(run.folder.root))
     attempt(run, "kept as it is: last.pt", lambda: drop_what_is_spent(run))
     draw(run)
+    attempt(run, f"not written: {run.folder.report}", lambda: write_report(run))
+
+
+def attempt_export(run: Run, result: Result, weights: str) -> None:
+    """Exports the network as it is, unless something fails that no run may fail for."""
+    of_weights = "" if weights == "last" else f" --checkpoint {weights}"
+    attempt(
+        run,
+        f"not exported, python launch/export.py {run.folder.root}{of_weights} does it later",
+        lambda: write_export(run, result, weights),
+    )
 
 
 def attempt(run: Run, failure: str, work: Callable[[], object]) -> None:
@@ -164,8 +215,22 @@ def drop_what_is_spent(run: Run) -> None:
     (folder / checkpoint.PREVIOUS).unlink(missing_ok=True)
 
 
-def describe(run: Run, measured: Evaluation, best: dict[str, Any] | None) -> Result:
-    """Gathers the result's fields."""
+def describe(
+    run: Run,
+    measured: Evaluation,
+    average: Average | None,
+    best: dict[str, Any] | None,
+    evaluation_seconds: float,
+) -> Result:
+    """Gathers the result's fields.
+
+    Args:
+        run: At its end.
+        measured: Accuracies of the last weights.
+        average: The averaged ones.
+        best: What the chosen ones come to.
+        evaluation_seconds: What these evaluations took.
+    """
     config, progress = run.config, run.progress
     holdout = run.loaders.holdout
     processors = hardware()
@@ -185,12 +250,15 @@ def describe(run: Run, measured: Evaluation, best: dict[str, Any] | None) -> Res
         clean_accuracy=measured.clean_accuracy,
         clean_top5_accuracy=measured.clean_top5,
         robust_accuracy=measured.robust_accuracy,
+        attack_parts=measured.attack_parts,
+        evaluation_seconds=round(evaluation_seconds, 3),
         attack_step=str(config.eval_step),
         num_eval_images=measured.num_images,
         num_clean_images=measured.num_clean_images,
         holdout_images=holdout.num_images if holdout else 0,
         best_epoch=best["epoch"] if best else -1,
         best=best,
+        average=of_average(average),
         gradients=gradient_traffic(run),
         exported=config.export if best else "last",
         collapse=next(reversed(run.guard.history.collapses), None),
@@ -202,6 +270,18 @@ def describe(run: Run, measured: Evaluation, best: dict[str, Any] | None) -> Res
         folder=run.folder.root,
         load_model=lambda: with_normalizer(run.model, config.pixel_mean, config.pixel_std).eval(),
     )
+
+
+def of_average(average: Average | None) -> dict[str, Any] | None:
+    """What averaged weights come to, for result.json; None where there are none."""
+    if average is None:
+        return None
+    return {
+        "decay": average.state["decay"],
+        "clean_accuracy": average.measured.clean_accuracy,
+        "clean_top5_accuracy": average.measured.clean_top5,
+        "robust_accuracy": average.measured.robust_accuracy,
+    }
 
 
 def gradient_traffic(run: Run) -> dict[str, Any] | None:
@@ -228,6 +308,14 @@ def draw(run: Run) -> None:
         attempt(run, f"not drawn: {pictures}", lambda: draw_pictures(run, pictures))
 
 
+def write_report(run: Run) -> None:
+    """Writes the page that a person reads, from all that the folder holds by now."""
+    # Imported here, where it delays no start.
+    from freeadv_fast.evaluation.page import write_page
+
+    run.log.say(f"report: {write_page(run.folder.root)}")
+
+
 def draw_curves(run: Run, path: Path) -> None:
     """Draws what log.jsonl holds."""
     # Imported here, where it delays no start.
@@ -250,57 +338,20 @@ def draw_pictures(run: Run, path: Path) -> None:
         batch.images,
         batch.labels,
         class_words(run.loaders.val.classes, config.data),
-        run.attacks[0],
+        next((attack for attack in run.attacks if attack.has_step), CHECK_ATTACK),
         run.evaluation_threat,
         path,
         num_columns=NUM_PICTURED,
     )
 
 
-def write_export(run: Run) -> None:
+def write_export(run: Run, result: Result, weights: str) -> None:
     """Writes the network as it is for use elsewhere."""
-    config = run.config
-    export.export_model(
+    export_trained(
         run.model,
-        run.folder.export,
-        arch=config.arch,
+        run.folder.export_average if weights == "average" else run.folder.export,
+        config=run.config,
         classes=run.loaders.train.classes,
-        mean=config.pixel_mean,
-        std=config.pixel_std,
-        image_size=config.image_size,
-        resize_size=config.evaluation_resize,
+        record=result.record(),
+        weights=weights,
     )
-
-
-def summary(result: Result, measured: Evaluation) -> list[str]:
-    """The result as lines for the terminal."""
-    lines = [
-        f"{result.method} {result.arch}: {result.passes:,} passes in {result.train_seconds:.1f} s "
-        f"({result.passes_per_second:.0f} passes/s)",
-        f"last weights at eps {result.eps}",
-        *accuracy_table(measured, result.attack_step).splitlines(),
-    ]
-    if (sent := result.gradients) is not None:
-        saved = sent["float32_bytes_an_update"] / sent["bytes_an_update"]
-        lines.append(
-            f"gradients: {sent['bytes_sent'] / 1e6:,.1f} MB left rank 0 as {sent['codec']} bytes, "
-            f"{saved:.1f} times fewer than float32"
-            + (", without what is averaged within a machine" if sent["machines"] > 1 else "")
-        )
-    if result.best is not None and not result.best["is_last"]:
-        lines += beside_the_last(result, result.best)
-    return [*lines, f"exported: the {result.exported} weights (--export last or best)"]
-
-
-def beside_the_last(result: Result, best: dict[str, Any]) -> list[str]:
-    """The weights that held-out images chose, beside the last ones, and what that is worth."""
-    weights = {
-        "last": (result.clean_accuracy, result.robust_accuracy),
-        f"best, of epoch {best['epoch']}": (best["clean_accuracy"], best["robust_accuracy"]),
-    }
-    verdict = "are better than the last by more" if best["is_better"] else "are no better than"
-    chance = "than chance explains" if best["is_better"] else "chance explains"
-    return [
-        *side_by_side(weights, result.attack_step).splitlines(),
-        f"the best {verdict} {chance}, on {result.holdout_images:,} held-out images",
-    ]

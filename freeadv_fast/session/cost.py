@@ -48,6 +48,8 @@ class Cost:
                 return Passes(int(images + config.attack_steps * attacked))
             case "dat" if config.dat_attack == "fgsm":
                 attack = images
+            case "pgd" | "trades" if config.awp:  # the loss once more, at the weights
+                attack = int(config.attack_steps + config.weight_passes) * images
             case "pgd" | "trades" | "advprop" | "dat":
                 attack = int(config.attack_steps * attacked)
             case "fgsm" | "fgsm-rs" | "n-fgsm" | "elle":

@@ -21,6 +21,9 @@ On a GPU a check runs in the training's precision, where that is bfloat16, and a
 In float32 a pass costs several times as much, and checks would cost more than the hundredth of
 training that they are to.
 
+It is the plain weights that are checked, also where an average of them is kept (`step.averaging`):
+training goes on from these, and an average still stands when they have fallen.
+
 What is done about a collapse is in `rewind`.
 """
 
@@ -51,7 +54,7 @@ from freeadv_fast.step.alignment import misalignment
 from freeadv_fast.step.graphs import GraphRunner
 
 # Ten steps tell robust weights from weak ones. The selection of weights at an epoch's end makes the
-# same attack, so that it is a check as well.
+# same attack, so that it is a check as well, unless it is one among averages.
 CHECK_ATTACK = Attack.parse("pgd-10")
 
 COLLAPSED_SHARE = 0.4
@@ -152,6 +155,7 @@ class History:
             m=1,
             attack_steps=1,
             step_size=None,
+            awp=0.0,
             reg_lambda=None if config.method == "elle" else config.reg_lambda,
         )
 

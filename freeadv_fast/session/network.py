@@ -26,6 +26,7 @@ from freeadv_fast.models.stem import use_space_to_depth
 from freeadv_fast.models.zoo import build_model, check_image_size
 from freeadv_fast.runs import checkpoint
 from freeadv_fast.session.run import say
+from freeadv_fast.step.averaging import WeightAverage
 from freeadv_fast.step.graphs import WARM_UP, WARM_UP_OF_RANKS, CudaRecorder, GraphRunner
 from freeadv_fast.step.learner import Learner, Pixels
 from freeadv_fast.step.optim import build_optimizer, is_capturable
@@ -121,8 +122,18 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
 
     lr_at = learning_rates(config, budget)
     learner = Learner(
-        net, optimizer, lr_at, pixels, precision, world.size, attack_scale_at, compression
+        net,
+        optimizer,
+        lr_at,
+        pixels,
+        precision,
+        world.size,
+        attack_scale_at,
+        compression,
+        config.label_smoothing,
     )
+    if config.ema is not None:
+        learner.average = WeightAverage(learner.network, config.ema)
     if recorder is not None:
         warm_up, trial = WARM_UP, None
         if world.size > 1:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from freeadv_fast.config.attack import parsed
 from freeadv_fast.config.budget import Budget
 from freeadv_fast.config.file import config_from_dict, config_to_dict, load_config
 from freeadv_fast.config.run import TrainConfig
@@ -20,6 +21,7 @@ from freeadv_fast.data.build import deal_images
 from freeadv_fast.data.kept import recognise
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError
+from freeadv_fast.evaluation.autoattack.package import refuse_unfit
 from freeadv_fast.models.own import arch_of, freeze_unused, refuse_unnamed_network
 from freeadv_fast.runs.checkpoint import LAST, PREVIOUS
 from freeadv_fast.runs.environment import environment
@@ -109,6 +111,9 @@ def build_run(
             say(world, line)
     phase_loaders = world.together(lambda: deal_images(config, world, opened, held_out))
     classes = phase_loaders[-1].train.classes
+    if config.eps.levels:
+        attacks = parsed(config.eval_attacks)
+        world.together(lambda: refuse_unfit(attacks, len(classes), "--eval-attacks"))
     budget = Budget.of(config, [loaders.train.num_batches for loaders in phase_loaders])
     if state is not None:
         refuse_spent_budget(config, state, budget)

@@ -15,6 +15,7 @@ from freeadv_fast.errors import UserError
 from freeadv_fast.methods.build import TrainingMethod
 from freeadv_fast.runs import checkpoint
 from freeadv_fast.runs.log import RunFolder, read_json
+from freeadv_fast.session.averages import own_statistics, restore_average
 from freeadv_fast.session.changes import changes_for_ranks, in_words, refuse_fixed
 from freeadv_fast.session.run import Progress, Run, say
 from freeadv_fast.step.learner import Learner
@@ -70,12 +71,16 @@ def without_ranks(state: dict[str, Any], world: World) -> dict[str, Any]:
 
 
 def rank_state(run: Run) -> dict[str, Any]:
-    """What each rank has of its own: perturbation, sums, generators, running statistics."""
+    """What each rank has of its own: perturbation, sums, generators, running statistics.
+
+    And of an average those of its running statistics.
+    """
     return {
         "method": run.method.state_dict(),
         "meters": run.learner.meters.state_dict(),
         "random": checkpoint.random_state(run.world.device),
         "buffers": checkpoint.batch_norm_buffers(run.model),
+        "average": own_statistics(run.learner),
     }
 
 
@@ -97,6 +102,7 @@ def restore(
         learner.meters.load_state_dict(own["meters"])
         method.load_state_dict(own["method"])
         checkpoint.restore_random_state(own["random"], world.device)
+    restore_average(learner, state, world.rank)
     return Progress(**state["progress"])
 
 

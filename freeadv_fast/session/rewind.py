@@ -1,8 +1,9 @@
 """What follows a collapse: the way back to the last good state of a run, and on from there.
 
-A rewind puts back everything that a checkpoint holds (weights, running statistics, optimizer,
-scaler, perturbation, sums, random generators, the position in the data and in the schedule). What
-the lost work cost stays counted: `passes`, `attack_passes` and `train_seconds` go on.
+A rewind puts back everything that a checkpoint holds (weights and their average, running
+statistics, optimizer, scaler, perturbation, sums, random generators, the position in the data and
+in the schedule). What the lost work cost stays counted: `passes`, `attack_passes` and
+`train_seconds` go on.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ def snapshot(run: Run) -> dict[str, Any]:
         {
             "model": run.model.state_dict(),
             "learner": run.learner.state_dict(),
+            "average": run.learner.average and run.learner.average.state_dict(),
             "progress": dataclasses.asdict(run.progress),
             "guard": run.guard.history.state_dict(),
             "ranks": {run.world.rank: rank_state(run)},

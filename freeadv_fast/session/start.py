@@ -198,7 +198,9 @@ def evaluation_text(config: TrainConfig, num_images: int) -> str:
     if not config.eps.levels:
         return f"clean accuracy {images}"
     attacks = ", ".join(config.eval_attacks)
-    return f"{attacks} at eps {config.eps} in steps of {config.eval_step} {images}"
+    has_step = any(attack.has_step for attack in parsed(config.eval_attacks))
+    steps = f" in steps of {config.eval_step}" if has_step else ""
+    return f"{attacks} at eps {config.eps}{steps} {images}"
 
 
 def cost_lines(config: TrainConfig, costs: Sequence[Cost]) -> list[str]:

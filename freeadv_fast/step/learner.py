@@ -25,6 +25,7 @@ from freeadv_fast.distributed.compress import GradientCompression
 from freeadv_fast.distributed.heartbeat import arrive
 from freeadv_fast.models.batch_norm import Branch, DualNetwork
 from freeadv_fast.models.half_weights import half_copy
+from freeadv_fast.step.averaging import WeightAverage
 from freeadv_fast.step.graphs import GraphRunner, Step
 from freeadv_fast.step.meters import Meters, Role
 from freeadv_fast.step.mixing import Labels, MixedLabels, cross_entropy_sum, num_hits
@@ -81,12 +82,15 @@ class Learner:
         attack_scale_at: Share of its full length at which an attack steps, by the index of the
             update; methods that warm their attack up multiply by it.
         compression: What averages gradients over the ranks in place of an all-reduce.
+        label_smoothing: Share of a label that is spread over all classes, in [0, 1), in the losses
+            that train weights.
 
     Attributes:
         minibatch_size: Images that go through the network together, at most; an update on more is
             made in parts and adds their gradients up. None for all of them.
         part: Of the update in progress.
         method_state: What the method in training keeps between updates, as it saves it.
+        average: Of the weights, over the updates; None where none is kept.
         compressed_updates: Updates whose gradients travelled compressed, in all sessions of the
             run: all, unless it has had one rank for a while.
     """
@@ -101,6 +105,7 @@ class Learner:
         num_ranks: int = 1,
         attack_scale_at: Callable[[int], float] = lambda update: 1.0,
         compression: GradientCompression | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         """Starts at update 0."""
         device = pixels.mean.device
@@ -112,9 +117,11 @@ class Learner:
         self.num_ranks = num_ranks
         self.attack_scale_at = attack_scale_at
         self.compression = compression
+        self.label_smoothing = label_smoothing
         self._bytes_before = 0
         self.compressed_updates = 0
         self.updates = 0
+        self.average: WeightAverage | None = None
         self.minibatch_size: int | None = None
         self.part = WHOLE
         self.method_state: Callable[[], dict[str, Any]] = dict
@@ -245,13 +252,16 @@ class Learner:
     def cross_entropy(self, logits: Tensor, labels: Labels, *, role: Role) -> Tensor:
         """Cross-entropy summed over the images of a pass, which the meters count.
 
+        With `label_smoothing`: it is the loss that trains weights.
+
         Args:
             logits: (n, classes). labels: (n,) int64, or mixed ones.
             role: What the pass is for.
         """
         if isinstance(labels, Tensor):
-            return ops.cross_entropy_sum_(logits, labels, self.meters.of(role))
-        loss_sum = cross_entropy_sum(logits, labels)
+            sums = self.meters.of(role)
+            return ops.cross_entropy_sum_(logits, labels, sums, self.label_smoothing)
+        loss_sum = cross_entropy_sum(logits, labels, self.label_smoothing)
         self.meters.add(role, loss_sum.detach(), num_hits(logits.detach(), labels), len(logits))
         return loss_sum
 
@@ -260,7 +270,13 @@ class Learner:
         return loss_sum * (weight * self.num_ranks / global_size)
 
     def input_gradient(
-        self, x: Tensor, labels: Tensor, branch: Branch | None = None, *, towards: bool = False
+        self,
+        x: Tensor,
+        labels: Tensor,
+        branch: Branch | None = None,
+        *,
+        towards: bool = False,
+        smoothed: bool = False,
     ) -> Tensor:
         """Gradient of the mean cross-entropy at network input `x`, and of nothing else.
 
@@ -275,9 +291,15 @@ class Learner:
             branch: Batch-norm branch of a `DualNetwork`; None for a network without branches.
             towards: Whether ascent should lead towards `labels` (a targeted attack) instead of
                 away from them.
+            smoothed: Whether the loss is the one that trains weights, with `label_smoothing`.
         """
         x = x.detach().requires_grad_()
-        loss_sum = F.cross_entropy(self.forward(x, branch, attack=True), labels, reduction="sum")
+        loss_sum = F.cross_entropy(
+            self.forward(x, branch, attack=True),
+            labels,
+            reduction="sum",
+            label_smoothing=self.label_smoothing if smoothed else 0.0,
+        )
         loss = (-loss_sum if towards else loss_sum) / len(x)
         (gradient,) = torch.autograd.grad(self.scaler.scale(loss), x)
         return gradient
@@ -383,6 +405,8 @@ class Learner:
         """
         arrive()  # where ranks wait for each other's gradients next
         self._set_rate()
+        if self.average is not None:
+            self.average.begin_update()
         if isinstance(self.optimizer, MasterSgd):
             self.optimizer.refresh_copies()
         if self.compression is not None:
@@ -409,7 +433,8 @@ class Learner:
     def apply_gradients(self) -> None:
         """The optimizer's half of an update on the device, once all parts' gradients are there.
 
-        fp16 overflows in any of them skip it, as do compressed gradients that are not finite.
+        fp16 overflows in any of them skip it, as do compressed gradients that are not finite. The
+        average takes the weights in that it led to.
         """
         if not self.part.is_last:
             return
@@ -418,6 +443,8 @@ class Learner:
             (is_skipped,) = self.scaler._found_inf_per_device(self.optimizer).values()
             self.meters.skipped_updates += is_skipped.to(torch.int64)
         self.scaler.update(self.loss_scale)
+        if self.average is not None:
+            self.average.update()
 
     def record_with(self, runner: GraphRunner) -> None:
         """Lets `runner` record updates; the learning rate then lives on the device."""
@@ -431,6 +458,7 @@ class Learner:
         buffers, parameters = list(self.module.buffers()), list(self.module.parameters())
         kinds: dict[str, list[Tensor]] = {
             "weights": [*parameters],
+            "averages": self.average.tensors if self.average is not None else [],
             "rounded weights": [half.tensor for p in parameters if (half := half_copy(p))],
             "running statistics": [b for b in buffers if b.is_floating_point()],
             "counts of updates": [b for b in buffers if not b.is_floating_point()],

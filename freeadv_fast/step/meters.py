@@ -21,7 +21,8 @@ class Reading:
     """Means over the images since the last reading, all ranks together.
 
     Attributes:
-        loss: Mean cross-entropy over the passes for the weights.
+        loss: Mean cross-entropy over the passes for the weights, as they minimise it: of smoothed
+            labels with --label-smoothing.
         accuracy: Share of the network inputs classified right, 0..1, by the role of the pass;
             roles that were not played are missing.
         passes: Images forwarded and backwarded.

@@ -78,13 +78,16 @@ def _rectangle(height: int, width: int, area: float) -> tuple[slice, slice]:
     return sides[0], sides[1]
 
 
-def cross_entropy_sum(logits: Tensor, labels: MixedLabels) -> Tensor:
+def cross_entropy_sum(logits: Tensor, labels: MixedLabels, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy summed over images of mixed labels, by their shares.
 
     Args:
         logits: (n, classes). labels: (n,) each.
+        smoothing: Share of a label, of both alike, that is spread over all classes, in [0, 1).
     """
-    own, other = (F.cross_entropy(logits, y, reduction="sum") for y in labels[:2])
+    own, other = (
+        F.cross_entropy(logits, y, reduction="sum", label_smoothing=smoothing) for y in labels[:2]
+    )
     return labels.share * own + (1 - labels.share) * other
 
 

@@ -9,7 +9,7 @@ import torch
 import freeadv_fast as ff
 from freeadv_fast import training
 from freeadv_fast.cli import run_training
-from freeadv_fast.evaluation import report
+from freeadv_fast.evaluation import page, report
 from freeadv_fast.evaluation.evaluate import Evaluation
 from freeadv_fast.runs import environment, log
 from freeadv_fast.runs.checkpoint import load_checkpoint
@@ -65,15 +65,22 @@ def same(weights, others):
     return all(torch.equal(weights[name], value) for name, value in others.items())
 
 
-def test_what_draws_fails_no_run(pictures, run, monkeypatch):
+def test_what_draws_fails_no_run(pictures, report_page, run, monkeypatch):
     for name in ("plot_training", "plot_perturbations"):
         monkeypatch.setattr(report, name, breaks)
+    real = page.write_page
+
+    def write_and_break(folder):
+        real(folder)
+        breaks()
+
+    monkeypatch.setattr(page, "write_page", write_and_break)
     folder, result, said = run("--max-passes", "48")
+    reason = "RuntimeError: Expected end of text, found '$' (at char 0)\n"
     for name in ("training.png", "perturbations.png"):
-        assert (
-            f"not drawn: {folder}/plots/{name}: RuntimeError: Expected end of text, found '$' (at "
-            "char 0)\n" in said
-        )
+        assert f"not drawn: {folder}/plots/{name}: {reason}" in said
+    assert f"not written: {folder}/report.html: {reason}" in said
+    assert "after 48 image passes" in (folder / "report.html").read_text()
     assert result["passes"] == 48
     assert (folder / "export" / "config.json").exists()
 
@@ -91,7 +98,7 @@ def test_the_result_is_written_before_anything_is_drawn(run, monkeypatch):
 
 def test_an_export_that_fails_does_not_take_the_result_with_it(run, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(conclude.export, "export_model", breaks)
+        patch.setattr(conclude, "export_trained", breaks)
         folder, result, said = run("--max-passes", "48")
     assert result["passes"] == 48
     assert f"not exported, python launch/export.py {folder} does it later: RuntimeError" in said

@@ -30,7 +30,7 @@ LR = 0.05
 @pytest.fixture(autouse=True)
 def _no_export(monkeypatch):
     """It takes longer than the training here."""
-    monkeypatch.setattr(conclude, "write_export", lambda run: None)
+    monkeypatch.setattr(conclude, "write_export", lambda *_: None)
 
 
 @pytest.fixture

@@ -14,8 +14,9 @@ from freeadv_fast.methods.build import build_method
 from freeadv_fast.step.learner import Learner, Pixels
 from freeadv_fast.step.optim import build_sgd
 
-# Several backward passes an update; replays and a delta; attacks through the network's inner tree.
-METHODS = ("yopo", "free", "pgd")
+# Several backward passes an update; replays and a delta; attacks through the network's inner tree;
+# passes that leave no gradient.
+METHODS = ("yopo", "free", "pgd", "pgd-awp")
 BATCH = 3
 
 
@@ -26,7 +27,8 @@ def build(name, network, num_ranks, accumulate, net=None):
     pixels = Pixels(torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3]), torch.float64)
     learner = Learner(net or network, optimizer, lambda update: 0.05, pixels, num_ranks=num_ranks)
     config = TrainConfig(
-        method=name, m=2 if name == "free" else 1, attack_steps=2, image_size=8,
+        method=name.removesuffix("-awp"), awp=0.1 * name.endswith("-awp"),
+        m=2 if name == "free" else 1, attack_steps=2, image_size=8,
         batch_size=BATCH, accumulate=accumulate, eps=Perturbation.parse("8/255"),
     )  # fmt: skip
     return build_method(config, learner, torch.device("cpu"), num_classes=5)

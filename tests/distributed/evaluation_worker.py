@@ -12,6 +12,8 @@ import os
 import sys
 from pathlib import Path
 
+import timm
+import torch
 from torch import nn
 
 from freeadv_fast import training
@@ -29,6 +31,17 @@ def evaluated(data):
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
     options = {"eps": "4/255", "attacks": "pgd-1", "num_images": 10, "image_size": 16}
     return subject.evaluate(network, data=data, **options).num_clean_images
+
+
+def loaded(data):
+    """The images of a list that a file's network was evaluated on; of other data ranks differ."""
+    torch.manual_seed(int(os.environ["RANK"]) if data == "other" else 0)
+    network = timm.create_model("test_resnet", num_classes=3)
+    torch.save(network.state_dict(), "weights.pt")
+    options = {"arch": "timm/test_resnet", "eps": "4/255", "attacks": "pgd-1", "image_size": 16}
+    Path("ids.txt").write_text("class0/0.jpg\nclass1/0.jpg\nclass2/0.jpg\n")
+    options |= {"image_list": "ids.txt"}
+    return subject.evaluate("weights.pt", data="same", **options).num_images
 
 
 def dry(data):
@@ -58,7 +71,7 @@ if __name__ == "__main__":
     world = join_world()
     for module in (subject, training):  # all of them in one world: joining takes seconds
         module.joined_world = lambda: contextlib.nullcontext(world)
-    works = {work.__name__: work for work in (evaluated, dry, opened)}
+    works = {work.__name__: work for work in (evaluated, dry, opened, loaded)}
     results = {
         f"{name} {data}": told(work, data)
         for data in ("other", "same")

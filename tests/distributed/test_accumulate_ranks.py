@@ -41,11 +41,13 @@ def minibatches():
 def train_alone(worker, name, network, batches):
     """One rank takes all images in one pass, batch norm in groups of a minibatch.
 
-    Delta is laid out as the two ranks' rows end to end.
+    Where weights move by each part's own gradient, it takes them in the ranks' parts. Delta is laid
+    out as the two ranks' rows end to end.
     """
     apply_bn_groups(network, worker.BATCH)
     method = worker.build(name, network, 1, 4)
-    method.learner.minibatch_size = None
+    if name != "pgd-awp":
+        method.learner.minibatch_size = None
     slots = torch.arange(4 * worker.BATCH)
     for images, labels in batches:
         counts = [len(images[worker.rows_of(rank, len(images))]) for rank in (0, 1)]

@@ -28,5 +28,8 @@ def test_ranks_with_other_data_are_told_before_anything_is_measured(small_images
             "evaluated same": 18,
             "dry same": "minibatch   images (8, 16, 16, 3) torch.uint8, labels (8,) torch.int64",
             "opened same": 18,
+            "loaded other": "SUBJECT weights.pt (timm/test_resnet): rank 1 has other weights than "
+            "rank 0; give every rank the same",
+            "loaded same": 3,
         }
     )

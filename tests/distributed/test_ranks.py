@@ -91,7 +91,8 @@ def test_two_ranks_stop_and_resume_bit_for_bit(small_images, repository, tmp_pat
             repository / "launch" / f"imagenet_{method}.py", "--data", small_images,
             "--arch", "test_resnet", "--image-size", 16, "--epochs", 6, *own_flags[method],
             "--eps", "8/255", "--holdout-images", 6, "--eval-images", 8, "--workers", 1,
-            "--eval-attacks", "pgd-2", "--log-every", 2, "--output-dir", folder, *flags,
+            "--eval-attacks", "pgd-2", "--log-every", 2, "--ema", 0.9, "--output-dir", folder,
+            *flags,
         ]  # fmt: skip
 
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
@@ -117,11 +118,15 @@ def test_two_ranks_stop_and_resume_bit_for_bit(small_images, repository, tmp_pat
     assert len(ours["ranks"]) == 2
     for name, value in theirs["model"].items():
         assert torch.equal(ours["model"][name], value), name
+        average = theirs["average"]["model"][name]
+        assert torch.equal(ours["average"]["model"][name], average), name
     for mine, other in zip(ours["ranks"], theirs["ranks"], strict=True):
         assert mine["method"].keys() == other["method"].keys()
         for name, value in other["method"].items():
             assert torch.equal(mine["method"][name], value), name
         assert torch.equal(mine["random"]["cpu"], other["random"]["cpu"])
+        for name, value in other["average"].items():
+            assert torch.equal(mine["average"][name], value), name
     assert ours["progress"]["passes"] == theirs["progress"]["passes"]
 
 

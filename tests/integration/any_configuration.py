@@ -23,7 +23,10 @@ LIMIT_SECONDS = 60
 
 ARCHS = ("test_resnet", "timm/test_efficientnet", "test_convnext", "timm/test_vit", "test_byobnet")
 DISTANCES = ("1/255", "4/255", "8/255", "16/255", "2.5/255", "0.03", 8 / 255)
-SCHEDULES = ("every:30", "at:1,2", "steps:3,5", "linear:0.4", "piecewise:0=0,1=1,6=0.1", "constant")
+SCHEDULES = (
+    "every:30", "at:1,2", "steps:3,5", "linear:0.4", "onecycle:0.3", "onecycle-epochs:0.3",
+    "piecewise:0=0,1=1,6=0.1", "constant",
+)  # fmt: skip
 PHASES = ("none", "0-1:16:8,1-2:24:6", "0-2:16:8", "0-1:16:8")
 ATTACKS = ("pgd-1", "cw-2", "pgd-1-2", "pgd-1,cw-1")
 
@@ -53,12 +56,15 @@ USUAL = {
     "phase_data": st.sampled_from([(), (), ("folder",), ("folder", "folder")]),
     "lr": st.floats(0.0001, 0.2),
     "momentum": st.floats(0, 0.99),
+    "ema": st.none() | st.sampled_from([0.5, 0.9995]),
     "weight_decay": st.floats(0, 0.01),
     "p_adv": st.floats(0.1, 0.9),
     "checkpoint_every": st.sampled_from([0, 1, 600]),
     "log_every": st.integers(1, 5),
     "seed": st.integers(0, 2**63 - 1),
     "mix_alpha": st.none() | st.floats(0.1, 2),
+    "label_smoothing": st.sampled_from([0, 0.1, 0.4]),
+    "awp": st.sampled_from([0, 0.01]),
     "max_bad_fraction": st.floats(0, 0.5),
     "reg_lambda": st.none() | st.floats(0, 10),
     "reg_every": st.integers(1, 3),

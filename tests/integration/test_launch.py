@@ -72,6 +72,8 @@ def test_quickstart_shows_that_the_natural_model_falls_and_the_free_one_stands(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = {}
+    assert len(list((tmp_path / "runs").glob("*/report.html"))) == 2
+    assert len(list((tmp_path / "runs").glob("*.html"))) == 1  # both beside each other
     for path in (tmp_path / "runs").glob("*/result.json"):
         result = json.loads(path.read_text())
         results[result["method"]] = result
@@ -91,13 +93,13 @@ def test_quickstart_shows_that_the_natural_model_falls_and_the_free_one_stands(
 
 
 def test_two_ranks_train_on_real_jpegs(repository, imagenette, tmp_path, monkeypatch):
-    """One result, the global batch printed, running statistics averaged."""
+    """One result, the global batch printed, running statistics averaged, and their averages."""
     monkeypatch.chdir(tmp_path)
     done = run_ranks(
         2, repository / "launch" / "imagenet_free.py", "--m", "4", "--data", imagenette,
         "--arch", "test_resnet", "--image-size", "64", "--batch-size", "8",
         "--max-passes", "160", "--eval-images", "11", "--holdout-images", "10",
-        "--workers", "1", "--eval-attacks", "pgd-2", output=tmp_path / "output",
+        "--workers", "1", "--eval-attacks", "pgd-2", "--ema", "0.9", output=tmp_path / "output",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("16 = 2 ranks x 8") == 1
@@ -108,6 +110,12 @@ def test_two_ranks_train_on_real_jpegs(repository, imagenette, tmp_path, monkeyp
     own = [rank["buffers"]["bn1.running_mean"] for rank in state["ranks"]]
     torch.testing.assert_close(state["model"]["bn1.running_mean"], (own[0] + own[1]) / 2)
     assert not torch.equal(own[0], own[1])
+    average = state["average"]
+    own = [rank["average"]["bn1.running_mean"] for rank in state["ranks"]]
+    torch.testing.assert_close(average["model"]["bn1.running_mean"], (own[0] + own[1]) / 2)
+    assert not torch.equal(own[0], own[1])
+    assert result["average"]["decay"] == average["decay"] == 0.9
+    assert (path.parent / "export-average" / "config.json").exists()
     deltas = [rank["method"]["delta"] for rank in state["ranks"]]
     assert not torch.equal(deltas[0], deltas[1])
 
@@ -158,6 +166,7 @@ def test_evaluate_and_export_a_run(repository, tmp_path, monkeypatch):
     assert "cw-3" in done.stdout
     assert (tmp_path / "run" / "result.json").read_bytes() == before
     assert list((tmp_path / "run").glob("evaluation-*.json"))
+    assert "evaluation-last-pgd-3_cw-3" in (tmp_path / "run" / "report.html").read_text()
     script = repository / "launch" / "export.py"
     done = run_script(script, "run", output=tmp_path / "export")
     assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from forked import run_ranks
 from freeadv_fast import training
 from freeadv_fast.errors import UserError
 from freeadv_fast.models.own import adopt, freeze_unused
-from freeadv_fast.runs.saved import export_run
+from freeadv_fast.runs.export.again import export_run
 from freeadv_fast.session.signals import Interrupted
 
 

@@ -15,20 +15,21 @@ TYPES = {"labels_ptr": "*i64", "sums_ptr": "*fp64", "num_images": "i32", "classe
 @pytest.mark.parametrize(
     ("name", "block", "architecture"),
     [
-        ("_losses_kernel", {"BLOCK": 1024, "num_warps": 2}, 90),
-        ("_losses_kernel", kernel._block(kernel.MOST_CLASSES), 80),
-        ("_gradient_kernel", kernel._block(kernel.MOST_CLASSES), 90),
+        ("_losses_kernel", {"SMOOTHING": 0.0, "BLOCK": 1024, "num_warps": 2}, 90),
+        ("_losses_kernel", kernel._constants(kernel.MOST_CLASSES, 0.1), 80),
+        ("_gradient_kernel", kernel._constants(kernel.MOST_CLASSES, 0.1), 90),
         ("_count_kernel", {"BLOCK": kernel.MOST_IMAGES, "num_warps": 4}, 90),
     ],
 )
 def test_compiles_without_local_memory(name, block, architecture):
     function = getattr(kernel, name)
     names = function.arg_names
-    signature = {n: "constexpr" if n == "BLOCK" else TYPES.get(n, "*fp32") for n in names}
+    constants = {(place,): block[n] for place, n in enumerate(names) if n in block}
+    signature = {n: "constexpr" if n in block else TYPES.get(n, "*fp32") for n in names}
     attributes = {
         (place,): [["tt.divisibility", 16]] for place, n in enumerate(names) if n.endswith("_ptr")
     }
-    source = ASTSource(function, signature, {(len(names) - 1,): block["BLOCK"]}, attributes)
+    source = ASTSource(function, signature, constants, attributes)
     options = {"num_warps": block["num_warps"]}
     binary = compile(source, target=GPUTarget("cuda", architecture, 32), options=options).asm
     registers = resources(binary["cubin"])

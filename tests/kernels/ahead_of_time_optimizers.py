@@ -1,4 +1,4 @@
-"""Compiles the optimizers' kernels for sm_80 and sm_90, as ahead_of_time.py does."""
+"""Compiles kernels of optimizers and averages for sm_80 and sm_90, as ahead_of_time.py does."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from cubin import accesses, resources
-from freeadv_fast.kernels import lalr, multi_tensor, sgd
+from freeadv_fast.kernels import averaging, lalr, multi_tensor, sgd
 
 TYPES = {
     **dict.fromkeys(("table_ptr", "layout_ptr", "tensor_ptr"), "*i64"),
     **dict.fromkeys(("partial_ptr", "lr_ptr", "grad_scale_ptr", "found_inf_ptr"), "*fp32"),
+    "share_ptr": "*fp32",
     "addresses": ("i64",) * multi_tensor.NUM_WRITTEN,
     "num_tensors": "i32",
     **dict.fromkeys(("beta", "momentum", "weight_decay", "min_norm", "max_norm"), "fp32"),
@@ -101,6 +102,20 @@ def test_sgd(architecture, half, grad, aligned, scaled, has_momentum):
     if aligned:
         assert loads.count(16) == (6 if grad is tl.float32 else 5)
         assert (stores.count(16), stores.count(8)) == (4, 1)
+    else:
+        assert 16 not in loads + stores
+    assert "atom" not in ptx
+    assert registers <= 32  # all of an SM's warps
+
+
+@architectures
+@alignments
+def test_average(architecture, aligned):
+    """Two tensors in and one out."""
+    ptx, registers = build(averaging, "_average_kernel", architecture, ALIGNED=aligned)
+    loads, stores = accesses(ptx, "ld"), accesses(ptx, "st")
+    if aligned:
+        assert (loads.count(16), stores.count(16)) == (2, 1)
     else:
         assert 16 not in loads + stores
     assert "atom" not in ptx

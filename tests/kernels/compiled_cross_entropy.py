@@ -24,20 +24,21 @@ def example(num, classes, scale=4.0):
     return logits.to(DEVICE), labels.to(DEVICE), sums.to(DEVICE)
 
 
-def outcome(function, logits, labels, sums):
+def outcome(function, logits, labels, sums, smoothing=0.0):
     """Loss, sums and the gradient of a multiple of the loss."""
     logits, sums = logits.clone().requires_grad_(), sums.clone()
-    loss = function(logits, labels, sums)
+    loss = function(logits, labels, sums, smoothing)
     (loss / 7).backward()
     return loss.detach(), sums, logits.grad
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_as_near_to_double_precision_as_torch(shape):
+def test_as_near_to_double_precision_as_torch(shape, smoothing):
     logits, labels, sums = example(*shape)
-    ours = outcome(kernel.cross_entropy_sum_, logits, labels, sums)
-    theirs = outcome(kernel.cross_entropy_sum_ref_, logits, labels, sums)
-    exact = outcome(kernel.cross_entropy_sum_ref_, logits.double(), labels, sums)
+    ours = outcome(kernel.cross_entropy_sum_, logits, labels, sums, smoothing)
+    theirs = outcome(kernel.cross_entropy_sum_ref_, logits, labels, sums, smoothing)
+    exact = outcome(kernel.cross_entropy_sum_ref_, logits.double(), labels, sums, smoothing)
     for our, their, value in zip(ours, theirs, exact, strict=True):
         error, allowed = ((other - value).abs().max() for other in (our, their))
         assert error <= 2 * allowed + 1e-6 * value.abs().max()
@@ -59,6 +60,7 @@ def test_an_impossible_label_makes_the_loss_nan():
         logits, labels, sums = example(3, 10)
         labels[1] = label
         assert kernel.cross_entropy_sum_(logits, labels, sums).isnan()
+        assert kernel.cross_entropy_sum_(logits, labels, sums, 0.1).isnan()
 
 
 def test_of_equal_logits_the_first_is_the_guess():
@@ -70,6 +72,9 @@ def test_of_equal_logits_the_first_is_the_guess():
 
 def test_large_logits_do_not_overflow():
     logits, labels, sums = example(4, 10, scale=1e4)
+    loss, _, gradient = outcome(kernel.cross_entropy_sum_, logits, labels, sums, 0.1)
+    assert loss.isfinite()
+    assert gradient.abs().max() <= 1 / 7 + 1e-6
     loss, _, gradient = outcome(kernel.cross_entropy_sum_, logits, labels, sums)
     assert loss.isfinite()
     assert gradient.abs().max() <= 1 / 7 + 1e-6

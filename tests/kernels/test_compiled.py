@@ -24,7 +24,7 @@ BY_VALUE = pytest.mark.parametrize(
         "compiled_kernels.py compiled_stem_convolution.py",
         "compiled_batch_norm.py compiled_norm_pool.py",
         "compiled_training.py",
-        "compiled_lalr.py compiled_sgd.py compiled_cross_entropy.py",
+        "compiled_lalr.py compiled_sgd.py compiled_averaging.py compiled_cross_entropy.py",
     ],
 )
 

@@ -104,6 +104,15 @@ def test_stems_and_their_gradients(run_main):
     assert rows["s2d16", "input_grad_as_forward"] == rows["s2d16", "forward"] == packed
 
 
+def test_averaged_weights_beside_plain_ones(run_main):
+    flags = ["--arch", "test_resnet", "--image-size", "16", "--batch-size", "2", "--rounds", "3"]
+    record = run_main("bench_average", *flags)
+    assert set(record["results"]) == {"plain", "averaged", "average alone"}
+    assert record["cpu_time_ratios"]["averaged_over_plain"]["n"] == 3
+    alone = record["results"]["average alone"]["median"]
+    assert record["average_gb_per_second"] * 1e9 == pytest.approx(record["average_bytes"] / alone)
+
+
 def test_stem_input_gradient_as_forward_convolution(bench):
     stem = bench("bench_stem")
     generator = torch.Generator().manual_seed(2)

@@ -63,10 +63,11 @@ class SlowTrainer:
         return torch.autograd.grad(self.loss(images, delta, labels), delta)[0]
 
     def step(self, *losses):
-        parameters = dict(self.network.named_parameters())
-        gradients = torch.autograd.grad(sum(losses), list(parameters.values()))
+        self.descend(torch.autograd.grad(sum(losses), list(self.network.parameters())))
+
+    def descend(self, gradients):
         with torch.no_grad():
-            for (name, p), g in zip(parameters.items(), gradients, strict=True):
+            for (name, p), g in zip(self.network.named_parameters(), gradients, strict=True):
                 self.momentum[name].mul_(MOMENTUM).add_(g + DECAY * p)
                 p.sub_(self.momentum[name] * LR / (1 + self.update))
         self.update += 1

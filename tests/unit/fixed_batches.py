@@ -30,7 +30,7 @@ class FixedLoader:
         yield from self.batches[start:]
 
 
-def fixed_val_loader(config, world, num_images):
+def fixed_val_loader(config, world, num_images, view=None):
     """Stands for `data.build.build_val_loader`: a set of nine images."""
     return FixedLoader([num_images or 9], num_classes=6, image_size=config.image_size)
 

@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import nn
 
+from freeadv_fast.models.cifar_resnet import CifarBlock, CifarBottleneck, CifarResNet
 from freeadv_fast.models.wide_resnet import MadryWideResNet, WideResNet
 from freeadv_fast.models.zoo import build_model
 
@@ -23,6 +24,15 @@ def randomize(model):
 
 def build(arch, **options):
     return randomize(build_model(arch, 10, image_size=32, **options))
+
+
+def small_cifar():
+    """Both kinds of block, with a convolved shortcut and without."""
+    model = CifarResNet(10)
+    model.layer1 = nn.Sequential(CifarBlock(64, 8, 1), CifarBlock(8, 8, 1))
+    model.layer2 = nn.Sequential(CifarBottleneck(8, 4, 2), CifarBottleneck(16, 4, 1))
+    model.layer3, model.layer4, model.linear = nn.Identity(), nn.Identity(), nn.Linear(16, 10)
+    return randomize(model)
 
 
 def small_wide():
@@ -70,6 +80,7 @@ FULLY_FUSED = {
     "timm/resnet18": lambda: build("timm/resnet18"),
     "timm-deep-stem": lambda: timm_resnet(stem_type="deep", avg_down=True, replace_stem_pool=True),
     "timm-blur": lambda: timm_resnet(aa_layer=timm.layers.BlurPool2d),
+    "cifar": small_cifar,
     "preact-resnet18": lambda: build("preact-resnet18"),
     "preact-resnet18-gradalign": lambda: build("preact-resnet18-gradalign"),
     "wide": small_wide,

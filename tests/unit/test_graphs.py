@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from freeadv_fast.config.method_names import DUAL, METHODS, WARMING
 from freeadv_fast.errors import UserError
 from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
+from freeadv_fast.step.averaging import WeightAverage
 from freeadv_fast.step.graphs import WARM_UP, CudaRecorder, GraphRunner
 from freeadv_fast.step.optim import is_capturable
 
@@ -141,11 +142,12 @@ def test_short_memory_beside_recordings_is_told_with_the_flag(lines):
 
 
 def train(name, network, runner, device="cpu", dtype=torch.float32, recorder=None, accumulate=1):
-    """Eight epochs of two full minibatches and a smaller one."""
+    """Eight epochs of two full minibatches and a smaller one, with an average of the weights."""
     torch.manual_seed(0)
     if name in DUAL:
         network = DualNetwork(add_auxiliary_bn(network.to(device), 3))
     learner = build_learner(network, device, dtype)
+    learner.average = WeightAverage(learner.network, 0.9)
     if runner is not None:
         learner.record_with(runner)
     if recorder is not None:
@@ -180,6 +182,8 @@ def test_recorded_training_is_the_same_training(small_network, name, accumulate,
         recorded.net.state_dict().items(), plain.net.state_dict().values(), strict=True
     ):
         assert torch.equal(a, b), key
+    for a, b in zip(recorded.average.tensors, plain.average.tensors, strict=True):
+        assert torch.equal(a, b)
     assert torch.equal(recorded.meters.sums, plain.meters.sums)
     for key, value in plain_method.state_dict().items():
         assert torch.equal(method.state_dict()[key], value)
@@ -269,6 +273,8 @@ def test_a_cuda_graph_trains_as_eager_steps_do(small_network, name, dtype, lines
         recorded.net.state_dict().items(), plain.net.state_dict().values(), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=key)
+    for a, b in zip(recorded.average.tensors, plain.average.tensors, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(recorded.meters.sums, plain.meters.sums, rtol=1e-2, atol=1e-2)
     for key, value in plain_method.state_dict().items():
         assert (method.state_dict()[key] != value).float().mean() < 0.05
@@ -283,6 +289,7 @@ def test_a_step_never_waits_for_the_device(small_network, name, is_recorded, lin
     if name in DUAL:
         network = DualNetwork(add_auxiliary_bn(network, 3))
     learner = build_learner(network, "cuda", torch.float16)
+    learner.average = WeightAverage(learner.network, 0.9)
     if is_recorded:
         learner.record_with(GraphRunner(lines.append, CudaRecorder()))
     method = build_method(name, learner, "cuda")

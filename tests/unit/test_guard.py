@@ -279,9 +279,16 @@ def test_a_check_as_a_cuda_graph(small_network, world, precision):
     assert len(set(found)) == 4
 
 
-@pytest.mark.parametrize("changes", [{"method": "trades"}, {"method": "pgd", "norm": "l2"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "trades"},
+        {"method": "pgd", "norm": "l2"},
+        {"method": "pgd", "unlabelled": "more.npz", "augment": "none"},
+    ],
+)
 def test_gradalign_goes_on_from_single_step_weights_only(changes):
-    """Other losses and other balls are refused at the start."""
+    """Other losses, other balls and other images are refused at the start."""
     with pytest.raises(UserError, match="--on-collapse gradalign: .* use --on-collapse restore"):
         TrainConfig(m=1, on_collapse="gradalign", **changes)
 

@@ -33,6 +33,7 @@ CHANGES = {
     "reg_through": ("both", {}),
     "reg_adaptive": (False, {"reg_lambda": 4000.0}),
     "trades_beta": (1.0, {}),
+    "awp": (0.1, {}),
     "yopo_inner": (2, {}),
     "dat_attack": ("fgsm", {}),
     "dat_mode": ("train", {}),

@@ -69,14 +69,16 @@ def test_alpha_shapes_the_share(kind, alpha, extreme):
     assert abs(shares.mean() - 0.5) < 0.08
 
 
-def test_loss_and_hits_weigh_both_labels():
+@pytest.mark.parametrize("smoothing", [0.0, 0.4])
+def test_loss_and_hits_weigh_both_labels(smoothing):
     logits, own, other = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0]), torch.tensor([1] * 5)
     expected = sum(
-        0.3 * F.cross_entropy(row, a) + 0.7 * F.cross_entropy(row, b)
+        0.3 * F.cross_entropy(row, a, label_smoothing=smoothing)
+        + 0.7 * F.cross_entropy(row, b, label_smoothing=smoothing)
         for row, a, b in zip(logits, own, other, strict=True)
     )
     mixed = MixedLabels(own, other, 0.3)
-    torch.testing.assert_close(cross_entropy_sum(logits, mixed), expected)
+    torch.testing.assert_close(cross_entropy_sum(logits, mixed, smoothing), expected)
     guesses = logits.argmax(1)
     hits = 0.3 * (guesses == own).sum() + 0.7 * (guesses == other).sum()
     torch.testing.assert_close(num_hits(logits, mixed), hits)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import torchvision
 
 from freeadv_fast.errors import UserError
+from freeadv_fast.models.cifar_resnet import CifarResNet
 from freeadv_fast.models.normalize import (
     PerImageStandardizer,
     StandardizedNetwork,
@@ -53,6 +54,7 @@ def madry_parameters(num_classes: int) -> int:
     [
         ("wrn-32-10", 32, 10, madry_parameters(10)),
         ("wrn-34-10", 32, 10, 46_160_474),  # as published with TRADES's weights
+        ("cifar-resnet18", 32, 10, 11_173_962),  # as pytorch-cifar's has
         ("preact-resnet18", 32, 10, 11_171_146 + 2 * 512),
         ("preact-resnet18-gradalign", 32, 10, 11_171_146),
         ("resnet18", 32, 10, 11_689_512 - 990 * 513),
@@ -171,6 +173,42 @@ def test_preact_resnet_against_a_functional_one(variant):
         has_final="bn" if variant == "fast" else "",
         last="linear",
     )
+    torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def cifar_reference(x, state, strides):
+    """pytorch-cifar's ResNets, tensors and a dictionary; `strides` of the blocks that have any."""
+
+    def convolved(x, conv, norm, **options):
+        x = F.conv2d(x, state[f"{conv}.weight"], **options)
+        return reference_batch_norm(x, state, norm, 1e-5)
+
+    x = convolved(x, "conv1", "bn1", padding=1).clamp_min(0)
+    for block in dict.fromkeys(key.rsplit(".conv1", 1)[0] for key in state if ".conv1." in key):
+        stride, shortcut = strides.get(block, 1), x
+        if f"{block}.shortcut.0.weight" in state:
+            names = f"{block}.shortcut.0", f"{block}.shortcut.1"
+            shortcut = convolved(x, *names, stride=stride)
+        is_deep = f"{block}.conv3.weight" in state
+        for number in range(1, 4 if is_deep else 3):
+            kernel = state[f"{block}.conv{number}.weight"].shape[-1]
+            strided = number == (2 if is_deep else 1)
+            options = {"padding": kernel // 2, "stride": stride if strided else 1}
+            last = f"{block}.bn{number}"
+            x = convolved(x, f"{block}.conv{number}", last, **options)
+            if number < (3 if is_deep else 2):
+                x = x.clamp_min(0)
+        x = (x + shortcut).clamp_min(0)
+    return x.mean((2, 3)) @ state["linear.weight"].T + state["linear.bias"]
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_cifar_resnet_against_a_functional_one(depth):
+    model = CifarResNet(5, depth=depth).double().eval()
+    randomize_batch_norms(model)
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    strides = {f"layer{stage}.0": 2 for stage in (2, 3, 4)}
+    expected = cifar_reference(x, model.state_dict(), strides)
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
 
 

@@ -1,7 +1,9 @@
 """Learning-rate schedules against the reference code's own numbers."""
 
 import pytest
+import torch
 
+from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.schedule import Schedule
 from freeadv_fast.errors import UserError
 
@@ -60,6 +62,9 @@ def test_linear_rises_and_falls():
         "every:0",
         "steps:",
         "linear:1.5",
+        "onecycle",
+        "onecycle:1",
+        "onecycle-epochs:0",
         "constant:3",
         "x",
         "steps:a",
@@ -87,6 +92,8 @@ def test_refuses(text):
         "at:30,60,90",
         "steps:40000,60000",
         "linear:0.4",
+        "onecycle:0.3",
+        "onecycle-epochs:0.3",
         "piecewise:0=0,1=1,6=0.1",
         "constant",
     ],
@@ -123,3 +130,39 @@ def test_piecewise_draws_lines_between_epochs_of_the_natural_budget(m):
     assert factors[:10] == pytest.approx([0.1 * k for k in range(1, 11)])  # the first is not 0
     assert factors[10] == pytest.approx(1 - 0.9 / 50)
     assert factors[59] == factors[60] == factors[79] == pytest.approx(0.1)  # the last one stays
+
+
+@pytest.mark.parametrize(("kind", "per_step"), [("onecycle", 1), ("onecycle-epochs", 3)])
+@pytest.mark.parametrize(("share", "total"), [(0.3, 100), (0.25, 7), (0.1, 10), (0.3, 2)])
+def test_onecycle_is_torchs(kind, per_step, share, total):
+    """Stepped after each update, or after each data epoch of three updates, replays or not."""
+    schedule = Schedule.parse(f"{kind}:{share}")
+    factors = [
+        schedule.factor(
+            update,
+            total_updates=per_step * total,
+            data_epochs_before=lambda u: u / 3,
+            cost=4,
+        )
+        for update in range(per_step * total)
+    ]
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1, momentum=0.9)
+    if share * total == 1:  # torch divides by zero there
+        assert factors[0] == 1
+        return
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=total, pct_start=share
+    )
+    for step in range(total):
+        (group,) = optimizer.param_groups
+        ours = factors[per_step * step : per_step * (step + 1)]
+        assert ours == pytest.approx([group["lr"]] * per_step, rel=1e-9)
+        optimizer.step()
+        if step < total - 1:
+            scheduler.step()
+
+
+def test_a_cycle_by_epochs_needs_some():
+    with pytest.raises(UserError, match=r"--schedule onecycle-epochs:0.3: .* use onecycle:0.3,"):
+        TrainConfig(m=4, epochs=4, schedule="onecycle-epochs:0.3")
+    TrainConfig(m=4, epochs=5, schedule="onecycle-epochs:0.3")

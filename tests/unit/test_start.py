@@ -45,6 +45,7 @@ COSTS = {
     "fgsm": {"method": "fgsm-rs"},
     "pgd": {"method": "pgd", "attack_steps": 2, "max_passes": 100},
     "trades": {"method": "trades", "attack_steps": 2},
+    "trades, --awp": {"method": "trades", "attack_steps": 1, "awp": 0.01, "epochs": 1},
     "gradalign": {"method": "gradalign", "epochs": 2, "reg_every": 2},
     "elle": {"method": "elle"},
     "yopo": {"method": "yopo", "attack_steps": 3, "step_size": Perturbation.parse("1/255")},
