@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from freeadv_fast.config.attack import Attack
 from freeadv_fast.evaluation.evaluate import Evaluation
 from freeadv_fast.evaluation.tables import results_table
+from freeadv_fast.runs.chance import Z95 as Z95
+from freeadv_fast.runs.chance import wilson_interval as wilson_interval
 
-# 95 % of a normal distribution lie within so many standard deviations.
-Z95 = 1.959964
 # From here on the interval is narrower than +-1.4 points, whatever the accuracy.
 ENOUGH_IMAGES = 5000
-
-
-def wilson_interval(accuracy: float, num_images: int) -> tuple[float, float]:
-    """The accuracies, fractions, that `num_images` images at this one cannot tell apart (95 %).
-
-    Wilson's score interval (1927): within 0 and 1, and right for 0 of 400 as well, where
-    +-1.96 standard errors claim certainty.
-
-    Args:
-        accuracy: Fraction of the images that are right.
-        num_images: At least 1.
-    """
-    shrunk = 1 + Z95**2 / num_images
-    center = (accuracy + Z95**2 / (2 * num_images)) / shrunk
-    variance = accuracy * (1 - accuracy) / num_images + (Z95 / (2 * num_images)) ** 2
-    half = Z95 * math.sqrt(variance) / shrunk
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def interval_text(accuracy: float, num_images: int) -> str:
@@ -60,7 +42,16 @@ def accuracy_table(measured: Evaluation, step: str) -> str:
         _row(name, step, accuracy, measured.num_images)
         for name, accuracy in measured.robust_accuracy.items()
     ]
-    return results_table(rows)
+    return "\n".join([results_table(rows), *part_lines(measured)])
+
+
+def part_lines(measured: Evaluation) -> list[str]:
+    """A line for each attack of several parts: what stood after each of them."""
+    return [
+        f"{name}, seed {measured.seed}: of {measured.num_images:,} images "
+        + ", ".join(f"{share:.1%} stand {part}" for part, share in parts.items())
+        for name, parts in measured.attack_parts.items()
+    ]
 
 
 def side_by_side(networks: Mapping[str, tuple[float, Mapping[str, float]]], step: str) -> str:
@@ -83,13 +74,17 @@ def side_by_side(networks: Mapping[str, tuple[float, Mapping[str, float]]], step
 
 
 def attack_columns(name: str, step: str | None) -> dict[str, object]:
-    """What makes an attack weak or strong, a column each; no step: there is no attack."""
+    """What makes an attack weak or strong, a column each; no step: there is no attack.
+
+    AutoAttack's parts have steps of their own, and choose their length.
+    """
     attack = None if step is None else Attack.parse(name)
+    has_steps = attack is not None and attack.steps > 0
     return {
         "attack": name,
-        "steps": attack and attack.steps,
-        "step": step or "-",
-        "restarts": attack and attack.restarts,
+        "steps": attack.steps if attack and has_steps else None,
+        "step": step if attack and attack.has_step else "-",
+        "restarts": attack.restarts if attack and has_steps else None,
     }
 
 

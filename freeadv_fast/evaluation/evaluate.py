@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,17 @@ from freeadv_fast.config.threat import AnyThreatModel
 from freeadv_fast.data.loader import Batch, Loader
 from freeadv_fast.distributed.world import World
 from freeadv_fast.evaluation.attacks import is_correct, logits_of, perturb, random_point
+from freeadv_fast.evaluation.autoattack.package import refuse_unfit
+from freeadv_fast.evaluation.autoattack.standing import Standing, count_standing
 from freeadv_fast.models.normalize import unit_images, with_normalizer
 
 # Pixels that a GPU attacks at once, for each GiB of its memory: 1,024 images of CIFAR on an H200.
 PIXELS_PER_GIB = 8192
 # Batches that are filled with images that stand out of so many images: the last is not full.
 BATCHES_OF_A_POOL = 4
+# Pixels that AutoAttack takes at once without a GPU: 128 images of CIFAR, 2 of ImageNet. More are
+# no faster, and a killed evaluation loses a batch.
+CPU_PIXELS = 128 * 32 * 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +45,11 @@ class Evaluation:
         num_clean_images: Images that the clean accuracies are over; more, where attacks take a
             part of the set.
         seconds: Wall time, images' decoding included.
+        attack_parts: Of attacks that consist of several, by name: part to the fraction that
+            stands it and those before it.
+        seed: Seed of the attacks.
+        ledgers: Files of this rank's folder that make a killed evaluation go on; whoever keeps
+            these accuracies forgets them (`ledger.forget`).
     """
 
     clean_accuracy: float
@@ -47,6 +58,9 @@ class Evaluation:
     num_images: int
     num_clean_images: int
     seconds: float
+    attack_parts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    ledgers: tuple[Path, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
 
 def evaluate(
@@ -62,6 +76,7 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
     label: str = "evaluate",
+    folder: Path | None = None,
 ) -> Evaluation:
     """Measures clean accuracy and the accuracy under each attack.
 
@@ -81,21 +96,26 @@ def evaluate(
         clean_loader: This rank's share of the images that the clean accuracies are over, where
             they are others than the attacked ones (`images.whole_val_loader`).
         seed: Seed of the random starts.
-        progress: Draw a bar, on rank 0 of a terminal.
+        progress: Draw a bar, on rank 0 of a terminal. AutoAttack says how long it takes elsewhere.
         label: Text before the bar.
+        folder: Where AutoAttack keeps its log, and what it has found until this returns, so that
+            it goes on there once it was killed. None keeps nothing.
 
     Returns:
         The same accuracies on every rank.
 
     Raises:
-        ValueError: no images.
+        ValueError: no images. As a `UserError` also an attack that cannot be made.
     """
     started = time.perf_counter()
     parsed = [Attack.parse(attack) for attack in attacks]
+    stepped = [attack for attack in parsed if attack.has_step]
+    packaged = [attack for attack in parsed if not attack.has_step]
+    world.together(lambda: refuse_unfit(packaged, len(loader.classes), "--attacks"))
     network = with_normalizer(model, mean, std).to(world.device)
     # A row for the clean images and one for the attacked: images, right at the first guess, right
     # at the first five, standing after each attack.
-    counts = torch.zeros(2, 3 + len(parsed), dtype=torch.int64, device=world.device)
+    counts = torch.zeros(2, 3 + len(stepped), dtype=torch.int64, device=world.device)
     is_silent = not (progress and world.is_main and sys.stderr.isatty())
 
     def count(row: Tensor, images: Loader, attacks: Sequence[Attack]) -> None:
@@ -111,7 +131,7 @@ def evaluate(
 
     def count_all() -> None:
         with eval_mode(network), exact_arithmetic(world.device):
-            count(counts[1], loader, parsed)
+            count(counts[1], loader, stepped)
             if clean_loader is None:
                 counts[0] = counts[1]
             else:
@@ -121,15 +141,37 @@ def evaluate(
     (num_clean, top1, top5, *_), (num_images, _, _, *standing) = world.sum_(counts).tolist()
     if num_images == 0:
         raise ValueError("no images to evaluate")
+    by_name = {str(a): n / num_images for a, n in zip(stepped, standing, strict=True)}
+    found = Standing({}, ())
+    if packaged:
+        with eval_mode(network), exact_arithmetic(world.device):
+            found = count_standing(
+                network,
+                loader,
+                packaged,
+                threat,
+                world=world,
+                seed=seed,
+                at_once=packaged_at_once,
+                folder=folder,
+                label=label,
+                is_shown=progress,
+            )
+    parts = {
+        name: {part: n / num_images for part, n in own.items()}
+        for name, own in found.counts.items()
+    }
+    by_name |= {name: min(own.values()) for name, own in parts.items()}
     return Evaluation(
         clean_accuracy=top1 / num_clean,
         clean_top5=top5 / num_clean if len(loader.classes) > 5 else None,
-        robust_accuracy={
-            str(attack): n / num_images for attack, n in zip(parsed, standing, strict=True)
-        },
+        robust_accuracy={str(attack): by_name[str(attack)] for attack in parsed},
         num_images=num_images,
         num_clean_images=num_clean,
         seconds=time.perf_counter() - started,
+        attack_parts={name: own for name, own in parts.items() if len(own) > 1},
+        seed=seed,
+        ledgers=found.ledgers,
     )
 
 
@@ -144,6 +186,12 @@ def images_at_once(batch: Batch) -> int | None:
     memory = torch.cuda.get_device_properties(batch.images.device).total_memory / 2**30
     fitting = PIXELS_PER_GIB * memory / (height * width)
     return max(num, 1 << int(math.log2(max(1, fitting))))
+
+
+def packaged_at_once(batch: Batch) -> int:
+    """Images that AutoAttack takes at once; what comes of them is the same in any batch."""
+    _, height, width, _ = batch.images.shape
+    return images_at_once(batch) or min(128, max(8, CPU_PIXELS // (height * width)))
 
 
 def pooled(batches: Iterable[Batch]) -> Iterator[list[Batch]]:

@@ -1,0 +1,1 @@
+"""AutoAttack on the images of all ranks, through its authors' package, resumable."""
