@@ -1,6 +1,6 @@
-"""Exports a run's network: safetensors under stock keys, with and without the normaliser.
+"""Exports a run's network for use elsewhere: timm, torchvision, the Hub, ONNX, RobustBench.
 
-python launch/export.py runs/x --output-dir exported
+python launch/export.py runs/x --output-dir exported --onnx
 """
 
 import sys
@@ -8,20 +8,30 @@ import sys
 import tyro
 
 from freeadv_fast.cli import run_tool
-from freeadv_fast.runs.saved import export_run
+from freeadv_fast.runs.export.again import export_for
 
 
 def main(
-    run: tyro.conf.Positional[str], output_dir: str | None = None, checkpoint: str = "last"
+    run: tyro.conf.Positional[str],
+    output_dir: str | None = None,
+    checkpoint: str = "last",
+    onnx: bool = False,
+    robustbench: str | None = None,
+    push_to_hub: str | None = None,
 ) -> int:
-    """Writes model.safetensors, model_with_normalizer.safetensors and config.json.
+    """Writes the weights as safetensors, config.json and a model card.
 
     Args:
         run: The run's output folder.
         output_dir: Folder to write. Default: export/ in the run's folder.
-        checkpoint: last (the run's result), best (by held-out images), or a path.
+        checkpoint: last (the run's result), best (by held-out images), average, or a path.
+        onnx: Write model.onnx too, which takes pixels in [0, 1] and any batch.
+        robustbench: Name of the model there, such as Doe2026Free_RN50; write all that a submission
+            takes to export-robustbench/ in the run's folder.
+        push_to_hub: Upload the folder to OWNER/NAME on the Hugging Face Hub.
     """
-    print(f"wrote {export_run(run, output_dir, checkpoint)}")
+    for line in export_for(run, output_dir, checkpoint, onnx, robustbench, push_to_hub):
+        print(line)
     return 0
 
 

@@ -15,7 +15,7 @@ import freeadv_fast.models.zoo
 from freeadv_fast.errors import UserError
 from freeadv_fast.models.normalize import with_normalizer
 from freeadv_fast.models.zoo import build_model
-from freeadv_fast.runs.export import export_model, load_export
+from freeadv_fast.runs.export.network import export_model, load_export
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES = [f"digit {i}" for i in range(10)]

@@ -22,13 +22,15 @@ from freeadv_fast.models.normalize import (
 )
 from freeadv_fast.models.own import adopt, class_of, is_own, refuse_unnamed_network
 from freeadv_fast.models.zoo import TIMM_PREFIX, build_model, library_options, network_source
+from freeadv_fast.runs.export.folder import claim, write_bytes, write_record
+from freeadv_fast.runs.export.timm_form import timm_fields
 from freeadv_fast.runs.foreign import first_misfit, printable
-from freeadv_fast.runs.whole_file import renamed_when_whole
 
-PLAIN, NORMALIZED, CONFIG = (
+PLAIN, NORMALIZED, CONFIG, ONNX = (
     "model.safetensors",
     "model_with_normalizer.safetensors",
     "config.json",
+    "model.onnx",
 )
 
 
@@ -45,11 +47,13 @@ def export_model(
 ) -> Path:
     """Writes three files, each whole or not at all; config.json, written last, explains the others.
 
+    It is timm's config.json too: see `timm_form`.
+
     ``model.safetensors`` has the keys of torchvision, timm or `freeadv_fast.models`, whichever
     defines the network, and takes normalised images; an auxiliary batch norm stays behind.
     ``model_with_normalizer.safetensors`` has the same tensors under ``model.`` beside
     ``normalize.mean`` and ``normalize.std`` (1, 3, 1, 1), the layout of RobustBench, and takes
-    pixels in [0, 1].
+    pixels in [0, 1]. A ``model.onnx`` of earlier weights is taken away.
 
     Args:
         model: What `zoo.build_model` returned, on any device; left as it is.
@@ -63,30 +67,25 @@ def export_model(
 
     Returns:
         The folder.
+
+    Raises:
+        UserError: a file, a folder that holds something else, or one that cannot be made.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: {error.strerror or error}") from None
+    claim(folder, NORMALIZED)
+    (folder / ONNX).unlink(missing_ok=True)
     plain = without_auxiliary(plain_network(model).state_dict())
     weights = {key: _stored(value) for key, value in plain.items()}
     normalizer = InputNormalizer(mean, std).state_dict()
     wrapped = {f"normalize.{key}": value for key, value in normalizer.items()}
     wrapped |= {f"model.{key}": value for key, value in weights.items()}
     metadata = {"format": "pt"}
-    _write(folder / PLAIN, save(weights, metadata))
-    _write(folder / NORMALIZED, save(wrapped, metadata))
-    config = describe(
-        arch,
-        classes,
-        mean,
-        std,
-        image_size,
-        resize_size,
-        per_image=isinstance(model, StandardizedNetwork),
-    )
-    _write(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_bytes(folder / NORMALIZED, save(wrapped, metadata))
+    write_bytes(folder / PLAIN, save(weights, metadata))
+    data = (classes, mean, std, image_size, resize_size)
+    per_image = isinstance(model, StandardizedNetwork)
+    config = timm_fields(arch, *data) | describe(arch, *data, per_image=per_image)
+    write_record(folder / CONFIG, config)
     return folder
 
 
@@ -110,13 +109,14 @@ def load_export(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         weights = load_file(folder / NORMALIZED)
-        arch, num_classes, size = (config[k] for k in ("architecture", "num_classes", "image_size"))
+        arch = config.get("arch", config["architecture"])  # version 0.2.0 had no timm's name
+        num_classes, size = config["num_classes"], config["image_size"]
         mean, std, standardize = (config[k] for k in ("mean", "std", "per_image_standardization"))
     except OSError as error:
         raise UserError(f"{folder}: not an export ({error.strerror or error})") from None
     except (ValueError, SafetensorError) as error:  # no UTF-8, no JSON, no tensors
         raise UserError(f"{folder}: damaged export ({printable(str(error))})") from None
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder}: {CONFIG} is not an export's ({printable(str(error))})"
         ) from None
@@ -143,12 +143,11 @@ def describe(
     *,
     per_image: bool,
 ) -> dict[str, Any]:
-    """What config.json says; arguments as `export_model`'s."""
+    """What config.json says beside timm's fields; arguments as `export_model`'s."""
     standardize = " Between them each image is standardised by its own statistics." * per_image
     return {
-        "architecture": arch,
+        "arch": arch,
         "architecture_source": "custom" if is_own(arch) else network_source(arch),
-        "num_classes": len(classes),
         "class_names": list(classes),
         "mean": list(mean),
         "std": list(std),
@@ -203,9 +202,3 @@ def _input_line(per_image: bool) -> str:
 def _stored(tensor: Tensor) -> Tensor:
     """A tensor as safetensors wants it: on the CPU, contiguous, sharing no memory."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    with renamed_when_whole(path) as partial:
-        partial.write_bytes(content)

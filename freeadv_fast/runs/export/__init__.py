@@ -1,0 +1,1 @@
+"""A trained network for use elsewhere: safetensors, timm and the Hub, ONNX, RobustBench."""
