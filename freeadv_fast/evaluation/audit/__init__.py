@@ -1,0 +1,1 @@
+"""Checks that broken defences fail: whether a robust accuracy can be believed."""

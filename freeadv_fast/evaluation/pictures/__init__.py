@@ -1,0 +1,1 @@
+"""The papers' pictures of trained networks: loss surface, large-eps images, saliency, curves."""
