@@ -1,13 +1,14 @@
 # Needs git, make and Python 3.11 or newer; everything else is installed into .venv.
 #   make run    train the natural and the free model on embedded images, attack both, draw both
 #   make test   all tests       make lint   style and types       make clean   remove build outputs
+#   make peers  exports in RobustBench's own environment, which it builds
 # ARGS="..." is handed on, for example: make test ARGS="-k free"
 
 PYTHON ?= python3
 TEST_WORKERS ?= 2
 ARGS ?=
 
-.PHONY: run test lint clean venv
+.PHONY: run test peers lint clean venv
 
 run: venv
 	.venv/bin/python launch/quickstart.py $(ARGS)
@@ -19,6 +20,10 @@ export OMP_WAIT_POLICY = passive
 test: export OMP_NUM_THREADS = 1
 test: venv
 	.venv/bin/python -m pytest -q -n $(TEST_WORKERS) $(ARGS)
+
+# Exports in the environments of those who load them; they are built in .cache/peers/.
+peers: venv
+	.venv/bin/python -m pytest -q -m peers $(ARGS)
 
 lint: venv
 	.venv/bin/python -m ruff check .

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from freeadv_fast.config.run import TrainConfig as TrainConfig
     from freeadv_fast.evaluation.subject import evaluate as evaluate
     from freeadv_fast.recipes.catalogue import RECIPES as RECIPES
-    from freeadv_fast.runs.export import load_export as load_export
+    from freeadv_fast.runs.export.network import load_export as load_export
     from freeadv_fast.runs.saved import load_run as load_run
     from freeadv_fast.training import train as train
 
@@ -29,7 +29,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "config.run": ["TrainConfig"],
         "evaluation.subject": ["evaluate"],
         "recipes.catalogue": ["RECIPES"],
-        "runs.export": ["load_export"],
+        "runs.export.network": ["load_export"],
         "runs.saved": ["load_run"],
         "training": ["train"],
     },

@@ -12,14 +12,15 @@ from pathlib import Path
 from freeadv_fast.cli import run_training
 from freeadv_fast.cli.flags import share_of
 from freeadv_fast.evaluation.accuracy import side_by_side
+from freeadv_fast.evaluation.page import write_comparison
 from freeadv_fast.runs.log import read_json
 
 
 def main() -> int:
     """Trains both networks, each in a folder of its own, and prints their results as a table."""
-    stamp, networks = time.strftime("%Y%m%d-%H%M%S"), {}
+    start, networks = f"runs/quickstart-{time.strftime('%Y%m%d-%H%M%S')}", {}
     for method in ("natural", "free"):
-        folder = Path("runs") / f"quickstart-{stamp}-{method}"
+        folder = Path(f"{start}-{method}")
         flags = ["--output-dir", str(folder), *share_of(sys.argv[1:], method, ("natural", "free"))]
         status = run_training(method, "digits", flags)
         if status != 0:
@@ -30,7 +31,8 @@ def main() -> int:
     if networks:
         print(f"\n{' and '.join(networks)} at eps {result['eps']}")
         print(side_by_side(networks, result["attack_step"]))
-        print(f"\npictures: runs/quickstart-{stamp}-*/plots/*.png")
+        page = write_comparison([f"{start}-{method}" for method in networks], f"{start}.html")
+        print(f"\nreports: {start}-*/report.html, and both together: {page}")
     return 0
 
 

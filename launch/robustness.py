@@ -28,7 +28,7 @@ def main(
         on_the_fly: Corrupt validation images in memory; compares with no published number.
         data: Validation images to corrupt on the fly. Default: the run's own.
         eval_images: Images a set, or a corruption and severity. Default: all; 400 without a GPU.
-        checkpoint: last (the run's result), best (by held-out images), or a path.
+        checkpoint: last (the run's result), best (by held-out images), average, or a path.
     """
     folders = {"imagenet_c": imagenet_c, "imagenet_r": imagenet_r, "stylized": stylized}
     sample = {"data": data, "num_images": eval_images, "checkpoint": checkpoint}

@@ -13,7 +13,7 @@ from freeadv_fast.distributed.world import World
 from freeadv_fast.session import conclude
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-DRAW = conclude.draw
+DRAW, WRITE_REPORT = conclude.draw, conclude.write_report
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +24,10 @@ def _one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_pictures():
-    """Runs end without their two pictures, which take 2 s and longer than most runs here."""
+    """Runs end without pictures and page, which take longer than most runs here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conclude, "draw", lambda run: None)
+        patch.setattr(conclude, "write_report", lambda run: None)
         yield
 
 
@@ -34,6 +35,12 @@ def _no_pictures():
 def pictures(monkeypatch):
     """Lets runs draw."""
     monkeypatch.setattr(conclude, "draw", DRAW)
+
+
+@pytest.fixture
+def report_page(monkeypatch):
+    """Lets runs write their page."""
+    monkeypatch.setattr(conclude, "write_report", WRITE_REPORT)
 
 
 @pytest.fixture(scope="session")

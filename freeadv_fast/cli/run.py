@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from freeadv_fast.cli.flags import parse, parse_with_tyro, refuse_unknown_flags
 from freeadv_fast.cli.help import asks_for_help, help_page, tool_page
@@ -22,6 +23,8 @@ from freeadv_fast.distributed.heartbeat import PeerLost
 from freeadv_fast.distributed.world import is_main_rank
 from freeadv_fast.errors import UserError, remedy
 from freeadv_fast.session.signals import Interrupted
+
+T = TypeVar("T")
 
 
 def run_training(method: Method, dataset: str, argv: Sequence[str] | None = None) -> int:
@@ -61,22 +64,24 @@ def run_training(method: Method, dataset: str, argv: Sequence[str] | None = None
     return guard(work)
 
 
-def run_tool(function: Callable[..., int]) -> int:
+def run_tool(tool: Callable[..., T], act: Callable[[T], int] = int) -> int:  # type: ignore[assignment]
     """Runs a script whose flags are a function's arguments; mistakes get one line.
 
     Args:
-        function: Returns the exit status; its docstring and annotations make the help.
+        tool: A function that returns the exit status, or a dataclass whose fields are the flags;
+            its docstrings and annotations make the help.
+        act: Takes the instance of such a dataclass, and returns the exit status.
     """
-    names = inspect.signature(function).parameters
+    names = inspect.signature(tool).parameters
 
     def work() -> int:
         arguments = sys.argv[1:]
         if asks_for_help(arguments):
             if is_main_rank():
-                print(tool_page(function))
+                print(tool_page(tool))
             return 0
         refuse_unknown_flags(arguments, names)
-        return parse_with_tyro(function, arguments)
+        return act(parse_with_tyro(tool, arguments))
 
     return guard(work)
 

@@ -23,6 +23,7 @@ from freeadv_fast.data.cifar import IMAGE_SIZE as CIFAR_SIZE
 from freeadv_fast.data.digits import digits_folder
 from freeadv_fast.data.folder import (
     NO_DALI,
+    Backend,
     FolderLoader,
     available_backend,
     build_decoder,
@@ -39,6 +40,13 @@ from freeadv_fast.data.stream import Ints, Keys, Stream
 from freeadv_fast.data.svhn import load_svhn
 from freeadv_fast.data.synthetic import build_synthetic
 from freeadv_fast.data.unlabelled import SemiSupervisedLoader, UnlabelledImages, open_unlabelled
+from freeadv_fast.data.view import (
+    AS_CONFIGURED,
+    View,
+    listed_rows,
+    refuse_files_only,
+    refuse_other_sizes,
+)
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError, blaming
 
@@ -310,19 +318,25 @@ def _draw_held_out(config: TrainConfig, labels: Ints, keys: Keys) -> Keys:
     return keys[balanced_rows(labels, count, keys)]
 
 
-def build_val_loader(config: TrainConfig, world: World, num_images: int | None) -> Loader:
+def build_val_loader(
+    config: TrainConfig, world: World, num_images: int | None, view: View = AS_CONFIGURED
+) -> Loader:
     """The validation loader of an evaluation: exact shards, no image twice, none padded.
 
     Args:
         config: The run; `data` says what to read.
         world: This process among the others. Rank r reads rows r, r + W, ... of the subset.
-        num_images: Images to read over all ranks, evenly spaced over the set; None for all.
+        num_images: Images to read over all ranks, evenly spaced over the set, or over those that
+            the view lists; None for all.
+        view: Which images of the set, and how they are made the network's size.
 
     Raises:
         UserError: anything wrong with the data, in one line.
     """
-    val = _open_split(config, world, "val", _image_lister(config, world))
-    return val.loader(_stream(config, world, _val_rows(val, num_images)))
+    val = _open_split(config, world, "val", _image_lister(config, world), view)
+    rows = val.rows_of(view)
+    chosen = rows[evenly_spaced_rows(len(rows), num_images)]
+    return val.loader(_stream(config, world, chosen))
 
 
 def build_folder_loader(
@@ -384,6 +398,10 @@ class _Split(Protocol):
         """Which images these are."""
         ...
 
+    def rows_of(self, view: View) -> Ints:
+        """Rows of the images that a view takes."""
+        ...
+
     def loader(self, stream: Stream) -> Loader:
         """A loader for some of its rows."""
         ...
@@ -392,14 +410,16 @@ class _Split(Protocol):
 class _FolderSplit:
     """A split of image files; its loaders share one decoder."""
 
-    def __init__(self, config: TrainConfig, world: World, index: ImageIndex) -> None:
-        """Chooses the decoder."""
-        self.config, self.world, self.index = config, world, index
+    def __init__(
+        self, config: TrainConfig, world: World, index: ImageIndex, view: View = AS_CONFIGURED
+    ) -> None:
+        """Chooses the decoder: PIL where a preprocessing is named, which is defined by it."""
+        self.config, self.world, self.index, self.way = config, world, index, view.way
         self.classes, self.labels = index.classes, index.labels
-        backend = available_backend()
-        self.decoder = build_decoder(backend, index, config, world.device)
+        backend: Backend = available_backend() if self.way is None else "torchvision"
+        self.decoder = build_decoder(backend, index, config, world.device, self.way)
         self.lines: tuple[str, ...] = (f"images are decoded by {self.decoder}",)
-        if backend == "torchvision" and world.is_main:
+        if backend == "torchvision" and self.way is None and world.is_main:
             _announce_once(NO_DALI)
         if index.bad:
             self.lines += (
@@ -422,9 +442,20 @@ class _FolderSplit:
         """Which images these are."""
         return roll_of_files(self.index)
 
+    def rows_of(self, view: View) -> Ints:
+        """Rows of the images that a view takes."""
+        rows = np.arange(len(self.labels))
+        if view.image_list is not None:
+            rows = listed_rows(view.image_list, self.index)
+        if self.way is not None and self.way.image_size is None:
+            refuse_other_sizes(self.config.image_size, self.index, rows)
+        return rows
+
     def loader(self, stream: Stream) -> FolderLoader:
         """A loader for some of its rows."""
-        return FolderLoader(self.index, stream, self.decoder, self.config, self.world.device)
+        return FolderLoader(
+            self.index, stream, self.decoder, self.config, self.world.device, self.way
+        )
 
 
 class _ResidentSplit:
@@ -446,6 +477,11 @@ class _ResidentSplit:
         """Which images these are."""
         return self.images.roll
 
+    def rows_of(self, view: View) -> Ints:
+        """Rows of the images that a view takes: all."""
+        refuse_files_only(view, self.config.data)
+        return np.arange(len(self.labels))
+
     def loader(self, stream: Stream) -> Loader:
         """A loader for some of its rows."""
         return ResidentLoader(self.images, stream, self.config)
@@ -463,7 +499,11 @@ def _image_lister(config: TrainConfig, world: World) -> Callable[[str], ImageInd
 
 
 def _open_split(
-    config: TrainConfig, world: World, split: SplitName, list_images: Callable[[str], ImageIndex]
+    config: TrainConfig,
+    world: World,
+    split: SplitName,
+    list_images: Callable[[str], ImageIndex],
+    view: View = AS_CONFIGURED,
 ) -> _Split:
     """Opens what --data names.
 
@@ -484,7 +524,7 @@ def _open_split(
         return _ResidentSplit(config, images)
     data = digits_folder() if config.data == "digits" else os.path.expanduser(config.data)
     try:
-        return _FolderSplit(config, world, list_images(split_folder(data, split)))
+        return _FolderSplit(config, world, list_images(split_folder(data, split)), view)
     except OSError as error:
         raise UserError(
             f"--data {data}: {error.filename} cannot be read ({error.strerror}); let this user "

@@ -21,6 +21,7 @@ from freeadv_fast.data.loader import Batch
 from freeadv_fast.data.names import class_folders
 from freeadv_fast.data.plan import Plan, plan_evaluation, plan_random_resized_crop
 from freeadv_fast.data.prefetch import prefetched
+from freeadv_fast.data.preprocessing import BILINEAR, Preprocessing
 from freeadv_fast.data.roll import Roll, Stamps
 from freeadv_fast.data.stream import Share, Stream
 from freeadv_fast.errors import UserError
@@ -52,7 +53,11 @@ def available_backend() -> Backend:
 
 
 def build_decoder(
-    backend: Backend, index: ImageIndex, config: TrainConfig, device: torch.device
+    backend: Backend,
+    index: ImageIndex,
+    config: TrainConfig,
+    device: torch.device,
+    preprocessing: Preprocessing | None = None,
 ) -> Decoder:
     """The decoder of a split.
 
@@ -61,6 +66,7 @@ def build_decoder(
         index: The split.
         config: Gives image size, batch size and workers.
         device: Where the minibatches live.
+        preprocessing: Whose filter resizes, where it is torchvision that decodes.
     """
     if backend == "dali":
         from freeadv_fast.data.folder_dali import DaliDecoder
@@ -80,6 +86,7 @@ def build_decoder(
         batch_size=config.batch_size,
         num_workers=config.workers,
         device=device,
+        resampling=BILINEAR if preprocessing is None else preprocessing.resampling,
     )
 
 
@@ -93,6 +100,7 @@ class FolderLoader:
         decoder: Decoder,
         config: TrainConfig,
         device: torch.device,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         """Reads the rows of `stream`.
 
@@ -102,12 +110,14 @@ class FolderLoader:
             decoder: Executes the plans.
             config: Gives augmentation, sizes and seed.
             device: Where the minibatches live.
+            preprocessing: Of an evaluation, in place of the config's resize and central crop.
         """
         self.index = index
         self.stream = stream
         self.decoder = decoder
         self.config = config
         self.device = device
+        self.preprocessing = preprocessing
         self.augment = config.augment if stream.seed is not None else "none"
         self.classes = index.classes
         self.num_images = stream.num_images
@@ -147,6 +157,8 @@ class FolderLoader:
         config, sizes = self.config, self.index.sizes[share.rows]
         if self.augment == "random-resized-crop":
             return plan_random_resized_crop(share, sizes, config.image_size, config.seed, epoch)
+        if self.preprocessing is not None:
+            return self.preprocessing.plan(share.rows, sizes, config.image_size)
         return plan_evaluation(share.rows, sizes, config.image_size, config.evaluation_resize)
 
     def _augmented(self, images: Tensor, share: Share, epoch: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from freeadv_fast.data.index import ImageIndex
 from freeadv_fast.data.pixels import read_rgb
 from freeadv_fast.data.plan import Plan
+from freeadv_fast.data.preprocessing import BILINEAR
 from freeadv_fast.data.stream import Ints
 from freeadv_fast.data.verdict import undecodable
 from freeadv_fast.data.workers import Pixels, executed
@@ -30,6 +31,7 @@ class TorchvisionDecoder:
         batch_size: int,
         num_workers: int,
         device: torch.device,
+        resampling: Image.Resampling = BILINEAR,
     ) -> None:
         """Decodes the images of `index`.
 
@@ -39,12 +41,14 @@ class TorchvisionDecoder:
             batch_size: Largest number of images in a plan.
             num_workers: Processes that read and decode; 0 for none but this one.
             device: Where the output lives.
+            resampling: PIL's filter of every resize.
         """
         self.index = index
         self.image_size = image_size
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.device = device
+        self.resampling = resampling
 
     def __str__(self) -> str:
         """What the user reads of it."""
@@ -96,6 +100,6 @@ class TorchvisionDecoder:
         top, left, height, width = plan.windows[slot].tolist()
         y, x = plan.corners[slot].tolist()
         image = read_rgb(path).crop((left, top, left + width, top + height))
-        image = image.resize(plan.resized[slot, ::-1].tolist(), Image.Resampling.BILINEAR)
+        image = image.resize(plan.resized[slot, ::-1].tolist(), self.resampling)
         image = image.crop((x, y, x + self.image_size, y + self.image_size))
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if plan.flips[slot] else image

@@ -14,20 +14,25 @@ from freeadv_fast.data.build import build_folder_loader, build_val_loader
 from freeadv_fast.data.folder import FolderLoader
 from freeadv_fast.data.index import TooManyBad
 from freeadv_fast.data.loader import Loader
+from freeadv_fast.data.view import AS_CONFIGURED, View
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError, blaming
 
 AnyLoader = TypeVar("AnyLoader", bound=Loader)
 
 
-def open_val(config: TrainConfig, world: World, num_images: int | None) -> Loader:
+def open_val(
+    config: TrainConfig, world: World, num_images: int | None, view: View = AS_CONFIGURED
+) -> Loader:
     """Opens the validation images of `config` on every rank, see `build_val_loader`.
 
     Raises:
         UserError: on every rank; anything wrong with the data, or others on some rank.
     """
     place = f"--data {config.data}: val"
-    return _agreed(place, "--data", world, lambda: build_val_loader(config, world, num_images))
+    return _agreed(
+        place, "--data", world, lambda: build_val_loader(config, world, num_images, view)
+    )
 
 
 def open_folder(
@@ -53,7 +58,9 @@ def open_folder(
     )
 
 
-def whole_val_loader(config: TrainConfig, world: World) -> Loader | None:
+def whole_val_loader(
+    config: TrainConfig, world: World, view: View = AS_CONFIGURED
+) -> Loader | None:
     """All validation images, for a clean accuracy that hangs on no choice of images to attack.
 
     None where that is no other set than the attacked one, and where it would take hours: images
@@ -62,7 +69,7 @@ def whole_val_loader(config: TrainConfig, world: World) -> Loader | None:
     is_cheap = world.device.type == "cuda" or config.image_size <= CPU_CLEAN_SIDE
     if config.eval_images is None or not is_cheap:
         return None
-    return build_val_loader(config, world, None)
+    return build_val_loader(config, world, None, view)
 
 
 def _agreed(place: str, flag: str, world: World, build: Callable[[], AnyLoader]) -> AnyLoader:

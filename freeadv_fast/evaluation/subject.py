@@ -1,9 +1,12 @@
-"""What users have evaluated: a saved run, under other attacks or on other images, or a network."""
+"""What users have evaluated: a saved run, under other attacks or on other images, or a network.
+
+What a network may be, and how it is read, is in `candidate`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,27 +14,39 @@ from typing import Any
 import torch
 from torch import nn
 
-from freeadv_fast.config.attack import Attack, doubt_about_steps, parsed, passes
-from freeadv_fast.config.file import load_config, remarks_on
-from freeadv_fast.config.presets import CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES
+from freeadv_fast.config.attack import Attack, doubt_about_steps, parsed
+from freeadv_fast.config.file import CONFIG_NAME, load_config, remarks_on
+from freeadv_fast.config.phases import Phases
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.data.loader import Loader
+from freeadv_fast.data.preprocessing import find_preprocessing
+from freeadv_fast.data.view import View, read_image_list
 from freeadv_fast.distributed.world import World, joined_world
 from freeadv_fast.errors import UserError
-from freeadv_fast.evaluation.accuracy import accuracy_table
+from freeadv_fast.evaluation.asked import (
+    NETWORK_ATTACKS,
+    Asked,
+    config_for,
+    limit_without_gpu,
+    made_folder,
+    names_of,
+    refuse_still_attacks,
+    scale_step,
+)
+from freeadv_fast.evaluation.autoattack.ledger import forget
+from freeadv_fast.evaluation.candidate import (
+    Candidate,
+    find_candidate,
+    refuse_different_networks,
+    refuse_unread,
+)
 from freeadv_fast.evaluation.evaluate import Evaluation, eval_mode
 from freeadv_fast.evaluation.evaluate import evaluate as measure
 from freeadv_fast.evaluation.images import open_val, whole_val_loader
+from freeadv_fast.evaluation.written import print_accuracies, write_evaluation
 from freeadv_fast.models.own import check_logits
-from freeadv_fast.runs.environment import versions
-from freeadv_fast.runs.log import write_json
 from freeadv_fast.runs.saved import SavedRun, load_run
-
-# Data whose images have one size and are not resized.
-SMALL_DATA, SMALL_SIDE = ("cifar10", "cifar100", "svhn", "digits"), 32
-# What a network is attacked with of which no run says it.
-NETWORK_ATTACKS = ("pgd-50",)
 
 
 def evaluate(
@@ -45,169 +60,192 @@ def evaluate(
     checkpoint: str = "last",
     model: nn.Module | None = None,
     image_size: int | None = None,
+    arch: str | None = None,
+    mean: Sequence[float] | str | None = None,
+    std: Sequence[float] | str | None = None,
+    preprocessing: str | None = None,
+    image_list: str | Path | None = None,
+    output_dir: str | Path | None = None,
 ) -> Evaluation:
     """Measures clean accuracy and the accuracy under each attack, and prints a table.
 
-    Of a run it also writes ``evaluation-*.json`` beside the run's result, which it never touches.
-    fp32 without TF32, in eval mode. Under torchrun every rank calls this. The clean accuracy is
-    over all validation images, however few are attacked; without a GPU only those of at most 64
-    pixels a side are all read, of larger ones the attacked.
+    Of a run, and of an export in a run's folder, it also writes ``evaluation-*.json`` beside the
+    run's result, which it never touches; of anything else where `output_dir` says so. fp32 without
+    TF32, in eval mode. Under torchrun every rank calls this. The clean accuracy is over all
+    validation images, however few are attacked; without a GPU only those of at most 64 pixels a
+    side are all read, of larger ones the attacked.
 
     Args:
-        subject: A run's folder, what `load_run` returned, or any network of (n, 3, H, W) float32
-            pixels in [0, 1] to (n, classes) logits, such as `load_export` returns; the network is
-            left in its mode, on the device of the evaluation.
+        subject: A run's folder, what `load_run` returned, an export's folder, a file of weights
+            (anybody's, read without running code), ``module:function`` that builds a network, or
+            any network of (n, 3, H, W) float32 pixels in [0, 1] to (n, classes) logits; a network
+            is left in its mode, on the device of the evaluation.
         data: Validation images, as `--data`: ``/imagenet``, ``cifar10:FOLDER``, ``digits``.
-            Default: the run's own; a network needs it.
+            Default: the run's own; anything else needs it.
         attacks: Such as ``["pgd-50", "cw-50"]`` or ``"pgd-50,cw-50"``; by default the run's own,
             and PGD-50 of a network. Without a GPU the default is at most PGD-20 on at most 400
             images.
-        eps: Radius, such as ``"4/255"`` or ``4 / 255``; the run's own by default.
+        eps: Radius, such as ``"4/255"`` or ``4 / 255``; the run's own by default; anything else
+            needs it.
         step: Step of the attacks; by default the run's own in proportion to `eps`, and eps / 4 for
             a network.
         num_images: Validation images to attack, evenly spaced; by default as the run, or all.
         checkpoint: Of a run's folder: ``last`` (the run's result), ``best`` (by held-out images)
             or a path.
-        model: Your own network where the run trained one, as for `load_run`.
-        image_size: Side of the images that a network takes, in pixels. Default: 32 for CIFAR, SVHN
-            and digits, 224 for folders.
+        model: Your own network where the run trained one, as for `load_run`; or the one that a file
+            of weights belongs to, in place of `arch`.
+        image_size: Side of the images that a network takes, in pixels. Default: an export's own, 32
+            for CIFAR, SVHN and digits, 224 for folders.
+        arch: The network whose weights a file holds, by its name in torchvision, timm or here.
+        mean: Per-channel mean that normalises the input of a file's network, as ``"0.5,0.5,0.5"``
+            or three numbers in [0, 1], where the file does not hold it. Default: the library's for
+            a folder of images, CIFAR's for CIFAR. std: Likewise what divides, above 0.
+        preprocessing: Of a folder's images, by RobustBench's names: ``Res256Crop224``,
+            ``BicubicRes256Crop224``, ``Crop288``, ``Res224`` or ``none``; read by PIL, as there.
+            Default: the run's or export's, and resize by 256/224 and a central crop.
+        image_list: File that lists the images to take, CLASS/FILE a line, such as RobustBench's
+            imagenet_test_image_ids.txt. Default: all.
+        output_dir: Folder of ``evaluation-*.json``. Default: the run's; none without a run.
 
     Returns:
         The accuracies, fractions.
 
     Raises:
-        UserError: no such run, checkpoint or data, a bad attack, or data of other classes; a
-            `ValueError` with one line.
+        UserError: no such subject, checkpoint or data, a bad attack, data of other classes, or a
+            flag that the subject does not read; a `ValueError` with one line.
     """
     chosen: dict[str, Any] = {
         "data": data,
-        "eval_attacks": None if attacks is None else _names(attacks),
+        "eval_attacks": None if attacks is None else names_of(attacks),
         "eps": None if eps is None else Perturbation.parse(eps),
         "eval_step": None if step is None else Perturbation.parse(step, "--step"),
         "eval_images": num_images,
     }
-    if chosen["eps"] is not None and chosen["eps"].levels == 0:
-        raise UserError("--eps 0: an attack needs a radius above 0, such as 4/255")
-    if chosen["eval_step"] is not None and chosen["eval_step"].levels == 0:
-        raise UserError(
-            "--step 0: an attack that stands still; give a step above 0, or leave it out"
-        )
+    refuse_still_attacks(chosen)
+    if preprocessing is not None:
+        find_preprocessing(preprocessing)
+    of_a_file: dict[str, Any] = {"arch": arch, "mean": mean, "std": std}
     with joined_world() as world:
-        if isinstance(subject, nn.Module):
-            return _evaluate_network(subject, chosen, image_size, world)
-        if not isinstance(subject, SavedRun):
+        listed = folder = None
+        if image_list is not None:
+            listed = world.on_main(lambda: read_image_list(image_list))
+        if output_dir is not None:  # made now: an attack may take hours
+            folder = world.on_main(lambda: made_folder(Path(output_dir)))
+        asked = Asked(chosen, View(preprocessing, listed), folder)
+        if not isinstance(subject, SavedRun | nn.Module) and is_run(subject):
             subject = load_run(subject, checkpoint, model=model)
-        return _evaluate_run(subject, chosen, world)
+        if isinstance(subject, SavedRun):
+            refuse_unread(of_a_file | {"image_size": image_size}, "a run's config says it")
+            return _evaluate_run(subject, asked, world)
+        refuse_unread(
+            {"checkpoint": None if checkpoint == "last" else checkpoint}, "the subject is no run"
+        )
+        for flag, example in (("data", "cifar10:FOLDER"), ("eps", "8/255")):
+            if chosen[flag] is None:
+                raise UserError(
+                    f"--{flag}: evaluating anything but a run needs it, such as --{flag} {example}"
+                )
+        candidate = world.together(
+            lambda: find_candidate(subject, data=chosen["data"], model=model, **of_a_file)
+        )
+        return _evaluate_candidate(candidate, asked, image_size, world)
 
 
-def _names(attacks: Sequence[Attack | str] | str) -> tuple[str, ...]:
-    """Attacks by name; a misspelt one is refused before anything is loaded."""
-    listed = attacks.split(",") if isinstance(attacks, str) else attacks
-    return tuple(str(Attack.parse(attack, "--attacks")) for attack in listed)
+def is_run(subject: str | Path) -> bool:
+    """Whether a subject is a run's folder."""
+    return (Path(subject).expanduser() / CONFIG_NAME).is_file()
 
 
-def _evaluate_run(run: SavedRun, chosen: dict[str, Any], world: World) -> Evaluation:
+def _evaluate_run(run: SavedRun, asked: Asked, world: World) -> Evaluation:
     """`evaluate` of a run, with what the user chose instead of the run's own."""
+    chosen, view = dict(asked.chosen), asked.view
     if world.is_main and chosen["eval_step"] is None:
         for line in remarks_on(run.folder.config):
             print(line, flush=True)
     if world.device.type != "cuda" and run.config.eval_images is None:
-        limit_without_gpu(chosen, run.config.eval_attacks, world)
+        limit_without_gpu(chosen, run.config.eval_attacks, world, view)
     scale_step(chosen, run.config, world)
+    if view.image_list is not None and chosen["eval_images"] is None:
+        run = dataclasses.replace(run, config=dataclasses.replace(run.config, eval_images=None))
     chosen = {name: value for name, value in chosen.items() if value is not None}
+    if view.way is not None:  # what is seen is neither a phase's nor resized as the config says
+        side = view.way.image_size or run.config.image_size
+        chosen |= {"image_size": side, "resize_size": 0, "phases": Phases(), "phase_data": ()}
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, **chosen))
-    measured = _measure(run, world)
+    measured = _measure(run, asked, world)
     if world.is_main:
-        path = _write_evaluation(run, measured)
-        print_accuracies(f"{run.folder.root.name}, {run.checkpoint.name}", run.config, measured)
+        title = f"{run.folder.root.name}, {run.weights}"
+        path = _write_run(run, asked, measured)
+        forget(measured.ledgers)
+        print_accuracies(title, run.config, measured, view)
         print(f"wrote {path}", flush=True)
     world.barrier()
     return measured
 
 
-def _evaluate_network(
-    network: nn.Module, chosen: dict[str, Any], image_size: int | None, world: World
+def _evaluate_candidate(
+    candidate: Candidate, asked: Asked, image_size: int | None, world: World
 ) -> Evaluation:
     """`evaluate` of a network that no run of ours describes."""
-    name = type(network).__name__
-    for field in ("data", "eps"):
-        if chosen[field] is None:
-            raise UserError(f"--{field}: evaluating a network needs it; give {field}=...")
+    chosen, view = dict(asked.chosen), asked.view
     if world.device.type != "cuda":
-        limit_without_gpu(chosen, NETWORK_ATTACKS, world)
-    step = chosen["eval_step"] or Perturbation(chosen["eps"].levels / 4)
-    is_small = chosen["data"].partition(":")[0] in SMALL_DATA
-    side = image_size or (SMALL_SIDE if is_small else TrainConfig.image_size)
-    config = TrainConfig(
-        method="natural",
-        m=1,
-        data=chosen["data"],
-        eps=chosen["eps"],
-        eval_step=step,
-        eval_attacks=chosen["eval_attacks"] or NETWORK_ATTACKS,
-        eval_images=chosen["eval_images"],
-        image_size=side,
-        resize_size=side if is_small else None,
-        augment="none",
-        normalization="none",
-    )
-    loader = open_val(config, world, config.eval_images)
+        limit_without_gpu(chosen, NETWORK_ATTACKS, world, view)
+    config = config_for(candidate, chosen, image_size, view)
+    loader = open_val(config, world, config.eval_images, view)
+    if candidate.classes is not None and loader.classes != candidate.classes:
+        raise UserError(other_classes(config.data, loader, len(candidate.classes)))
+    network = world.together(lambda: candidate.build(len(loader.classes), config.image_size))
+    if candidate.is_loaded:
+        refuse_different_networks(network, candidate.title, world)
+    if world.is_main and candidate.lines:
+        print("\n".join(candidate.lines), flush=True)
     network.to(world.device)
     with eval_mode(network):
-        check_logits(network, name, len(loader.classes), side, world.device)
-    measured = _measure_on(network, loader, config, world)
+        check_logits(network, candidate.title, len(loader.classes), config.image_size, world.device)
+    folder = asked.output_dir or candidate.run_folder
+    measured = _measure_on(network, loader, config, view, world, folder)
     if world.is_main:
-        print_accuracies(name, config, measured)
+        if folder is not None:
+            path = _write_candidate(candidate, folder, config, view, measured)
+            forget(measured.ledgers)
+        print_accuracies(candidate.title, config, measured, view)
+        if folder is not None:
+            print(f"wrote {path}", flush=True)
+    world.barrier()
     return measured
 
 
-def scale_step(chosen: dict[str, Any], config: TrainConfig, world: World) -> None:
-    """The run's step in proportion to another radius: 20 of its own may not cross a larger ball."""
-    eps = chosen["eps"]
-    if eps is None or chosen["eval_step"] is not None or not config.eps.levels:
-        return
-    step = Perturbation(config.eval_step.levels * eps.levels / config.eps.levels)
-    if step != config.eval_step:
-        chosen["eval_step"] = step
-        if world.is_main:
-            print(f"for --eps {eps}: --step {step}", flush=True)
+def other_classes(data: str, loader: Loader, num_classes: int) -> str:
+    """The complaint about data of other classes than the network's."""
+    return (
+        f"--data {data}: its {len(loader.classes)} classes are not the {num_classes} that the "
+        "network was trained on"
+    )
 
 
-def limit_without_gpu(chosen: dict[str, Any], attacks: Sequence[str], world: World) -> None:
-    """Without a GPU, what nobody chose is one PGD-20 on at most 400 images.
-
-    Args:
-        chosen: What the user chose; completed.
-        attacks: Those that are made otherwise; they stay where they cost no more.
-        world: Its rank 0 says what was limited.
-    """
-    said = []
-    if chosen["eval_attacks"] is None and passes(attacks) > passes(CPU_EVAL_ATTACKS):
-        chosen["eval_attacks"] = CPU_EVAL_ATTACKS
-        named, full = ",".join(CPU_EVAL_ATTACKS), ",".join(attacks)
-        said.append(f"no GPU: {named} instead of {full}; --attacks chooses others")
-    if chosen["eval_images"] is None:
-        chosen["eval_images"] = CPU_EVAL_IMAGES
-        said.append(f"no GPU: attacking at most {CPU_EVAL_IMAGES} images; more: --eval-images N")
-    if world.is_main and said:
-        print("\n".join(said), flush=True)
-
-
-def _measure(run: SavedRun, world: World) -> Evaluation:
+def _measure(run: SavedRun, asked: Asked, world: World) -> Evaluation:
     """Evaluates the run's network as its config says."""
-    config = run.config
-    loader = open_val(config, world, config.eval_images)
+    config, view = run.config, asked.view
+    loader = open_val(config, world, config.eval_images, view)
     if loader.classes != run.classes:
-        raise UserError(
-            f"--data {config.data}: its {len(loader.classes)} classes are not the "
-            f"{len(run.classes)} that the network was trained on"
-        )
+        raise UserError(other_classes(config.data, loader, len(run.classes)))
     model = run.model.to(world.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return _measure_on(model, loader, config, world)
+    if view.way is not None:
+        with eval_mode(model):
+            check_logits(model, config.arch, len(run.classes), config.image_size, world.device)
+    folder = asked.output_dir or run.folder.root
+    return _measure_on(model, loader, config, view, world, folder)
 
 
-def _measure_on(model: nn.Module, loader: Loader, config: TrainConfig, world: World) -> Evaluation:
-    """Evaluates a network of the config's normalised images."""
+def _measure_on(
+    model: nn.Module,
+    loader: Loader,
+    config: TrainConfig,
+    view: View,
+    world: World,
+    folder: Path | None,
+) -> Evaluation:
+    """Evaluates a network of the config's normalised images; `folder` keeps AutoAttack's log."""
     if world.is_main:
         attacks = parsed(config.eval_attacks)
         for line in doubt_about_steps(attacks, config.evaluation_threat, "--step"):
@@ -220,47 +258,45 @@ def _measure_on(model: nn.Module, loader: Loader, config: TrainConfig, world: Wo
         world=world,
         mean=config.pixel_mean,
         std=config.pixel_std,
-        clean_loader=world.together(lambda: whole_val_loader(config, world)),
+        clean_loader=world.together(lambda: whole_val_loader(config, world, view)),
         seed=config.seed,
+        folder=folder,
     )
 
 
-def _write_evaluation(run: SavedRun, measured: Evaluation) -> Path:
-    """Writes the accuracies and what they are of, under a name that says both."""
+def _write_run(run: SavedRun, asked: Asked, measured: Evaluation) -> Path:
+    """Writes a run's evaluation; other images or weights than its own get a name of their own."""
     config = run.config
-    attacks = "_".join(config.eval_attacks) or "clean"
-    eps, step = (f"{float(p.levels):g}" for p in (config.eps, config.eval_step))
-    name = f"evaluation-{run.checkpoint.stem}-{attacks}-eps{eps}-step{step}"
-    name += f"-n{measured.num_images}"
-    # Other images or weights than the run's own get a name of their own.
     own = load_config(run.folder.config).data, run.folder.checkpoints
-    if (config.data, run.checkpoint.parent) != own:
-        origin = f"{config.data} {run.checkpoint.resolve()}"
-        name += f"-{hashlib.sha256(origin.encode()).hexdigest()[:8]}"
-    path = run.folder.root / f"{name}.json"
-    record = {
+    is_own = (config.data, run.checkpoint.parent) == own
+    subject = {
         "run": run.folder.root.name,
-        "checkpoint": run.checkpoint.name,
+        "checkpoint": run.weights,
         "method": config.method,
         "dataset": config.data,
         "arch": config.arch,
-        "eps": str(config.eps),
-        "attack_step": str(config.eval_step),
-        "clean_accuracy": measured.clean_accuracy,
-        "clean_top5_accuracy": measured.clean_top5,
-        "robust_accuracy": measured.robust_accuracy,
-        "num_eval_images": measured.num_images,
-        "num_clean_images": measured.num_clean_images,
-        "seconds": round(measured.seconds, 3),
-        "seed": config.seed,
-        "versions": versions(),
     }
-    write_json(path, record)
-    return path
+    return write_evaluation(
+        asked.output_dir or run.folder.root,
+        subject,
+        config,
+        asked.view,
+        measured,
+        stem=Path(run.weights).stem,
+        origin=None if is_own else f"{config.data} {run.checkpoint.resolve()}",
+    )
 
 
-def print_accuracies(name: str, config: TrainConfig, measured: Evaluation) -> None:
-    """The accuracies on the terminal, under what they are of."""
-    ball = " in L2" if config.norm == "l2" else ""
-    print(f"{name} at eps {config.eps}{ball}")
-    print(accuracy_table(measured, str(config.eval_step)), flush=True)
+def _write_candidate(
+    candidate: Candidate, folder: Path, config: TrainConfig, view: View, measured: Evaluation
+) -> Path:
+    """Writes the evaluation of anything else."""
+    return write_evaluation(
+        folder,
+        {"subject": candidate.title, "checkpoint": candidate.title, "dataset": config.data},
+        config,
+        view,
+        measured,
+        stem=re.sub(r"[^\w.-]+", "-", candidate.title).strip("-"),
+        origin=f"{candidate.title} {config.data} {config.image_size}",
+    )

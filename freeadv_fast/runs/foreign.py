@@ -13,7 +13,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ PLAIN_CLASSES: list[Any] = [
 ]
 
 # Where weights lie inside a checkpoint, most wanted first: those that were trained before their
-# running mean. Ours, MadryLab's and RobustBench's; Lightning's and timm's; others'.
+# running mean. Ours, MadryLab's and RobustBench's; Lightning's and timm's; others'. GradAlign's
+# authors save `last` beside `best`, and RobustBench takes the former.
 WRAPPINGS = (
     "model",
     "state_dict",
@@ -48,14 +49,22 @@ WRAPPINGS = (
     "model_ema",
     "ema_state_dict",
     "ema",
+    "last",
 )
 
 # What torch.compile, FSDP and activation checkpoints put into the middle of names.
 INSERTED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 # Left out where the network has no place for them: a normaliser's statistics, which are the run's
-# own here, and the second classifiers of googlenet and inception_v3, which we build without.
-SPARE = re.compile(r"(normali[sz]er?\.)?(new_)?(mean|std|mu|sigma)$|(AuxLogits|aux1|aux2)\.")
+# own or stand before the network, the second classifiers of googlenet and inception_v3, which we
+# build without, and a stage of TRADES' wide networks that no image passes.
+SPARE = re.compile(
+    r"(normali[sz]er?\.)?(new_)?(mean|std|mu|sigma)$|(AuxLogits|aux1|aux2|sub_block1)\."
+)
+
+# How a normaliser's two buffers are called: RobustBench's, MadryLab's, and those of networks that
+# subtract them themselves.
+STATISTICS = (("mean", "std"), ("new_mean", "new_std"), ("mu", "sigma"))
 
 MAX_NAMED = 3
 MAX_TEXT = 200
@@ -165,6 +174,36 @@ def named_as(wanted: Collection[str], weights: Mapping[str, Tensor]) -> dict[str
         return dict(weights)
     prefix = min(found, key=lambda prefix: (-found[prefix], prefix.count(".")))
     return {key.removeprefix(prefix): w for key, w in weights.items() if key.startswith(prefix)}
+
+
+class Statistics(NamedTuple):
+    """A normaliser found among weights.
+
+    Attributes:
+        name: Of its mean there, such as ``normalize.mean``.
+        mean: Per channel, as it stands in the file. std: Likewise.
+    """
+
+    name: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def find_statistics(weights: Mapping[str, Tensor]) -> Statistics | None:
+    """The normaliser that stands before the network, the outermost of several; None without.
+
+    Args:
+        weights: As they were saved, see `find_weights`.
+    """
+    found = []
+    for key, mean in weights.items():
+        place, _, last = key.rpartition(".")
+        for mean_name, std_name in STATISTICS:
+            std = weights.get(f"{place}.{std_name}".lstrip("."))
+            if last == mean_name and std is not None and mean.numel() == std.numel() == 3:
+                values = (tuple(part.double().flatten().tolist()) for part in (mean, std))
+                found.append(Statistics(key, *values))
+    return min(found, key=lambda one: one.name.count("."), default=None)
 
 
 def first_misfit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:

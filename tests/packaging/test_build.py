@@ -95,6 +95,8 @@ def test_wheel_without_a_compiler(clean_copy, tmp_path):
             f"{folder}/{path.relative_to(ROOT / source)}" for path in (ROOT / source).rglob("*.py")
         }
         assert expected <= set(names)
+    templates = {path.name for path in (ROOT / "freeadv_fast").rglob("templates/*")}
+    assert templates <= {Path(name).name for name in names}
 
     # A virtual environment of its own that sees the other packages of this one.
     venv.create(tmp_path / "venv", with_pip=False)

@@ -19,6 +19,7 @@ from torch.distributed.run import get_args_parser
 
 import freeadv_fast
 from freeadv_fast import toolchain
+from freeadv_fast.cli.evaluate import EvaluateFlags
 from freeadv_fast.cli.flags import (
     CommandLine,
     parse,
@@ -172,7 +173,7 @@ def check_script(words):
         spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        check_tool(module.main, arguments)
+        check_tool(getattr(module, "main", EvaluateFlags), arguments)
 
 
 def check_training(arguments, method, dataset):
@@ -260,7 +261,7 @@ def test_pages_are_linked_from_readme_and_back(page):
 
 def known_flags():
     """Every flag of a training, of the sweep and of the tools."""
-    names = [field.name for kind in (TrainConfig, CommandLine, Sweep)
+    names = [field.name for kind in (TrainConfig, CommandLine, Sweep, EvaluateFlags)
              for field in dataclasses.fields(kind)]  # fmt: skip
     scripts = [*(ROOT / "launch").glob("*.py"), *(ROOT / "freeadv_fast").rglob("__main__.py")]
     tools = [path.read_text(encoding="utf-8") for path in scripts]

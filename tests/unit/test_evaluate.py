@@ -28,8 +28,9 @@ from freeadv_fast.evaluation.evaluate import (
     images_at_once,
 )
 from freeadv_fast.evaluation.subject import evaluate as evaluate_run
+from freeadv_fast.runs.export.again import export_run
 from freeadv_fast.runs.log import save_config
-from freeadv_fast.runs.saved import export_run, load_run
+from freeadv_fast.runs.saved import load_run
 
 MEAN, STD = (0.5, 0.4, 0.6), (0.2, 0.25, 0.3)
 THREAT = ThreatModel(Perturbation.parse("2/255"), Perturbation.parse("1/255"))
@@ -352,6 +353,7 @@ def test_without_a_gpu_an_unlimited_run_is_evaluated_in_part(run_folder, monkeyp
 
 
 def test_a_run_is_exported_again(run_folder):
+    (run_folder / "result.json").unlink()
     assert export_run(run_folder) == run_folder / "export"
     assert (run_folder / "export" / "model.safetensors").is_file()
 

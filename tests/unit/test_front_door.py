@@ -158,7 +158,7 @@ def test_any_network_of_pixels_can_be_evaluated(capsys):
     assert measured.robust_accuracy["pgd-2"] <= measured.clean_accuracy
     assert "Sequential" in capsys.readouterr().out
     assert network.training
-    with pytest.raises(UserError, match="--eps: evaluating a network needs it"):
+    with pytest.raises(UserError, match="--eps: evaluating anything but a run needs it"):
         ff.evaluate(network, data="digits")
     with pytest.raises(UserError, match=r"returns \(2, 3\) for two images; the data have 10"):
         ff.evaluate(

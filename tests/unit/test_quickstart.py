@@ -37,13 +37,16 @@ def quickstart(repository, tmp_path, monkeypatch):
 def test_both_networks_stand_side_by_side(quickstart, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["launch/quickstart.py"])
     assert quickstart.main() == 0
-    assert capsys.readouterr().out.splitlines()[1:6] == [
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:6] == [
         "natural and free at eps 32/255",
         "attack  steps  step   restarts  natural   free",
         "------  -----  -----  --------  -------  -----",
         "none        -  -             -    95.8%  94.7%",
         "pgd-20     20  4/255         1     8.6%  49.7%",
     ]
+    assert lines[-1].startswith("reports: runs/quickstart-")
+    assert Path(lines[-1].split()[-1]).read_text().count("49.7%") >= 2
 
 
 def test_a_dry_run_has_no_table(quickstart, monkeypatch, capsys):

@@ -24,21 +24,28 @@ def shown(repository, capsys, monkeypatch):
         spec = importlib.util.spec_from_file_location(script, repository / f"launch/{script}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        status = run_sweep(["--help"]) if script == "sweep" else run_tool(module.main)
+        status = run_sweep(["--help"]) if script == "sweep" else run_tool(tool_of(module))
         assert status == 0
         return capsys.readouterr().out, module
 
     return call
 
 
-@pytest.mark.parametrize("script", ["evaluate", "robustness", "export"])
+def tool_of(module):
+    """What makes a script's help: its function, or the dataclass of its flags."""
+    return getattr(module, "main", None) or module.EvaluateFlags
+
+
+@pytest.mark.parametrize("script", ["evaluate", "robustness", "export", "pictures"])
 def test_every_argument_is_shown_once(shown, script):
     text, module = shown(script)
-    names = list(inspect.signature(module.main).parameters)
-    about = inspect.getdoc(module.main).splitlines()[0]
-    assert text.startswith(f"{about}\nusage: launch/{script}.py RUN [flags]\n\narguments\n  RUN ")
+    (first, *names) = inspect.signature(tool_of(module)).parameters
+    about = inspect.getdoc(tool_of(module)).splitlines()[0]
+    typed = first.upper()
+    head = f"{about}\nusage: launch/{script}.py {typed} [flags]\n\narguments\n  {typed} "
+    assert text.startswith(head)
     flags = re.findall(r"^  (--[\w-]+)", text, re.M)
-    assert flags == [f"--{name.replace('_', '-')}" for name in names if name != "run"]
+    assert flags == [f"--{name.replace('_', '-')}" for name in names]
     assert re.search(r"^  --checkpoint NAME .*\n +Default: last$", text, re.M)
 
 

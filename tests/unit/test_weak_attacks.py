@@ -174,7 +174,7 @@ def test_a_run_is_clean_on_all_images_whatever_is_attacked(run_folder):
 )  # fmt: skip
 def test_which_images_are_read_clean(monkeypatch, device, side, eval_images, reads_all):
     """All where that is cheap; None stands for "those that are attacked"."""
-    monkeypatch.setattr(images, "build_val_loader", lambda config, world, count: ("all", count))
+    monkeypatch.setattr(images, "build_val_loader", lambda _, __, count, ___: ("all", count))
     config = TrainConfig(image_size=side, eval_images=eval_images)
     world = World(0, 1, torch.device(device))
     found = images.whole_val_loader(config, world)

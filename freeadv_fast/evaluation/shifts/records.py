@@ -148,7 +148,7 @@ def _file_stem(trial: Trial, name: str, source: str) -> str:
     """
     checkpoint = trial.run.checkpoint
     count = "all" if trial.num_images is None else trial.num_images
-    stem = f"robustness-{checkpoint.stem}-{name}-n{count}"
+    stem = f"robustness-{Path(trial.run.weights).stem}-{name}-n{count}"
     is_foreign = checkpoint.parent != trial.run.folder.checkpoints
     origin = [str(Path(source).resolve())] * bool(source) + [str(checkpoint.resolve())] * is_foreign
     if origin:
@@ -164,7 +164,7 @@ def _write(
     path = trial.run.folder.root / f"{stem}.json"
     common = {
         "run": trial.run.folder.root.name,
-        "checkpoint": trial.run.checkpoint.name,
+        "checkpoint": trial.run.weights,
         "method": config.method,
         "arch": config.arch,
         "image_size": config.image_size,

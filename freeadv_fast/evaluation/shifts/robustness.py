@@ -14,6 +14,7 @@ from freeadv_fast.config.presets import CPU_EVAL_IMAGES
 from freeadv_fast.distributed.world import World, joined_world
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.evaluate import Evaluation
+from freeadv_fast.evaluation.page import refresh_page
 from freeadv_fast.evaluation.shifts.folders import look_at_folders, stylized_classes
 from freeadv_fast.evaluation.shifts.imagenet_c import CorruptionErrors
 from freeadv_fast.evaluation.shifts.sets import (
@@ -49,7 +50,8 @@ def evaluate_robustness(
 ) -> Robustness:
     """Evaluates a run's network on corrupted and shifted sets.
 
-    Prints a table and writes ``robustness-*.json`` and ``plots/robustness-*.png`` for each set.
+    Prints a table and writes ``robustness-*.json`` and ``plots/robustness-*.png`` for each set, and
+    the run's ``report.html`` anew.
     Under torchrun every rank calls this.
 
     Args:
@@ -62,7 +64,8 @@ def evaluate_robustness(
         num_images: Images of each set, or of each corruption and severity, evenly spaced. Default:
             all; 400 without a GPU.
         data: Validation images to corrupt, as `--data`; the run's own by default.
-        checkpoint: ``last`` (the run's result), ``best`` (by held-out images) or a path.
+        checkpoint: ``last`` (the run's result), ``best`` (by held-out images), ``average`` (of a
+            run with --ema) or a path.
 
     Returns:
         The same numbers on every rank.
@@ -92,6 +95,7 @@ def evaluate_robustness(
             on_the_fly=evaluate_on_the_fly(trial, data) if on_the_fly else None,
         )
         world.barrier()
+        refresh_page(run.folder.root)
         return measured
 
 
