@@ -625,8 +625,8 @@ def average_(
 ) -> None:
     """Moves running averages towards weights, in place, of many tensors at once.
 
-    For each average a of a weight w: ``a <- a + share (w - a)``, which is w at share 1. The host
-    never waits for a GPU.
+    For each average a of a weight w: ``a <- a + share (w - a)``, which is w at share 1, whatever
+    finite value stood there. The host never waits for a GPU.
 
     Args:
         table: Of these averages, from `average_table`.

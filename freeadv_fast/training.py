@@ -28,7 +28,7 @@ from freeadv_fast.runs import checkpoint
 from freeadv_fast.runs.environment import environment
 from freeadv_fast.runs.log import RunFolder, labelled
 from freeadv_fast.session import rewind
-from freeadv_fast.session.averages import averaged, chosen_among
+from freeadv_fast.session.averages import average_state, chosen_among
 from freeadv_fast.session.conclude import conclude
 from freeadv_fast.session.guard import Count
 from freeadv_fast.session.method import enter_phase
@@ -281,7 +281,7 @@ def save(run: Run) -> None:
     run.progress.train_seconds = run.clock.seconds
     rank_states = run.world.gather_on_host(to_cpu(rank_state(run)))
     good = run.guard.good and rewind.gathered(run.guard.good, run.world)
-    average = averaged(run)
+    average = average_state(run)
     with checkpoint.averaged_buffers(run.model, run.world):
         state = identity(run) | {
             "model": run.model.state_dict(),

@@ -12,7 +12,7 @@ repeat that of its recording. Here it is read on the device.
 Accesses of a thread: 16 bytes, where all addresses are multiples of 16, as the allocator's are.
 
 Numerics: float32, in the order of `torch.lerp`: from half the way on w - (1 - f) (w - a), so that
-at f = 1 the average is the weight itself, whatever stood there.
+at f = 1 the average is the weight itself, whatever finite value stood there.
 
 Source: Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", SIAM Journal
 on Control and Optimization 30(4), 1992, with weights that fall off exponentially.

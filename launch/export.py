@@ -27,7 +27,7 @@ def main(
         checkpoint: last (the run's result), best (by held-out images), average, or a path.
         onnx: Write model.onnx too, which takes pixels in [0, 1] and any batch.
         robustbench: Name of the model there, such as Doe2026Free_RN50; write all that a submission
-            takes to export-robustbench/ in the run's folder.
+            takes to export-robustbench/NAME/ in the run's folder.
         push_to_hub: Upload the folder to OWNER/NAME on the Hugging Face Hub.
     """
     for line in export_for(run, output_dir, checkpoint, onnx, robustbench, push_to_hub):

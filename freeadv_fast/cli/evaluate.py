@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import tyro
 
-from freeadv_fast.evaluation.audit.run import audit_run
+from freeadv_fast.config.choices import Norm
+from freeadv_fast.evaluation.audit.run import audit_run, refuse_unaudited
+from freeadv_fast.evaluation.candidate import refuse_unread
 from freeadv_fast.evaluation.page import refresh_page
 from freeadv_fast.evaluation.subject import evaluate
+from freeadv_fast.runs.saved import is_run
+
+# What an evaluation reads and an audit does not.
+NOT_OF_AUDITS = (
+    "norm", "image_list", "preprocessing", "image_size", "arch", "mean", "std", "output_dir"
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +36,9 @@ class EvaluateFlags:
     """Step of the attacks, such as 1/255. Default: the run's, in proportion to eps, or eps / 4."""
     eval_images: int | None = None
     """Validation images to attack. Default: as the run, or all."""
+    norm: Norm | None = None
+    """Of the ball of what is no run. Default: as the run that an export or a checkpoint is of was
+    trained, and linf."""
     data: str | None = None
     """Other validation images, as the training script's --data."""
     image_list: str | None = None
@@ -61,15 +73,28 @@ def run_evaluation(flags: EvaluateFlags) -> int:
     Raises:
         UserError: as `evaluate` and `audit_run`.
     """
+    if flags.audit:  # an evaluation may take hours
+        refuse_unaudited(flags.subject)
+        unread = {name: getattr(flags, name) for name in NOT_OF_AUDITS}
+        refuse_unread(unread, "an audit does not read it")
     if flags.attacks is not None or not flags.audit:
         evaluate_as(flags)
+        refresh_page(written_folder(flags))
     if flags.audit:
         chosen = {"data": flags.data, "eps": flags.eps, "step": flags.step}
         audit_run(
             flags.subject, **chosen, num_images=flags.eval_images, checkpoint=flags.checkpoint
         )
-    refresh_page(flags.subject)
+        refresh_page(flags.subject)
     return 0
+
+
+def written_folder(flags: EvaluateFlags) -> Path:
+    """Where an evaluation was written, if it was: beside a run's result, as an export's in it."""
+    if flags.output_dir is not None:
+        return Path(flags.output_dir)
+    subject = Path(flags.subject).expanduser()
+    return subject if is_run(subject) else subject.resolve().parent
 
 
 def evaluate_as(flags: EvaluateFlags) -> None:
@@ -82,6 +107,7 @@ def evaluate_as(flags: EvaluateFlags) -> None:
         step=flags.step,
         num_images=flags.eval_images,
         checkpoint=flags.checkpoint,
+        norm=flags.norm,
         image_size=flags.image_size,
         arch=flags.arch,
         mean=flags.mean,

@@ -269,7 +269,9 @@ def stand_in(name: str, hint: Any = None) -> str:
         name: The field that the flag sets. hint: Its type; None for that of a run's field.
     """
     hint = field_types().get(name, str) if hint is None else hint
-    alternatives = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    # A union with a Literal is typing's, any other the language's.
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    alternatives = typing.get_args(hint) if is_union else (hint,)
     (kind,) = (kind for kind in alternatives if kind is not type(None))
     if typing.get_origin(kind) is Literal:
         return f"{{{','.join(typing.get_args(kind))}}}"

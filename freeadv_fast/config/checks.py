@@ -205,15 +205,6 @@ def check_combinations(config: RunFields) -> None:
             f"--warmup-epochs {config.warmup_epochs:g}: leaves nothing of --epochs "
             f"{config.epochs:g} to the schedule; warm up for less"
         )
-    if (
-        config.schedule.kind == "onecycle-epochs"
-        and config.steps is None
-        and config.data_epochs < 2
-    ):  # torch's last step has a rate of next to nothing, and there would be no other
-        raise UserError(
-            f"--schedule {config.schedule}: one pass over the data has no cycle; use "
-            f"{str(config.schedule).replace('-epochs', '')}, which moves with each update"
-        )
     if config.method == "dat" and config.dat_attack == "fgsm" and config.dat_unlabelled == "kl":
         raise UserError(
             "--dat-unlabelled kl: compares with clean predictions, which --dat-attack fgsm does "

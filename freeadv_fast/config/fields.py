@@ -146,8 +146,8 @@ class RunFields:
     """Both parameters of the Beta distribution of the mixture. Default: 0.2 mixup, 1 cutmix."""
     label_smoothing: float = 0.0
     """Share of each label that is spread evenly over all classes, in the losses that train weights
-    and in the logs; in [0, 1). Attacks of free, yopo, fast-advprop and the fgsm family ascend the
-    smoothed loss, those of pgd, dat, gradalign, elle and advprop the plain one."""
+    and in the logs; in [0, 1). Attacks of free, yopo, fast-advprop, the fgsm family and dat's fgsm
+    ascend the smoothed loss, those of pgd, dat's pgd, gradalign, elle and advprop the plain one."""
     unlabelled: str | None = None
     """More images to train on beside those of --data, with pseudo labels instead of true ones: the
     pickle of Carmon et al. (data, extrapolated_targets) or an .npz with image and label, such as

@@ -19,6 +19,14 @@ _KNOTS = re.compile(r"[^=,]+=[^=,]+(,[^=,]+=[^=,]+)*")
 class Schedule:
     """How the learning rate moves over a run.
 
+    Source: ``every`` follows the reference code of Free AT, lib/utils.py line 31: the period is
+    ceil(epochs / m) data epochs, so that m = 4 drops at 8 and 16 of 23. ``at`` follows Fast
+    AdvProp's: 30, 60, 90, 100 at cost 1.2 are data epochs 25, 50, 75, 83. ``piecewise`` follows
+    Wong et al.'s code for ImageNet, main_fast.py: an update's rate is that of the place in the data
+    where it ends. ``onecycle`` is torch's OneCycleLR, whose momentum stays, by default stepped
+    after each update; the FastAT Benchmark's code (Pan and Yao 2026, main.py) steps it after each
+    pass over the data.
+
     Attributes:
         kind: ``every`` (drop by 10 each so many epochs of the natural budget), ``at`` (drop by 10
             at these epochs of the natural budget), ``steps`` (drop by 10 at these updates),
@@ -98,14 +106,6 @@ class Schedule:
             data_epochs_before: Passes over the data done before an update, fractions counted;
                 within 1e-9 of a whole number for the first update of a data epoch.
             cost: Epochs of the natural budget that one pass over the data takes, such as m.
-
-        Source: ``every`` follows the reference code of Free AT, lib/utils.py line 31: the period
-        is ceil(epochs / m) data epochs, so that m = 4 drops at 8 and 16 of 23. ``at`` follows Fast
-        AdvProp's: 30, 60, 90, 100 at cost 1.2 are data epochs 25, 50, 75, 83. ``piecewise`` follows
-        Wong et al.'s code for ImageNet, main_fast.py: an update's rate is that of the place in the
-        data where it ends. ``onecycle`` is torch's OneCycleLR, whose momentum stays, by default
-        stepped after each update; the FastAT Benchmark's code (Pan and Yao 2026, main.py) steps it
-        after each pass over the data.
         """
         # 1e-9, here and below: 30 / 1.2 is 25, and 8 passes after a warm-up of 5 / 7 are 8, to the
         # last bit.

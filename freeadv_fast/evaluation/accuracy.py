@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from freeadv_fast.config.attack import Attack
 from freeadv_fast.evaluation.evaluate import Evaluation
 from freeadv_fast.evaluation.tables import results_table
-from freeadv_fast.runs.chance import Z95 as Z95
-from freeadv_fast.runs.chance import wilson_interval as wilson_interval
+from freeadv_fast.runs.chance import wilson_interval
 
 # From here on the interval is narrower than +-1.4 points, whatever the accuracy.
 ENOUGH_IMAGES = 5000

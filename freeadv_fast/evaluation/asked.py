@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from freeadv_fast.config.attack import Attack, passes
+from freeadv_fast.config.choices import Norm
 from freeadv_fast.config.presets import CPU_EVAL_ATTACKS, CPU_EVAL_IMAGES
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.threat import Perturbation
@@ -72,9 +73,18 @@ def made_folder(folder: Path) -> Path:
 
 
 def config_for(
-    candidate: Candidate, chosen: dict[str, Any], image_size: int | None, view: View
+    candidate: Candidate,
+    chosen: dict[str, Any],
+    image_size: int | None,
+    norm: Norm | None,
+    view: View,
 ) -> TrainConfig:
     """What is asked of a candidate, as a config of pixels in [0, 1].
+
+    Args:
+        candidate: The network. chosen: Fields of a config.
+        image_size: Side of the images in pixels, if it was typed. norm: Of the ball, likewise.
+        view: Of the images.
 
     Raises:
         UserError: an image size beside a preprocessing that has its own.
@@ -95,9 +105,10 @@ def config_for(
                 )
             side = view.way.image_size
     return TrainConfig(
-        method="natural",
+        method="pgd",  # it reads the norm
         m=1,
         data=chosen["data"],
+        norm=norm or candidate.norm or TrainConfig.norm,
         eps=chosen["eps"],
         eval_step=chosen["eval_step"] or Perturbation(chosen["eps"].levels / 4),
         eval_attacks=chosen["eval_attacks"] or NETWORK_ATTACKS,

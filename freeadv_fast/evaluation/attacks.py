@@ -196,7 +196,8 @@ def ascend(
         points.requires_grad_()
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(loss(model(points), labels), points)
-        gradient = gradient.nan_to_num_(0, 0, 0)
+        # Not in place: a sum's gradient is one number that all pixels share.
+        gradient = gradient.nan_to_num(0, 0, 0)
         if isinstance(threat, L2ThreatModel):
             # Squares below 1e-19 underflow: the largest component becomes 1; zero stays zero.
             gradient /= gradient.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo().tiny)

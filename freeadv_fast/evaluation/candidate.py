@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import importlib
 import json
 import os
@@ -13,10 +12,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from freeadv_fast.config.file import CONFIG_NAME
+from freeadv_fast.config.choices import Norm
+from freeadv_fast.config.file import CONFIG_NAME, load_config
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.weights_file import (
@@ -26,6 +25,7 @@ from freeadv_fast.evaluation.weights_file import (
     read_statistics,
     read_weights_file,
 )
+from freeadv_fast.models.digest import digest_weights
 from freeadv_fast.models.own import first_line
 from freeadv_fast.runs.export.network import CONFIG, load_export
 
@@ -43,7 +43,11 @@ class Candidate:
         classes: Their names in the order of the logits, where something says them.
         image_size: Side of the images in pixels, where something says it. resize_size: Shorter side
             before the central crop, likewise.
+        norm: Of the ball that it was trained within, likewise.
         run_folder: The run that it is of; evaluations are written there.
+        origin: Where it is from, which tells it from another one of the same title.
+        mean: Per channel, what its normaliser subtracts from pixels, where one is known. std: What
+            divides them.
         is_loaded: Whether every rank has loaded it by itself.
     """
 
@@ -53,7 +57,11 @@ class Candidate:
     classes: list[str] | None = None
     image_size: int | None = None
     resize_size: int | None = None
+    norm: Norm | None = None
     run_folder: Path | None = None
+    origin: str = ""
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
     is_loaded: bool = True
 
 
@@ -131,7 +139,11 @@ def export_candidate(folder: Path, model: nn.Module | None) -> Candidate:
         classes=described["class_names"],
         image_size=described["image_size"],
         resize_size=described["resize_size"],
+        norm=load_config(parent / CONFIG_NAME).norm if is_runs else None,
         run_folder=parent if is_runs else None,
+        origin=str(folder.resolve()),
+        mean=described["mean"],
+        std=described["std"],
     )
 
 
@@ -153,6 +165,10 @@ def file_candidate(
         classes=file.state["classes"] if file.config is not None else None,
         image_size=file.image_size,
         resize_size=file.config.evaluation_resize if file.config is not None else None,
+        norm=file.config.norm if file.config is not None else None,
+        origin=str(file.path.resolve()),
+        mean=normalization.mean,
+        std=normalization.std,
     )
 
 
@@ -202,13 +218,7 @@ def refuse_different_networks(network: nn.Module, title: str, world: World) -> N
     """
     if world.size == 1:
         return
-    digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        if isinstance(tensor, torch.Tensor):
-            digest.update(name.encode())
-            stored = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(stored.numpy().tobytes())
-    digests = world.gather_on_host(digest.hexdigest())
+    digests = world.gather_on_host(digest_weights(network).hex())
 
     def refuse() -> None:
         others = [rank for rank, other in enumerate(digests) if other != digests[0]]

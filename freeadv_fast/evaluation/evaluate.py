@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ class Evaluation:
         attack_parts: Of attacks that consist of several, by name: part to the fraction that
             stands it and those before it.
         seed: Seed of the attacks.
+        log: Name of AutoAttack's log of rank 0 in the folder; None where nothing keeps one.
         ledgers: Files of this rank's folder that make a killed evaluation go on; whoever keeps
             these accuracies forgets them (`ledger.forget`).
     """
@@ -60,6 +62,7 @@ class Evaluation:
     seconds: float
     attack_parts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     seed: int = 0
+    log: str | None = None
     ledgers: tuple[Path, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
 
@@ -87,7 +90,8 @@ def evaluate(
 
     Args:
         model: Network of normalised images, not wrapped by DDP, on `world.device`.
-        loader: This rank's share of the images to attack; `Loader.epoch(0)` is read once.
+        loader: This rank's share of the images to attack. `Loader.epoch(0)` is read once, and
+            once more where there is an attack without a step.
         attacks: Attacks or their names; may be empty.
         threat: Radius and step of all attacks.
         world: The ranks.
@@ -113,50 +117,19 @@ def evaluate(
     packaged = [attack for attack in parsed if not attack.has_step]
     world.together(lambda: refuse_unfit(packaged, len(loader.classes), "--attacks"))
     network = with_normalizer(model, mean, std).to(world.device)
-    # A row for the clean images and one for the attacked: images, right at the first guess, right
-    # at the first five, standing after each attack.
-    counts = torch.zeros(2, 3 + len(stepped), dtype=torch.int64, device=world.device)
-    is_silent = not (progress and world.is_main and sys.stderr.isatty())
-
-    def count(row: Tensor, images: Loader, attacks: Sequence[Attack]) -> None:
-        bar = tqdm(
-            images.epoch(0), label, images.num_batches, leave=False, disable=is_silent, unit="batch"
-        )
-        own = row[: 3 + len(attacks)]
-        with bar:
-            for batches in pooled(bar):
-                own.add_(count_images(network, batches, attacks, threat, seed=seed))
-                if not is_silent:
-                    bar.set_postfix_str(_running_text(own, attacks))
-
-    def count_all() -> None:
-        with eval_mode(network), exact_arithmetic(world.device):
-            count(counts[1], loader, stepped)
-            if clean_loader is None:
-                counts[0] = counts[1]
-            else:
-                count(counts[0], clean_loader, ())
-
-    world.together(count_all)  # ranks may differ by a minibatch
-    (num_clean, top1, top5, *_), (num_images, _, _, *standing) = world.sum_(counts).tolist()
-    if num_images == 0:
-        raise ValueError("no images to evaluate")
-    by_name = {str(a): n / num_images for a, n in zip(stepped, standing, strict=True)}
-    found = Standing({}, ())
-    if packaged:
-        with eval_mode(network), exact_arithmetic(world.device):
+    options: dict[str, Any] = {"world": world, "seed": seed, "label": label, "is_shown": progress}
+    found = Standing({})
+    with eval_mode(network), exact_arithmetic(world.device):
+        counts = count_stepped(network, loader, clean_loader, stepped, threat, **options)
+        (num_clean, top1, top5, *_), (num_images, _, _, *standing) = counts.tolist()
+        if num_images == 0:
+            raise ValueError("no images to evaluate")
+        if packaged:
             found = count_standing(
-                network,
-                loader,
-                packaged,
-                threat,
-                world=world,
-                seed=seed,
-                at_once=packaged_at_once,
-                folder=folder,
-                label=label,
-                is_shown=progress,
-            )
+                network, loader, packaged, threat,
+                at_once=packaged_at_once, folder=folder, **options,
+            )  # fmt: skip
+    by_name = {str(a): n / num_images for a, n in zip(stepped, standing, strict=True)}
     parts = {
         name: {part: n / num_images for part, n in own.items()}
         for name, own in found.counts.items()
@@ -171,8 +144,62 @@ def evaluate(
         seconds=time.perf_counter() - started,
         attack_parts={name: own for name, own in parts.items() if len(own) > 1},
         seed=seed,
+        log=found.log,
         ledgers=found.ledgers,
     )
+
+
+def count_stepped(
+    network: nn.Module,
+    loader: Loader,
+    clean_loader: Loader | None,
+    attacks: Sequence[Attack],
+    threat: AnyThreatModel,
+    *,
+    world: World,
+    seed: int,
+    label: str,
+    is_shown: bool,
+) -> Tensor:
+    """Counts what is right clean and under the attacks that have a step; every rank calls it.
+
+    Args:
+        network: Network of [0, 1] images, in eval mode, on `world.device`.
+        loader: This rank's share of the images to attack. clean_loader: As `evaluate` takes it.
+        attacks: They may be none.
+        threat: Radius and step.
+        world: The ranks.
+        seed: Seed of the random starts.
+        label: Text before the bar.
+        is_shown: Whether a terminal's rank 0 draws it.
+
+    Returns:
+        (2, 3 + attacks) int64, over all ranks: a row for the clean images and one for the attacked
+        ones, each as `count_images` counts.
+    """
+    counts = torch.zeros(2, 3 + len(attacks), dtype=torch.int64, device=world.device)
+    is_silent = not (is_shown and world.is_main and sys.stderr.isatty())
+
+    def count(row: Tensor, images: Loader, attacks: Sequence[Attack]) -> None:
+        bar = tqdm(
+            images.epoch(0), label, images.num_batches, leave=False, disable=is_silent, unit="batch"
+        )
+        own = row[: 3 + len(attacks)]
+        with bar:
+            for batches in pooled(bar):
+                own.add_(count_images(network, batches, attacks, threat, seed=seed))
+                if not is_silent:
+                    bar.set_postfix_str(_running_text(own, attacks))
+
+    def count_all() -> None:
+        count(counts[1], loader, attacks)
+        if clean_loader is None:
+            counts[0] = counts[1]
+        else:
+            count(counts[0], clean_loader, ())
+
+    world.together(count_all)  # ranks may differ by a minibatch
+    return world.sum_(counts)
 
 
 def images_at_once(batch: Batch) -> int | None:

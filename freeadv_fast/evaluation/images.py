@@ -72,6 +72,14 @@ def whole_val_loader(
     return build_val_loader(config, world, None, view)
 
 
+def other_classes(data: str, loader: Loader, num_classes: int) -> str:
+    """The complaint about data of other classes than the network's."""
+    return (
+        f"--data {data}: its {len(loader.classes)} classes are not the {num_classes} that the "
+        "network was trained on"
+    )
+
+
 def _agreed(place: str, flag: str, world: World, build: Callable[[], AnyLoader]) -> AnyLoader:
     """Builds a loader on every rank, and compares what they found.
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError
-from freeadv_fast.evaluation.images import open_val
-from freeadv_fast.evaluation.subject import other_classes
+from freeadv_fast.evaluation.images import open_val, other_classes
 from freeadv_fast.models.normalize import unit_images
 
 # Images that go through a network together without a GPU: more of them gain nothing there.

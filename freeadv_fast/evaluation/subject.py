@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from freeadv_fast.config.attack import Attack, doubt_about_steps, parsed
-from freeadv_fast.config.file import CONFIG_NAME, load_config, remarks_on
+from freeadv_fast.config.choices import Norm
+from freeadv_fast.config.file import load_config, remarks_on
 from freeadv_fast.config.phases import Phases
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.threat import Perturbation
@@ -43,10 +44,10 @@ from freeadv_fast.evaluation.candidate import (
 )
 from freeadv_fast.evaluation.evaluate import Evaluation, eval_mode
 from freeadv_fast.evaluation.evaluate import evaluate as measure
-from freeadv_fast.evaluation.images import open_val, whole_val_loader
+from freeadv_fast.evaluation.images import open_val, other_classes, whole_val_loader
 from freeadv_fast.evaluation.written import print_accuracies, write_evaluation
-from freeadv_fast.models.own import check_logits
-from freeadv_fast.runs.saved import SavedRun, load_run
+from freeadv_fast.models.own import check_logits, refuse_probabilities
+from freeadv_fast.runs.saved import SavedRun, is_run, load_run
 
 
 def evaluate(
@@ -59,6 +60,7 @@ def evaluate(
     num_images: int | None = None,
     checkpoint: str = "last",
     model: nn.Module | None = None,
+    norm: Norm | None = None,
     image_size: int | None = None,
     arch: str | None = None,
     mean: Sequence[float] | str | None = None,
@@ -94,6 +96,8 @@ def evaluate(
             or a path.
         model: Your own network where the run trained one, as for `load_run`; or the one that a file
             of weights belongs to, in place of `arch`.
+        norm: Of the ball of what is no run, ``linf`` or ``l2``. Default: that in which the run was
+            trained of which it is an export, in its folder, or a checkpoint; else linf.
         image_size: Side of the images that a network takes, in pixels. Default: an export's own, 32
             for CIFAR, SVHN and digits, 224 for folders.
         arch: The network whose weights a file holds, by its name in torchvision, timm or here.
@@ -132,10 +136,13 @@ def evaluate(
         if output_dir is not None:  # made now: an attack may take hours
             folder = world.on_main(lambda: made_folder(Path(output_dir)))
         asked = Asked(chosen, View(preprocessing, listed), folder)
-        if not isinstance(subject, SavedRun | nn.Module) and is_run(subject):
-            subject = load_run(subject, checkpoint, model=model)
+        if isinstance(subject, str | Path):
+            place = subject
+            if world.on_main(lambda: is_run(place)):
+                subject = world.together(lambda: load_run(place, checkpoint, model=model))
         if isinstance(subject, SavedRun):
-            refuse_unread(of_a_file | {"image_size": image_size}, "a run's config says it")
+            of_others = of_a_file | {"norm": norm, "image_size": image_size}
+            refuse_unread(of_others, "a run's config says it")
             return _evaluate_run(subject, asked, world)
         refuse_unread(
             {"checkpoint": None if checkpoint == "last" else checkpoint}, "the subject is no run"
@@ -148,12 +155,7 @@ def evaluate(
         candidate = world.together(
             lambda: find_candidate(subject, data=chosen["data"], model=model, **of_a_file)
         )
-        return _evaluate_candidate(candidate, asked, image_size, world)
-
-
-def is_run(subject: str | Path) -> bool:
-    """Whether a subject is a run's folder."""
-    return (Path(subject).expanduser() / CONFIG_NAME).is_file()
+        return _evaluate_candidate(candidate, asked, image_size, norm, world)
 
 
 def _evaluate_run(run: SavedRun, asked: Asked, world: World) -> Evaluation:
@@ -184,13 +186,13 @@ def _evaluate_run(run: SavedRun, asked: Asked, world: World) -> Evaluation:
 
 
 def _evaluate_candidate(
-    candidate: Candidate, asked: Asked, image_size: int | None, world: World
+    candidate: Candidate, asked: Asked, image_size: int | None, norm: Norm | None, world: World
 ) -> Evaluation:
     """`evaluate` of a network that no run of ours describes."""
     chosen, view = dict(asked.chosen), asked.view
     if world.device.type != "cuda":
         limit_without_gpu(chosen, NETWORK_ATTACKS, world, view)
-    config = config_for(candidate, chosen, image_size, view)
+    config = config_for(candidate, chosen, image_size, norm, view)
     loader = open_val(config, world, config.eval_images, view)
     if candidate.classes is not None and loader.classes != candidate.classes:
         raise UserError(other_classes(config.data, loader, len(candidate.classes)))
@@ -201,7 +203,7 @@ def _evaluate_candidate(
         print("\n".join(candidate.lines), flush=True)
     network.to(world.device)
     with eval_mode(network):
-        check_logits(network, candidate.title, len(loader.classes), config.image_size, world.device)
+        _check_outputs(network, candidate.title, len(loader.classes), config.image_size, world)
     folder = asked.output_dir or candidate.run_folder
     measured = _measure_on(network, loader, config, view, world, folder)
     if world.is_main:
@@ -215,12 +217,18 @@ def _evaluate_candidate(
     return measured
 
 
-def other_classes(data: str, loader: Loader, num_classes: int) -> str:
-    """The complaint about data of other classes than the network's."""
-    return (
-        f"--data {data}: its {len(loader.classes)} classes are not the {num_classes} that the "
-        "network was trained on"
-    )
+def _check_outputs(
+    network: nn.Module, title: str, num_classes: int, image_size: int, world: World
+) -> None:
+    """Refuses a network whose outputs for a few images are no logits.
+
+    Raises:
+        UserError: they are of another shape or type, or probabilities.
+    """
+    check_logits(network, title, num_classes, image_size, world.device)
+    noise = torch.rand((8, 3, image_size, image_size), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        refuse_probabilities(network(noise.to(world.device)), f"model {title}")
 
 
 def _measure(run: SavedRun, asked: Asked, world: World) -> Evaluation:
@@ -265,10 +273,18 @@ def _measure_on(
 
 
 def _write_run(run: SavedRun, asked: Asked, measured: Evaluation) -> Path:
-    """Writes a run's evaluation; other images or weights than its own get a name of their own."""
+    """Writes a run's evaluation.
+
+    Other images or weights than the run's own get a name of their own, and so does all that is
+    written elsewhere, where another run of the same name may be written too.
+    """
     config = run.config
-    own = load_config(run.folder.config).data, run.folder.checkpoints
-    is_own = (config.data, run.checkpoint.parent) == own
+    folder = asked.output_dir or run.folder.root
+    is_own = (
+        run.is_own
+        and config.data == load_config(run.folder.config).data
+        and folder.resolve() == run.folder.root.resolve()
+    )
     subject = {
         "run": run.folder.root.name,
         "checkpoint": run.weights,
@@ -277,7 +293,7 @@ def _write_run(run: SavedRun, asked: Asked, measured: Evaluation) -> Path:
         "arch": config.arch,
     }
     return write_evaluation(
-        asked.output_dir or run.folder.root,
+        folder,
         subject,
         config,
         asked.view,
@@ -291,12 +307,20 @@ def _write_candidate(
     candidate: Candidate, folder: Path, config: TrainConfig, view: View, measured: Evaluation
 ) -> Path:
     """Writes the evaluation of anything else."""
+    mean, std = (part and list(part) for part in (candidate.mean, candidate.std))
+    network = f"{candidate.title} {candidate.origin} {mean} {std}"
     return write_evaluation(
         folder,
-        {"subject": candidate.title, "checkpoint": candidate.title, "dataset": config.data},
+        {
+            "subject": candidate.title,
+            "checkpoint": candidate.title,
+            "dataset": config.data,
+            "mean": mean,
+            "std": std,
+        },
         config,
         view,
         measured,
         stem=re.sub(r"[^\w.-]+", "-", candidate.title).strip("-"),
-        origin=f"{candidate.title} {config.data} {config.image_size}",
+        origin=f"{network} {config.data} {config.image_size} {config.norm}",
     )

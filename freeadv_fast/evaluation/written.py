@@ -74,11 +74,13 @@ def write_evaluation(
     record = {
         **subject,
         "eps": str(config.eps),
+        "norm": config.norm,
         "attack_step": str(config.eval_step),
         "clean_accuracy": measured.clean_accuracy,
         "clean_top5_accuracy": measured.clean_top5,
         "robust_accuracy": measured.robust_accuracy,
         "attack_parts": measured.attack_parts,
+        "attack_log": measured.log,
         "num_eval_images": measured.num_images,
         "num_clean_images": measured.num_clean_images,
         "preprocessing": view.preprocessing,

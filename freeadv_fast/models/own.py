@@ -151,6 +151,27 @@ def check_logits(
         raise UserError(f"model {name}: returns {dtype}; logits must be float32")
 
 
+def refuse_probabilities(outputs: torch.Tensor, origin: str) -> None:
+    """Refuses a network that ends in a softmax, under which attacks overstate its robustness.
+
+    Gradients vanish behind it, and what is left of them is the softmax's. Logarithms of
+    probabilities are logits like any others.
+
+    Args:
+        outputs: (n, classes) float32, what it returns for any images.
+        origin: What the complaint begins with.
+
+    Raises:
+        UserError: all outputs are at least 0, and those of each image add up to 1.
+    """
+    sums = outputs.sum(1)
+    if outputs.min() >= 0 and torch.allclose(sums, torch.ones_like(sums), atol=1e-4):
+        raise UserError(
+            f"{origin}: the network returns probabilities, not logits, whose gradients vanish; "
+            "leave out its softmax"
+        )
+
+
 def freeze_unused(model: nn.Module, image_size: int) -> list[str]:
     """Keeps parameters that are not in the output out of the training, where ranks wait for them.
 

@@ -32,10 +32,10 @@ from fractions import Fraction
 
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.schedule import Schedule
-from freeadv_fast.recipes.free import CIFAR10, averaged
+from freeadv_fast.recipes.free import CIFAR10, smoothed_and_averaged
 from freeadv_fast.recipes.pgd import pgd_fields
 
-FASTAT_CIFAR10 = averaged(
+FASTAT_CIFAR10 = smoothed_and_averaged(
     replace(
         CIFAR10,
         crop_padding=4,
@@ -54,7 +54,7 @@ FASTAT_CIFAR10 = averaged(
 
 
 def rows() -> dict[str, TrainConfig]:
-    """Free-m, which is not on the board, and its rows of methods that are here."""
+    """Free-m, which is not on the board, and some of its rows."""
     base = FASTAT_CIFAR10
     pgd = replace(base, **pgd_fields(10, Fraction(2), "uniform"))
     return {

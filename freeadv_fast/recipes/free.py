@@ -56,7 +56,7 @@ IMAGENET = TrainConfig(
 )
 
 
-def averaged(config: TrainConfig) -> TrainConfig:
+def smoothed_and_averaged(config: TrainConfig) -> TrainConfig:
     """A recipe with smoothed labels and averaged weights, at the FastAT Benchmark's values."""
     return replace(config, label_smoothing=0.4, ema=0.9995)
 
@@ -72,7 +72,7 @@ def rows() -> dict[str, TrainConfig]:
         for m in free_m:
             rows[f"{data}-wrn32-free-m{m}"] = replace(base, m=m)
             # In no paper.
-            rows[f"{data}-wrn32-free-m{m}-averaged"] = averaged(replace(base, m=m))
+            rows[f"{data}-wrn32-free-m{m}-averaged"] = smoothed_and_averaged(replace(base, m=m))
         for m in (1, 2, 4, 8, 10):
             name = f"{data}-wrn32-natural" + (f"-replay-m{m}" if m > 1 else "")
             rows[name] = replace(base, method="natural", m=m)

@@ -31,6 +31,9 @@ LABEL_WIDTH = 12
 SECONDS_OF_RATE = 10.0
 SECONDS_BETWEEN_LINES = 60.0
 
+# What was measured of a run's weights later; none of it holds once they are trained further.
+MEASURED_LATER = ("evaluation-*.json", "robustness-*.json", "audit.json")
+
 # What the bar and the lines show of a reading: the word, the key in log.jsonl, the form.
 SHOWN = (
     ("loss", "loss", ".3f"),
@@ -116,6 +119,22 @@ class RunFolder:
         numbered = (self.root / f"result-{number}.json" for number in itertools.count(1))
         kept = next(path for path in numbered if not path.exists())
         self.result.rename(kept)
+        return kept
+
+    def set_evaluations_aside(self) -> Path | None:
+        """Moves what was measured of the weights so far into the first free before-N/.
+
+        Returns:
+            That folder; None where nothing was measured.
+        """
+        found = [path for pattern in MEASURED_LATER for path in sorted(self.root.glob(pattern))]
+        if not found:
+            return None
+        numbered = (self.root / f"before-{number}" for number in itertools.count(1))
+        kept = next(path for path in numbered if not path.exists())
+        kept.mkdir()
+        for path in found:
+            path.rename(kept / path.name)
         return kept
 
 

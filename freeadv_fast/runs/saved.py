@@ -42,8 +42,19 @@ class SavedRun:
 
     @property
     def weights(self) -> str:
-        """What the weights are called: ``average``, or as their file: ``last.pt``, ``best.pt``."""
+        """What the weights are called: ``average``, or as their file: ``last.pt``, ``best.pt``.
+
+        Of a checkpoint that is not in the run's own folder its whole path, for its accuracies are
+        not the run's.
+        """
+        if not self.is_own:
+            return str(self.checkpoint.resolve())
         return AVERAGE if self.is_averaged else self.checkpoint.name
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the weights are from the run's own checkpoints."""
+        return self.checkpoint.parent.resolve() == self.folder.checkpoints.resolve()
 
     @property
     def network(self) -> nn.Module:
@@ -53,6 +64,11 @@ class SavedRun:
         """
         config = self.config
         return with_normalizer(self.model, config.pixel_mean, config.pixel_std).eval()
+
+
+def is_run(subject: str | Path) -> bool:
+    """Whether a path is a run's folder."""
+    return RunFolder(Path(subject).expanduser()).config.is_file()
 
 
 def load_run(
@@ -76,7 +92,7 @@ def load_run(
             belong to another network; a `ValueError` with one line.
     """
     folder = RunFolder(Path(run_folder).expanduser())
-    if not folder.config.is_file():
+    if not is_run(run_folder):
         raise UserError(f"RUN {run_folder}: not a run's folder; it has no {folder.config.name}")
     config = load_config(folder.config)
     path = _checkpoint_path(folder, checkpoint)

@@ -18,10 +18,16 @@ from freeadv_fast.step.learner import Learner
 
 @contextlib.contextmanager
 def weights_of(run: Run, state: dict[str, Any]) -> Iterator[None]:
-    """Within the block the network has a checkpoint's weights, afterwards its own again."""
+    """Within the block the network has other weights, afterwards its own again.
+
+    Args:
+        run: The run.
+        state: What best.pt holds, or `average_state`.
+    """
     own = copy.deepcopy(run.model.state_dict())  # a module of the user's may keep more than tensors
-    checkpoint.load_weights(run.model, state, run.config.arch, checkpoint.BEST)
+    origin = "the average" if "decay" in state else checkpoint.BEST
     try:
+        checkpoint.load_weights(run.model, state, run.config.arch, origin)
         yield
     finally:
         run.model.load_state_dict(own)
@@ -33,13 +39,13 @@ def chosen_among(run: Run) -> Iterator[None]:
 
     Its averaged weights where there are some, and running statistics that are the ranks' mean.
     """
-    average = averaged(run)
+    average = average_state(run)
     own = checkpoint.averaged_buffers(run.model, run.world)
     with own if average is None else weights_of(run, average):
         yield
 
 
-def averaged(run: Run) -> dict[str, Any] | None:
+def average_state(run: Run) -> dict[str, Any] | None:
     """A run's average as a checkpoint holds it; None where there is none. All ranks together.
 
     Weights are the same on every rank; averaged running statistics are the ranks' mean, as those

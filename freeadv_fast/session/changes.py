@@ -120,11 +120,16 @@ def refuse_fixed(names: list[str], saved: TrainConfig, config: TrainConfig, fold
 
 
 def in_words(names: list[str], saved: TrainConfig, config: TrainConfig) -> str:
-    """``--epochs 12 (was 8), --workers 1 (was 4)``, and what becomes of the learning rate."""
-    text = ", ".join(
+    """``--epochs 12 (was 8), --workers 1 (was 4)``."""
+    return ", ".join(
         f"{as_typed(name, getattr(config, name))} (was {as_written(getattr(saved, name))})"
         for name in names
     )
+
+
+def with_consequences(names: list[str], saved: TrainConfig, config: TrainConfig) -> str:
+    """`in_words` of a run that goes on, and what becomes of the learning rate and the average."""
+    text = in_words(names, saved, config)
     if "epochs" in names or "steps" in names:
         text += "; the learning rate follows the new length"
     if "ema" in names:

@@ -13,7 +13,7 @@ import torch
 
 from freeadv_fast.data.build import build_val_loader
 from freeadv_fast.errors import UserError
-from freeadv_fast.evaluation.autoattack.ledger import forget, ledgers_in
+from freeadv_fast.evaluation.autoattack.ledger import forget
 from freeadv_fast.evaluation.class_words import class_words
 from freeadv_fast.evaluation.evaluate import Evaluation, evaluate
 from freeadv_fast.evaluation.images import whole_val_loader
@@ -22,9 +22,9 @@ from freeadv_fast.models.normalize import with_normalizer
 from freeadv_fast.models.own import hand_back
 from freeadv_fast.runs import checkpoint
 from freeadv_fast.runs.environment import hardware, versions
-from freeadv_fast.runs.export.trained import export_trained
+from freeadv_fast.runs.export.trained import card_left_alone, export_trained, withdraw
 from freeadv_fast.runs.log import read_log, write_json
-from freeadv_fast.session.averages import averaged, weights_of
+from freeadv_fast.session.averages import average_state, weights_of
 from freeadv_fast.session.guard import CHECK_ATTACK, Count
 from freeadv_fast.session.prepare import remake_folder
 from freeadv_fast.session.result import Result
@@ -48,11 +48,16 @@ def conclude(run: Run) -> Result:
     last = measure(run, "validation")
     average = measured_average(run)
     chosen = chosen_state(run)
-    best = chosen and compare(run, last, average, chosen)
+    measured = [last] + ([average.measured] if average else [])
+    best = None
+    if chosen:
+        best, of_best = compare(run, last, average, chosen)
+        measured.append(of_best)
     result = describe(run, last, average, best, time.perf_counter() - started)
     world.on_main(lambda: leave_behind(run, result, average, chosen))
     if run.own_model is not None:
         hand_back(run.model, run.own_model)
+    world.on_main(lambda: forget([path for each in measured for path in each.ledgers]))
     for line in summary(result, last):
         run.log.say(line)
     wrote = [run.folder.result, run.folder.plots, run.folder.export]
@@ -94,7 +99,7 @@ class Average:
 
 def measured_average(run: Run) -> Average | None:
     """The averaged weights and what they come to; None where there are none."""
-    state = averaged(run)
+    state = average_state(run)
     if state is None:
         return None
     with weights_of(run, state):
@@ -111,14 +116,17 @@ def chosen_state(run: Run) -> dict[str, Any] | None:
     except UserError as error:
         run.log.say(f"left out: {error}")
         return None
-    # A run that was stopped early in a phase has selected nothing in it yet.
-    return state if state["epoch"] >= run.budget.spans[run.phase].epochs.start else None
+    # A run that was stopped early in a phase has selected nothing in it yet, nor has one among the
+    # weights that are chosen among since --ema began or dropped an average.
+    is_of_phase = state["epoch"] >= run.budget.spans[run.phase].epochs.start
+    is_of_kind = state.get("is_averaged", False) == (run.learner.average is not None)
+    return state if is_of_phase and is_of_kind else None
 
 
 def compare(
     run: Run, last: Evaluation, average: Average | None, chosen: dict[str, Any]
-) -> dict[str, Any]:
-    """What the chosen weights come to, for result.json.
+) -> tuple[dict[str, Any], Evaluation]:
+    """What the chosen weights come to: for result.json, and all of it.
 
     Averaged weights are compared with the last average: plain ones are another kind.
 
@@ -142,15 +150,8 @@ def compare(
             with weights_of(run, chosen):
                 best = measure(run, "best weights")
             is_better = is_beyond_chance(run)
-    return {
-        "epoch": chosen["epoch"],
-        "is_averaged": is_averaged,
-        "clean_accuracy": best.clean_accuracy,
-        "clean_top5_accuracy": best.clean_top5,
-        "robust_accuracy": best.robust_accuracy,
-        "is_last": is_last,
-        "is_better": is_better,
-    }
+    record = {"epoch": chosen["epoch"], "is_averaged": is_averaged, **accuracies(best)}
+    return record | {"is_last": is_last, "is_better": is_better}, best
 
 
 def is_beyond_chance(run: Run) -> bool:
@@ -176,8 +177,10 @@ def leave_behind(
     if average is not None:
         with weights_of(run, average.state):
             attempt_export(run, result, "average")
+    else:  # what a session before this one has exported is of other weights
+        folder = run.folder.export_average
+        attempt(run, f"not removed, of an earlier session: {folder}", lambda: withdraw(folder))
     write_json(run.folder.result, result.record())
-    forget(ledgers_in(run.folder.root))
     attempt(run, "kept as it is: last.pt", lambda: drop_what_is_spent(run))
     draw(run)
     attempt(run, f"not written: {run.folder.report}", lambda: write_report(run))
@@ -231,26 +234,15 @@ def describe(
         best: What the chosen ones come to.
         evaluation_seconds: What these evaluations took.
     """
-    config, progress = run.config, run.progress
-    holdout = run.loaders.holdout
-    processors = hardware()
+    config, holdout = run.config, run.loaders.holdout
     return Result(
-        recipe=config.recipe,
-        method=config.method,
-        dataset=config.data,
-        arch=config.arch,
-        m=config.m,
-        eps=str(config.eps),
-        epochs=round(progress.epoch + progress.minibatch / run.loaders.train.num_batches, 4),
-        passes=progress.passes,
-        attack_passes=progress.attack_passes,
-        train_seconds=round(progress.train_seconds, 3),
-        warm_up_seconds=round(progress.warm_up_seconds, 3),
-        passes_per_second=round(progress.passes / max(progress.train_seconds, 1e-9), 2),
+        **what_was_trained(run),
+        **what_it_took(run),
         clean_accuracy=measured.clean_accuracy,
         clean_top5_accuracy=measured.clean_top5,
         robust_accuracy=measured.robust_accuracy,
         attack_parts=measured.attack_parts,
+        attack_log=measured.log,
         evaluation_seconds=round(evaluation_seconds, 3),
         attack_step=str(config.eval_step),
         num_eval_images=measured.num_images,
@@ -262,25 +254,57 @@ def describe(
         gradients=gradient_traffic(run),
         exported=config.export if best else "last",
         collapse=next(reversed(run.guard.history.collapses), None),
-        seed=config.seed,
-        ranks=run.world.size,
-        precision=str(run.learner.precision).removeprefix("torch."),
-        device=(processors["gpus"] or [processors["cpu"]])[0],
-        versions=versions(),
         folder=run.folder.root,
         load_model=lambda: with_normalizer(run.model, config.pixel_mean, config.pixel_std).eval(),
     )
+
+
+def what_was_trained(run: Run) -> dict[str, Any]:
+    """The fields of result.json that a run has from its start, and on what it ran."""
+    config, processors = run.config, hardware()
+    return {
+        "recipe": config.recipe,
+        "method": config.method,
+        "dataset": config.data,
+        "arch": config.arch,
+        "m": config.m,
+        "eps": str(config.eps),
+        "seed": config.seed,
+        "ranks": run.world.size,
+        "precision": str(run.learner.precision).removeprefix("torch."),
+        "device": (processors["gpus"] or [processors["cpu"]])[0],
+        "versions": versions(),
+    }
+
+
+def what_it_took(run: Run) -> dict[str, Any]:
+    """The fields of result.json about epochs, passes and seconds of training."""
+    progress = run.progress
+    return {
+        "epochs": round(progress.epoch + progress.minibatch / run.loaders.train.num_batches, 4),
+        "passes": progress.passes,
+        "attack_passes": progress.attack_passes,
+        "train_seconds": round(progress.train_seconds, 3),
+        "warm_up_seconds": round(progress.warm_up_seconds, 3),
+        "passes_per_second": round(progress.passes / max(progress.train_seconds, 1e-9), 2),
+    }
 
 
 def of_average(average: Average | None) -> dict[str, Any] | None:
     """What averaged weights come to, for result.json; None where there are none."""
     if average is None:
         return None
+    return {"decay": average.state["decay"], **accuracies(average.measured)}
+
+
+def accuracies(measured: Evaluation) -> dict[str, Any]:
+    """What weights beside the last ones come to, for result.json."""
     return {
-        "decay": average.state["decay"],
-        "clean_accuracy": average.measured.clean_accuracy,
-        "clean_top5_accuracy": average.measured.clean_top5,
-        "robust_accuracy": average.measured.robust_accuracy,
+        "clean_accuracy": measured.clean_accuracy,
+        "clean_top5_accuracy": measured.clean_top5,
+        "robust_accuracy": measured.robust_accuracy,
+        "attack_parts": measured.attack_parts,
+        "attack_log": measured.log,
     }
 
 
@@ -347,11 +371,14 @@ def draw_pictures(run: Run, path: Path) -> None:
 
 def write_export(run: Run, result: Result, weights: str) -> None:
     """Writes the network as it is for use elsewhere."""
+    folder = run.folder.export_average if weights == "average" else run.folder.export
     export_trained(
         run.model,
-        run.folder.export_average if weights == "average" else run.folder.export,
+        folder,
         config=run.config,
         classes=run.loaders.train.classes,
         record=result.record(),
         weights=weights,
     )
+    if (line := card_left_alone(folder)) is not None:
+        run.log.say(line)

@@ -48,10 +48,10 @@ class Cost:
                 return Passes(int(images + config.attack_steps * attacked))
             case "dat" if config.dat_attack == "fgsm":
                 attack = images
-            case "pgd" | "trades" if config.awp:  # the loss once more, at the weights
-                attack = int(config.attack_steps + config.weight_passes) * images
             case "pgd" | "trades" | "advprop" | "dat":
                 attack = int(config.attack_steps * attacked)
+                if config.awp:  # the loss once more, at the weights
+                    attack += int(config.weight_passes) * images
             case "fgsm" | "fgsm-rs" | "n-fgsm" | "elle":
                 attack = images
             case "gradalign":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,17 +121,16 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
             return 1.0
         return min(1.0, budget.data_epochs_before(update) * config.cost / config.attack_warmup)
 
-    lr_at = learning_rates(config, budget)
     learner = Learner(
         net,
         optimizer,
-        lr_at,
+        learning_rates(config, budget),
         pixels,
         precision,
-        world.size,
-        attack_scale_at,
-        compression,
-        config.label_smoothing,
+        num_ranks=world.size,
+        attack_scale_at=attack_scale_at,
+        compression=compression,
+        label_smoothing=config.label_smoothing,
     )
     if config.ema is not None:
         learner.average = WeightAverage(learner.network, config.ema)
@@ -177,9 +177,19 @@ def learning_rates(config: TrainConfig, budget: Budget) -> Callable[[int], float
 
     A run of 5 + 100 epochs drops by 10 where one of 100 does, 5 epochs later (Zhang et al., UAI
     2022, main.py: the warm-up's epochs come on top, and its last update is at the full rate).
+
+    Raises:
+        UserError: the schedule moves once a data epoch, and there is one at most.
     """
     warm_epochs = config.warmup_epochs / config.cost
     warm_updates = budget.updates_before(warm_epochs)
+    left = math.ceil(budget.data_epochs_before(budget.total_updates) - warm_epochs - 1e-9)
+    if config.schedule.kind == "onecycle-epochs" and left < 2:  # a cycle's last step moves nothing
+        by_updates = str(config.schedule).replace("-epochs", "")
+        raise UserError(
+            f"--schedule {config.schedule}: one pass over the data, after the warm-up, has no "
+            f"cycle; use {by_updates}, which moves with each update"
+        )
 
     def lr_at(update: int) -> float:
         if update < warm_updates:

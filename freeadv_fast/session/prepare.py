@@ -160,6 +160,8 @@ def build_run(
     )  # fmt: skip
     if state is not None and guard.is_on and guard.good is None:
         guard.good = snapshot(run)  # a finished run, or one of other ranks, has left none
+    if not run.is_complete:
+        world.on_main(lambda: keep_evaluations(folder))
     return run
 
 
@@ -227,6 +229,12 @@ def move_in(folder: RunFolder, lock: FolderLock, resume: bool) -> None:
     take(lock)
     if (kept := folder.set_result_aside()) is not None:
         print(f"the result so far is kept as {kept}", flush=True)
+
+
+def keep_evaluations(folder: RunFolder) -> None:
+    """Keeps what was measured of weights that are about to be trained further elsewhere."""
+    if (kept := folder.set_evaluations_aside()) is not None:
+        print(f"evaluations of the weights so far are kept in {kept}", flush=True)
 
 
 def remake_folder(run: Run) -> None:

@@ -32,17 +32,20 @@ class Result:
         robust_accuracy: Accuracy under each attack at `eps`, by the attack's name.
         attack_parts: Of attacks of several parts (``autoattack``), by name: the accuracy that still
             stands after each part.
+        attack_log: Name of AutoAttack's log of these in the folder; null where it was not run.
         evaluation_seconds: Final evaluations of all weights.
         num_eval_images: Validation images that were attacked; they selected nothing.
         num_clean_images: Validation images that the clean accuracies are over.
         holdout_images: Training images held out to choose weights.
         best_epoch: The epoch that they chose, from 0; -1 where they chose none.
         best: Null, or what the weights of that epoch come to: ``epoch``, ``clean_accuracy``,
-            ``clean_top5_accuracy``, ``robust_accuracy`` as above; ``is_last`` where they are the
-            last ones; ``is_better`` where the held-out images say so beyond chance. With averaging
-            the choice is among averages (``is_averaged``), and so are these last ones.
+            ``clean_top5_accuracy``, ``robust_accuracy``, ``attack_parts``, ``attack_log`` as above;
+            ``is_last`` where they are the last ones; ``is_better`` where the held-out images say so
+            beyond chance. With averaging the choice is among averages (``is_averaged``), and so are
+            these last ones.
         average: Null, or what the average of the weights comes to at the end: ``decay``,
-            ``clean_accuracy``, ``clean_top5_accuracy``, ``robust_accuracy`` as above.
+            ``clean_accuracy``, ``clean_top5_accuracy``, ``robust_accuracy``, ``attack_parts``,
+            ``attack_log`` as above.
         gradients: Null, or how they travelled where --compress is on: ``codec``, ``machines``
             (more than 1: within each, float32 is averaged first, whose bytes are not counted),
             ``bytes_sent`` (by rank 0, in all sessions), ``bytes_an_update`` (of those that were
@@ -72,6 +75,7 @@ class Result:
     clean_top5_accuracy: float | None
     robust_accuracy: dict[str, float]
     attack_parts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    attack_log: str | None = None
     evaluation_seconds: float | None = None
     attack_step: str
     num_eval_images: int

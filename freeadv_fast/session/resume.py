@@ -16,7 +16,7 @@ from freeadv_fast.methods.build import TrainingMethod
 from freeadv_fast.runs import checkpoint
 from freeadv_fast.runs.log import RunFolder, read_json
 from freeadv_fast.session.averages import own_statistics, restore_average
-from freeadv_fast.session.changes import changes_for_ranks, in_words, refuse_fixed
+from freeadv_fast.session.changes import changes_for_ranks, refuse_fixed, with_consequences
 from freeadv_fast.session.run import Progress, Run, say
 from freeadv_fast.step.learner import Learner
 
@@ -46,7 +46,7 @@ def find_checkpoint(config: TrainConfig, world: World, folder: RunFolder) -> dic
     changed = changes_for_ranks(saved, config, state["made_for"], world.size)
     refuse_fixed(changed, saved, config, folder.root)
     if changed:
-        say(world, f"changed: {in_words(changed, saved, config)}")
+        say(world, f"changed: {with_consequences(changed, saved, config)}")
     return state if len(state["ranks"]) == world.size else without_ranks(state, world)
 
 
@@ -92,7 +92,11 @@ def restore(
     learner: Learner,
     method: TrainingMethod,
 ) -> Progress:
-    """Puts every part back where the checkpoint left it."""
+    """Puts every part back where the checkpoint left it.
+
+    Where an average begins or is dropped, best.pt starts anew, as in a new phase: held-out images
+    do not choose between plain weights and averages.
+    """
     checkpoint.load_weights(model, state, config.arch, "--resume")
     learner.load_state_dict(state["learner"])
     if state["ranks"] is not None:  # of as many ranks as there are
@@ -103,7 +107,10 @@ def restore(
         method.load_state_dict(own["method"])
         checkpoint.restore_random_state(own["random"], world.device)
     restore_average(learner, state, world.rank)
-    return Progress(**state["progress"])
+    progress = Progress(**state["progress"])
+    if (state.get("average") is None) != (learner.average is None):
+        progress.best_score = -1.0
+    return progress
 
 
 def warn_about_changes(folder: RunFolder, record: dict[str, Any], world: World) -> None:

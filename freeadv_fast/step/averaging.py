@@ -30,9 +30,10 @@ class WeightAverage:
     data before it. Counts, and whatever else is no float of 32 or 64 bits, are the network's own of
     the moment. An update that fp16's scaler skips is one that leads to the same weights again.
 
-    One launch an update on a GPU, in the recording where updates are recorded: the share is set
-    before, by `begin_update`, in a tensor on the device. Weights that have half-precision copies
-    are read as they are, in float32.
+    On a GPU one launch takes all weights in, in the recording where updates are recorded; tiny ones
+    write their addresses before it, in a recording at every replay (`kernels.multi_tensor`). The
+    share is set outside of it, by `begin_update`: a fill of a tensor on the device. Weights that
+    have half-precision copies are read as they are, in float32.
 
     Source: Polyak and Juditsky 1992; Izmailov et al., "Averaging Weights Leads to Wider Optima and
     Better Generalization", UAI 2018; with weights that fall off in adversarial training: Gowal et

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,8 @@ from freeadv_fast.models.half_weights import half_copy
 from freeadv_fast.step.averaging import WeightAverage
 from freeadv_fast.step.graphs import GraphRunner, Step
 from freeadv_fast.step.meters import Meters, Role
-from freeadv_fast.step.mixing import Labels, MixedLabels, cross_entropy_sum, num_hits
+from freeadv_fast.step.mixing import Labels, cross_entropy_sum, num_hits
+from freeadv_fast.step.parts import WHOLE, InParts
 from freeadv_fast.step.sgd import MasterSgd
 
 
@@ -48,23 +49,6 @@ class Pixels:
     std: Tensor
     dtype: torch.dtype
     space_to_depth: bool = False
-
-
-class Part(NamedTuple):
-    """Which images of an update the step in progress has.
-
-    Attributes:
-        first_slot: Batch slot of the first.
-        is_first: Whether nothing of the update was done before.
-        is_last: Whether nothing of it comes after.
-    """
-
-    first_slot: int
-    is_first: bool
-    is_last: bool
-
-
-WHOLE = Part(first_slot=0, is_first=True, is_last=True)
 
 
 class Learner:
@@ -399,7 +383,7 @@ class Learner:
         Args:
             step: Does a whole update, up to `apply_gradients`, and leaves the host nothing to do.
                 Of more images than `minibatch_size` it is given one part after the other, see
-                `InParts`.
+                `parts.InParts`.
             *inputs: Its tensors and numbers, all that differs between two updates. Tensors have a
                 row an image, the first of them is one.
         """
@@ -528,54 +512,11 @@ class Learner:
         self._bytes_before = int(state.get("gradient_bytes", 0)) - sent  # also after a rewind
 
 
-@dataclasses.dataclass(frozen=True)
-class InParts:
-    """A step on parts of its inputs, one after the other, that makes one update of them all.
-
-    Each part is a minibatch of its own to attacks and to batch norm, whose running statistics move
-    with each. Losses are divided by the size of the whole, so that gradients add up to those of its
-    mean. They are dropped before the first part, reduced over the ranks in the last one, and
-    applied after it. Ranks may have different numbers of parts: each reduces once.
-
-    Attributes:
-        learner: Runs the parts.
-        step: Takes tensors with a row an image, and numbers.
-        num_parts: Of near-equal size, as `torch.tensor_split` makes them and groups of batch norm.
-    """
-
-    learner: Learner
-    step: Step
-    num_parts: int
-
-    def __call__(self, *inputs: Any) -> None:
-        """Runs the step on each part."""
-        learner, last = self.learner, self.num_parts - 1
-        size, rest = divmod(len(inputs[0]), self.num_parts)
-        ends = [size * number + min(number, rest) for number in range(self.num_parts + 1)]
-        try:
-            for number, rows in enumerate(map(slice, ends, ends[1:])):
-                learner.part = Part(rows.start, is_first=number == 0, is_last=number == last)
-                is_reduced = learner.part.is_last
-                with contextlib.nullcontext() if is_reduced else learner.without_reduction():
-                    self.step(*(_rows_of(value, rows) for value in inputs))
-        finally:
-            learner.part = WHOLE
-
-
 def _tensors_in(value: Any) -> list[Tensor]:
     """The tensors in nested dicts."""
     if isinstance(value, Mapping):
         return [tensor for entry in value.values() for tensor in _tensors_in(entry)]
     return [value] if isinstance(value, Tensor) else []
-
-
-def _rows_of(value: Any, rows: slice) -> Any:
-    """Rows of a step's input in its own memory, a leaf where it is one; a number as it is."""
-    if isinstance(value, MixedLabels):
-        return MixedLabels(value.own[rows], value.other[rows], value.share)
-    if isinstance(value, Tensor):
-        return value.detach()[rows].requires_grad_(value.requires_grad)
-    return value
 
 
 def evaluating_tree(module: nn.Module) -> nn.Module:

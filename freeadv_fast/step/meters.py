@@ -21,8 +21,9 @@ class Reading:
     """Means over the images since the last reading, all ranks together.
 
     Attributes:
-        loss: Mean cross-entropy over the passes for the weights, as they minimise it: of smoothed
-            labels with --label-smoothing.
+        loss: Mean cross-entropy over the passes for the weights, of smoothed labels with
+            --label-smoothing. Not all of it is what they minimise: trades and free-trades count
+            adversarial images here, elle the plain losses of its images moved at random.
         accuracy: Share of the network inputs classified right, 0..1, by the role of the pass;
             roles that were not played are missing.
         passes: Images forwarded and backwarded.

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from torch import nn
 import freeadv_fast as ff
 from freeadv_fast import training
 from freeadv_fast.errors import UserError
+from freeadv_fast.runs import checkpoint
 from freeadv_fast.runs.checkpoint import load_checkpoint, save_checkpoint
+from freeadv_fast.runs.export.trained import withdraw
+from freeadv_fast.session.averages import weights_of
 from freeadv_fast.session.guard import Count
 from freeadv_fast.session.signals import Interrupted
 
@@ -98,6 +102,8 @@ def test_both_kinds_of_weights_are_evaluated_and_exported(straight, capsys):
         "clean_accuracy": measured.clean_accuracy,
         "clean_top5_accuracy": measured.clean_top5,
         "robust_accuracy": measured.robust_accuracy,
+        "attack_parts": {},
+        "attack_log": None,
     }
     assert "straight, average at eps 8/255" in capsys.readouterr().out
     assert len(list(straight.glob("evaluation-average-*.json"))) == 1
@@ -140,8 +146,11 @@ def test_it_goes_on_bit_for_bit(config, straight, tmp_path, monkeypatch):
 
 
 def test_a_resumed_run_may_begin_and_drop_an_average(config, straight, capsys):
-    """It begins with the next update."""
+    """It begins with the next update; best.pt is chosen anew, and no outdated export stays."""
     result, _ = train(config, straight, resume=True, ema=None, epochs=3)
+    assert (result.best["epoch"], result.best["is_averaged"]) == (2, False)
+    assert (straight / "export").exists()
+    assert not (straight / "export-average").exists()
     said = capsys.readouterr().out
     assert f"changed: --epochs 3 (was 2), --ema None (was {DECAY}); the learning rate" in said
     assert "; the average so far is dropped\n" in said
@@ -151,8 +160,58 @@ def test_a_resumed_run_may_begin_and_drop_an_average(config, straight, capsys):
     assert "--ema 0.5 (was None); the learning" in said
     assert "; the average begins here\n" in said
     assert (last(straight)["average"]["updates"], result.average["decay"]) == (3, 0.5)
+    assert (result.best["epoch"], result.best["is_averaged"]) == (3, True)
+    assert (straight / "export-average" / "model.safetensors").exists()
     train(config, straight, resume=True, ema=0.9, epochs=4)
-    assert "--ema 0.9 (was 0.5); the average begins here would change" in capsys.readouterr().out
+    assert "; --ema 0.9 (was 0.5) would change nothing\n" in capsys.readouterr().out
+
+
+def test_without_training_nothing_is_chosen_among_another_kind(config, straight):
+    """best.pt holds an average; the run that has dropped it compares it with nothing."""
+    result, _ = train(config, straight, resume=True, ema=None, eval_attacks="pgd-1")
+    assert (result.best, result.average, result.exported) == (None, None, "last")
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_the_networks_own_weights_come_back_after_a_failure(monkeypatch, is_late):
+    """Within the block, and while others are loaded; the line names which these were."""
+    own = network()
+    run = SimpleNamespace(model=own, config=SimpleNamespace(arch="own"))
+    before = copy.deepcopy(own.state_dict())
+    others = {name: value + 1 for name, value in before.items()}
+    real = checkpoint.load_weights
+
+    def load(model, state, arch, origin):
+        real(model, state, arch, origin)
+        if not is_late:
+            raise UserError(f"{origin}: broken")
+
+    monkeypatch.setattr(checkpoint, "load_weights", load)
+
+    def work():
+        with weights_of(run, {"decay": 0.5, "model": others}):
+            assert_same(own.state_dict(), others)
+            raise UserError("inside")
+
+    with pytest.raises(UserError, match="inside" if is_late else "the average: broken"):
+        work()
+    assert_same(own.state_dict(), before)
+
+
+def test_an_outdated_export_leaves_what_is_the_users(tmp_path):
+    """And a folder that is none of ours stays as it is."""
+    written = {"model.safetensors", "model_with_normalizer.safetensors", "config.json"}
+    for folder, names in (("ours", written), ("mixed", written), ("none", {"config.json"})):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).touch()
+    for name in ("README.md", "notes.txt"):
+        (tmp_path / "mixed" / name).write_text("mine")
+    for folder in ("ours", "mixed", "none", "missing"):
+        withdraw(tmp_path / folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mixed", "none"]
+    assert {path.name for path in (tmp_path / "mixed").iterdir()} == {"README.md", "notes.txt"}
+    assert (tmp_path / "none" / "config.json").exists()
 
 
 def test_a_run_without_an_average_has_none_to_evaluate(straight):

@@ -118,11 +118,17 @@ def test_what_may_not_change_is_named(finished, capsys, flags, was):
 def test_a_finished_run_goes_on_with_more_epochs(finished, capsys):
     """Its result keeps another name; what it logged stays; the last weights are trained further."""
     before, log = result_of(finished), (finished / "log.jsonl").read_text()
+    later = ("audit.json", "evaluation-last-pgd-50-n8.json", "robustness-last-x-n8.json")
+    for name in later:
+        (finished / name).write_text("{}")
     status, said = resume(capsys, finished, "--epochs", "6", "--workers", "1")
     assert status == 0, said
     assert "changed: --workers 1 (was 0), --epochs 6 (was 4); the learning rate follows" in said
     assert f"the result so far is kept as {finished / 'result-1.json'}" in said
     assert json.loads((finished / "result-1.json").read_text()) == before
+    assert f"evaluations of the weights so far are kept in {finished / 'before-1'}" in said
+    assert not any((finished / name).exists() for name in later)
+    assert sorted(path.name for path in (finished / "before-1").iterdir()) == list(later)
     assert result_of(finished)["passes"] == PASSES * 3 // 2
     assert (finished / "log.jsonl").read_text().startswith(log)
     assert load_config(finished / "config.yaml").epochs == 6
@@ -130,9 +136,12 @@ def test_a_finished_run_goes_on_with_more_epochs(finished, capsys):
 
 
 def test_a_finished_run_is_evaluated_anew(finished, capsys):
+    """Its weights stay, and so does what was measured of them."""
+    (finished / "audit.json").write_text("{}")
     status, said = resume(capsys, finished, "--eval-attacks", "pgd-3")
     assert status == 0
     assert "changed: --eval-attacks pgd-3 (was pgd-2)" in said
+    assert (finished / "audit.json").exists()
     assert list(result_of(finished)["robust_accuracy"]) == ["pgd-3"]
     assert result_of(finished)["passes"] == PASSES
 

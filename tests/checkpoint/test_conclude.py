@@ -1,5 +1,6 @@
 """A finished run has its result whatever fails beside it; the result is the last weights'."""
 
+import dataclasses
 import json
 import shutil
 
@@ -86,14 +87,35 @@ def test_what_draws_fails_no_run(pictures, report_page, run, monkeypatch):
 
 
 def test_the_result_is_written_before_anything_is_drawn(run, monkeypatch):
-    seen = []
+    """And what AutoAttack found is forgotten after it, of the run's own evaluations alone."""
+    seen, real = [], conclude.measure
+
+    def measure(run, label):
+        paths = [run.folder.root / f"autoattack-{name}-rank0.jsonl" for name in ("own", "other")]
+        for path in paths:
+            path.touch()
+        return dataclasses.replace(real(run, label), ledgers=(paths[0],))
 
     def look(run):
         seen.append((run.folder.result.exists(), (run.folder.export / "config.json").exists()))
 
     monkeypatch.setattr(conclude, "draw", look)
-    run("--max-passes", "48")
+    monkeypatch.setattr(conclude, "measure", measure)
+    folder, result, _ = run("--max-passes", "48")
     assert seen == [(True, True)]
+    assert [path.name for path in folder.glob("autoattack-*")] == ["autoattack-other-rank0.jsonl"]
+    assert result["attack_log"] is None
+
+
+def test_averaged_and_best_weights_say_what_stood_each_part():
+    measured = Evaluation(
+        0.9, None, {"autoattack": 0.4}, 8, 8, 1.0, {"autoattack": {"square": 0.4}}, log="a.log"
+    )
+    record = conclude.accuracies(measured)
+    assert (record["attack_parts"], record["attack_log"]) == (
+        {"autoattack": {"square": 0.4}},
+        "a.log",
+    )
 
 
 def test_an_export_that_fails_does_not_take_the_result_with_it(run, monkeypatch):

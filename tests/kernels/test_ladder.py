@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import importlib
 import json
 import math
@@ -12,6 +13,8 @@ import time
 
 import pytest
 import torch
+
+from freeadv_fast.step.averaging import WeightAverage
 
 TINY_STEP = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "2"]
 
@@ -104,10 +107,15 @@ def test_stems_and_their_gradients(run_main):
     assert rows["s2d16", "input_grad_as_forward"] == rows["s2d16", "forward"] == packed
 
 
-def test_averaged_weights_beside_plain_ones(run_main):
+def test_averaged_weights_beside_plain_ones(run_main, monkeypatch):
+    """A candidate keeps one while it trains, and another one is nothing but an average."""
+    moved, real = [], WeightAverage.update
+    monkeypatch.setattr(WeightAverage, "update", lambda own: (moved.append(own), real(own)))
     flags = ["--arch", "test_resnet", "--image-size", "16", "--batch-size", "2", "--rounds", "3"]
     record = run_main("bench_average", *flags)
     assert set(record["results"]) == {"plain", "averaged", "average alone"}
+    # One call before the three rounds, of either.
+    assert list(collections.Counter(map(id, moved)).values()) == [4, 4]
     assert record["cpu_time_ratios"]["averaged_over_plain"]["n"] == 3
     alone = record["results"]["average alone"]["median"]
     assert record["average_gb_per_second"] * 1e9 == pytest.approx(record["average_bytes"] / alone)

@@ -198,15 +198,3 @@ def test_dat_smooths_with_unlabelled_images_too(small_network):
 def test_a_share_outside_0_to_1_is_refused(share):
     with pytest.raises(UserError, match=r"--label-smoothing .*: must be at least 0 and below 1"):
         TrainConfig(label_smoothing=share)
-
-
-@pytest.mark.parametrize("awp", [-0.01, float("nan"), float("inf")])
-def test_an_impossible_awp_is_refused(awp):
-    with pytest.raises(UserError, match=r"--awp .*: must be zero or a positive number"):
-        TrainConfig(method="pgd", m=1, awp=awp)
-
-
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("pgd", "trades")])
-def test_awp_is_for_pgd_and_trades(name):
-    with pytest.raises(UserError, match=f"--awp 0.01: not for {name}; leave it out"):
-        TrainConfig(method=name, m=1, awp=0.01)

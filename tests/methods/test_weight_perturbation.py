@@ -9,7 +9,9 @@ import test_trades
 import torch
 
 import slow_steps as slow
+from freeadv_fast.config import method_names
 from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.errors import UserError
 from freeadv_fast.methods.pgd import Pgd
 from freeadv_fast.methods.trades import Trades
 from freeadv_fast.models.half_weights import half_copy, use_half_weights
@@ -203,3 +205,17 @@ def test_half_precision_copies_follow_the_weights(small_network, half):
 def test_a_run_that_becomes_gradalign_leaves_it_out():
     config = TrainConfig(method="pgd", m=1, awp=0.01, on_collapse="gradalign")
     assert History(collapses=[{"action": "gradalign"}]).method_config(config).awp == 0
+
+
+@pytest.mark.parametrize("awp", [-0.01, float("nan"), float("inf")])
+def test_an_impossible_awp_is_refused(awp):
+    with pytest.raises(UserError, match=r"--awp .*: must be zero or a positive number"):
+        TrainConfig(method="pgd", m=1, awp=awp)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in method_names.METHODS if name not in ("pgd", "trades")]
+)
+def test_awp_is_for_pgd_and_trades(name):
+    with pytest.raises(UserError, match=f"--awp 0.01: not for {name}; leave it out"):
+        TrainConfig(method=name, m=1, awp=0.01)

@@ -66,7 +66,7 @@ def test_they_load_our_network_and_read_our_numbers(
         robust=[Claim(Attack.parse("autoattack"), 0.43216, 10_000)],
     )
     lines = export_robustbench(submission_of(NAME, run, claims))
-    assert lines[0] == f"wrote {tmp_path / 'export-robustbench'}"
+    assert lines[0] == f"wrote {tmp_path / 'export-robustbench' / NAME}"
     pixels = torch.rand(3, 3, size, size)
     torch.save(pixels, tmp_path / "pixels.pt")
     theirs = robustbench_says(robustbench, tmp_path, dataset, {"linf": "Linf"}.get(norm, "L2"))
@@ -76,14 +76,14 @@ def test_they_load_our_network_and_read_our_numbers(
     torch.testing.assert_close(torch.tensor(theirs["logits"]), logits, rtol=1e-4, atol=1e-4)
     assert "<sub>83.34%</sub> | <sub>43.22%</sub>" in theirs["table"]
     assert " & 83.34 & 43.22 & N & " in theirs["latex"]
-    folder = tmp_path / "export-robustbench"
+    folder = tmp_path / "export-robustbench" / NAME
     assert f"- **eps**: {shown}\n" in (folder / "issue.md").read_text()
 
 
 def robustbench_says(python, run_folder, dataset, norm):
     """What `robustbench_side.py` prints of a submission."""
     script = Path(__file__).with_name("robustbench_side.py")
-    folder, images = run_folder / "export-robustbench", run_folder / "pixels.pt"
+    folder, images = run_folder / "export-robustbench" / NAME, run_folder / "pixels.pt"
     command = [str(v) for v in (python, script, folder, NAME, dataset, norm, images)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -17,6 +17,17 @@ from freeadv_fast.step.optim import build_sgd
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 # What the host knows of an update; a recording would freeze it.
 HOSTS_HALF = ("lr_at", "updates", "attack_scale_at")
+HOSTS_HALF_OF_AVERAGE = ("updates", "decay")
+
+
+@contextlib.contextmanager
+def hidden(owner, names):
+    """In here attributes are None, and may not be set."""
+    values = {name: getattr(owner, name) for name in names}
+    vars(owner).update(dict.fromkeys(names))
+    yield
+    assert all(getattr(owner, name) is None for name in names)
+    vars(owner).update(values)
 
 
 class Recorder:
@@ -51,11 +62,11 @@ class Recorder:
             self.num_launches += 1
             if self.learner is None:
                 return step()
-            host = {name: getattr(self.learner, name) for name in HOSTS_HALF}
-            vars(self.learner).update(dict.fromkeys(HOSTS_HALF))
-            step()
-            assert all(getattr(self.learner, name) is None for name in HOSTS_HALF)
-            vars(self.learner).update(host)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(hidden(self.learner, HOSTS_HALF))
+                if self.learner.average is not None:
+                    stack.enter_context(hidden(self.learner.average, HOSTS_HALF_OF_AVERAGE))
+                step()
 
         return launch
 
@@ -78,10 +89,14 @@ def build_learner(network, device="cpu", dtype=torch.float32):
 
 
 def build_method(name, learner, device="cpu", accumulate=1):
-    """A method as the trainer builds it, with few steps and updates of six images."""
+    """A method as the trainer builds it, with few steps and updates of six images.
+
+    ``pgd-awp`` is pgd with a perturbation of the weights.
+    """
     device = torch.device(device)
     config = TrainConfig(
-        method=name, m={"free": 3, "natural": 2, "free-trades": 2}.get(name, 1),
+        method=name.removesuffix("-awp"), awp=0.05 if name.endswith("-awp") else 0.0,
+        m={"free": 3, "natural": 2, "free-trades": 2}.get(name, 1),
         batch_size=6 // accumulate, accumulate=accumulate, image_size=8,
         eps=Perturbation.parse("8/255"), attack_steps=2, aux_bn_group=3,
         **{"gradalign": {"reg_every": 1}, "fast-advprop": {"p_adv": 0.5}}.get(name, {}),

@@ -231,6 +231,20 @@ def test_non_finite_gradients_move_nothing():
     assert (points[:, 2] > images[:, 2]).all()
 
 
+def test_a_gradient_that_all_pixels_share_is_a_gradient():
+    """That of a sum is one number, expanded: nothing can be written into it."""
+
+    class Sum(nn.Module):
+        def forward(self, images):
+            score = images.sum((1, 2, 3))
+            return torch.stack([1 - score, torch.full_like(score, -5)], dim=1)
+
+    images, labels = torch.full((2, 3, 2, 2), 0.5), torch.zeros(2, dtype=torch.int64)
+    attack, threat = Attack("pgd", 2), threat_of("8/255", "2/255")
+    points = ascend(Sum(), images, labels, start=images, attack=attack, threat=threat)
+    assert torch.allclose(points, images + 4 / 255)
+
+
 def test_nan_logits_are_never_correct():
     logits = torch.tensor([[torch.nan, 0.0], [1.0, 0.0], [torch.nan, torch.nan]])
     assert is_correct(logits, torch.zeros(3, dtype=torch.int64)).tolist() == [False, True, False]

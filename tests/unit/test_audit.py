@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from fixed_batches import FixedLoader
 from torch import nn
 
+from freeadv_fast.cli import evaluate as tool
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.threat import L2ThreatModel, Perturbation, ThreatModel
 from freeadv_fast.errors import UserError
@@ -21,7 +24,6 @@ from freeadv_fast.evaluation import images
 from freeadv_fast.evaluation.audit import checks, surrogates
 from freeadv_fast.evaluation.audit import run as audit_module
 from freeadv_fast.evaluation.audit.checks import (
-    PIP_SQUARE,
     Trial,
     falls_without_bound,
     has_slope,
@@ -176,7 +178,7 @@ def test_what_cannot_be_asked_is_not_run(monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
     square = square_finds_nothing(trial)
     assert square.is_passed is None
-    assert PIP_SQUARE in square.measured
+    assert 'pip install "pyautoattack>=0.2"' in square.measured
     assert transfer_is_weaker(trial, {}).is_passed is None
     assert falls_without_bound(trial).is_passed
     assert "not run" in audit_table([square])
@@ -297,6 +299,49 @@ def test_mistakes_are_one_line(run, monkeypatch):
     sample.labels.add_(1).remainder_(NUM_CLASSES)
     with pytest.raises(UserError, match="classifies none of 4 images right"):
         audit(network, sample, EPS)
+
+
+def test_an_audit_of_averaged_weights_says_so(run, monkeypatch):
+    load = audit_module.load_run
+
+    def averaged(path, checkpoint="last"):
+        return dataclasses.replace(load(path), is_averaged=checkpoint == "average")
+
+    monkeypatch.setattr(audit_module, "load_run", averaged)
+    audit_run(run.root, num_images=2, checkpoint="average")
+    assert json.loads((run.root / "audit.json").read_text())["checkpoint"] == "average"
+
+
+def test_the_tool_checks_an_audit_first(run, monkeypatch):
+    """Before hours of evaluation; and the page shows the evaluation if the audit then fails."""
+    done = []
+    monkeypatch.setattr(tool, "evaluate", lambda subject, **_: done.append(subject))
+    monkeypatch.setattr(tool, "refresh_page", lambda folder: done.append(str(folder)))
+    flags = tool.EvaluateFlags(str(run.root), attacks="pgd-2", audit=True)
+    for change, line in (
+        ({"subject": "nowhere"}, "--audit: nowhere is no run's folder; only runs are audited"),
+        ({"image_list": "x"}, "--image-list: an audit does not read it; leave it out"),
+        ({"output_dir": "x"}, "--output-dir: an audit does not read it"),
+    ):
+        with pytest.raises(UserError, match=line):
+            tool.run_evaluation(dataclasses.replace(flags, **change))
+    assert done == []
+    with pytest.raises(UserError, match="--eps 0: an attack needs a radius"):
+        tool.run_evaluation(dataclasses.replace(flags, eps="0"))
+    assert done == [str(run.root)] * 2
+
+
+def test_the_page_of_the_folder_that_was_written_is_drawn_anew(run, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(tool, "evaluate", lambda subject, **_: None)
+    monkeypatch.setattr(tool, "refresh_page", drawn.append)
+    for subject, options in (
+        (run.root, {}),
+        (run.root / "export", {}),
+        ("m:f", {"output_dir": "x"}),
+    ):
+        tool.run_evaluation(tool.EvaluateFlags(str(subject), **options))
+    assert drawn == [run.root, run.root.resolve(), Path("x")]
 
 
 def test_colors_are_for_terminals(run):

@@ -23,7 +23,7 @@ from freeadv_fast.evaluation import evaluate as evaluation
 from freeadv_fast.evaluation import images
 from freeadv_fast.evaluation.accuracy import accuracy_table, attack_columns
 from freeadv_fast.evaluation.autoattack import package, progress
-from freeadv_fast.evaluation.autoattack.ledger import Ledger, forget, ledgers_in
+from freeadv_fast.evaluation.autoattack.ledger import Ledger, digest_of, forget
 from freeadv_fast.evaluation.autoattack.package import (
     Queried,
     one_noise,
@@ -105,6 +105,10 @@ def labelled(network, sizes, num_wrong=2):
 def measure(network, loader, threat, world, *names, **options):
     options = {"world": world, "mean": MEAN, "std": STD, "seed": 7} | options
     return evaluate(network, loader, names or ("autoattack",), threat, **options)
+
+
+def ledgers_in(folder):
+    return sorted(folder.glob("autoattack-*.jsonl"))
 
 
 def standing_rows(folder, part):
@@ -293,7 +297,10 @@ def test_a_killed_evaluation_goes_on_at_its_last_batch(
         measure(network, loader, threat, world, folder=tmp_path / "two")
     assert "going on" not in capsys.readouterr().out
     resumed = measure(network, loader, threat, world, folder=tmp_path / "two")
-    assert "AutoAttack: going on where an earlier start ended" in capsys.readouterr().out
+    (ledger,) = ledgers_in(tmp_path / "two")
+    named = f"{ledger.parent}/{ledger.name.replace('rank0', '*')}"
+    said = f"AutoAttack: going on where an earlier start ended; delete {named} to begin anew"
+    assert said in capsys.readouterr().out
     assert resumed.attack_parts == one_go.attack_parts
     assert len(calls) == num_batches + 1  # one batch was lost
     rows = [standing_rows(tmp_path / name, "square") for name in ("one", "two")]
@@ -320,6 +327,36 @@ def test_other_weights_balls_seeds_and_images_are_not_mixed(network, short, worl
     assert num_ledgers(network, loader, "1/255")[1] > before  # one image was
 
 
+def test_a_small_evaluation_keeps_what_a_killed_large_one_found(network, world, tmp_path):
+    few, many, options = labelled(network, [3]), labelled(network, [3, 3]), {"folder": tmp_path}
+    attack, threat = "apgd-ce-1", ball("1/255")
+    measure(network, many, threat, world, attack, **options)  # killed before it was written
+    assert measure(network, few, threat, world, attack, **options).ledgers == ()
+    found = measure(network, many, threat, world, attack, **options)
+    assert list(found.ledgers) == ledgers_in(tmp_path)
+    assert [found.log] == [path.name for path in tmp_path.glob("*.log")]
+    assert measure(network, many, threat, world, "apgd-ce-2", **options).ledgers == ()
+    assert measure(network, many, threat, world, attack).log is None
+    assert measure(network, many, threat, world, "pgd-1", **options).log is None
+
+
+def test_extra_state_that_is_no_tensor_has_a_digest_too(network):
+    digests = [digest_of(network, ball("1/255"), 0, "package")]
+    network.get_extra_state, network.set_extra_state = lambda: {"any": object}, lambda _: None
+    digests.append(digest_of(network, ball("1/255"), 0, "package"))
+    network.first.bias.data[0] += 1
+    digests.append(digest_of(network, ball("1/255"), 0, "package"))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_clone_that_pip_knows_nothing_of_has_no_version(monkeypatch):
+    def unknown(name):
+        raise package.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(package.importlib.metadata, "version", unknown)
+    assert package.package_version() == "pyautoattack, unknown version"
+
+
 def test_short_memory_makes_smaller_batches_that_change_nothing(network, short, world, monkeypatch):
     loader, threat = labelled(network, [5, 3]), ball("2/255")
     at_once, sizes, call = measure(network, loader, threat, world), [], Queried.__call__
@@ -333,6 +370,22 @@ def test_short_memory_makes_smaller_batches_that_change_nothing(network, short, 
     monkeypatch.setattr(Queried, "__call__", forward)
     assert measure(network, loader, threat, world).attack_parts == at_once.attack_parts
     assert max(sizes) <= 3
+
+
+def test_the_network_is_examined_where_memory_was_short_at_first(
+    network, world, tmp_path, monkeypatch, capsys
+):
+    call = Queried.__call__
+
+    def forward(queried, images):
+        if len(images) > 3:
+            raise torch.OutOfMemoryError
+        return call(queried, images)
+
+    monkeypatch.setattr(Queried, "__call__", forward)
+    noisy = Ending(network, lambda z: z + torch.randn(len(z), 5))
+    measure(noisy, labelled(network, [5]), ball("1/255"), world, "apgd-ce-1")
+    assert "it seems to be a randomized defense" in capsys.readouterr().out
 
 
 def test_nothing_is_left_changed(network, short, world):

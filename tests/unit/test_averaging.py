@@ -114,28 +114,29 @@ def test_a_skipped_update_counts_with_the_weights_as_they_are(small_network, wor
 def test_it_goes_on_from_its_state_bit_for_bit(small_network):
     """With another rank's statistics in it, which the rank's own replace."""
     network = small_network()
-    average, other = WeightAverage(network, DECAY), WeightAverage(small_network(), DECAY)
+    average = WeightAverage(network, DECAY)
 
-    def move(*averages):
+    def move(network, average):
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.mul_(1.1)
         network[1].running_mean.add_(1)
-        for each in averages:
-            each.begin_update()
-            each.update()
+        average.begin_update()
+        average.update()
 
-    move(average)
-    move(average)
+    move(network, average)
+    move(network, average)
     saved = copy.deepcopy(average.state_dict())
     own = {name: value.clone() for name, value in average.statistics.items()}
     assert own.keys() == {f"{n}.running_{what}" for n in (1, 4) for what in ("mean", "var")}
     saved["model"]["1.running_mean"].zero_()
-    other._network, other._places = network, average._places
+    twin = copy.deepcopy(network)
+    other = WeightAverage(twin, DECAY)
     other.load_state_dict(saved)
     assert not other.statistics["1.running_mean"].any()
     other.load_statistics(own)
-    move(average, other)
+    move(network, average)
+    move(twin, other)
     for name, value in average.state_dict()["model"].items():
         assert torch.equal(other.state_dict()["model"][name], value)
     average.restart()

@@ -341,6 +341,25 @@ def test_a_step_that_was_not_chosen_grows_with_eps(run_folder, capsys):
     assert "for --eps 16/255: --step 4/255" in capsys.readouterr().out
 
 
+def test_weights_of_another_run_go_by_their_path(run_folder, tmp_path):
+    """Their accuracies are not the run's, whose last.pt has the same name."""
+    other = finished_run(tmp_path / "other") / "checkpoints" / "last.pt"
+    evaluate_run(run_folder, attacks=[], num_images=3)
+    evaluate_run(run_folder, attacks=[], num_images=3, checkpoint=str(other))
+    own, foreign = sorted(run_folder.glob("evaluation-*"), key=lambda path: len(path.name))
+    assert json.loads(own.read_text())["checkpoint"] == "last.pt"
+    assert json.loads(own.read_text())["norm"] == "linf"
+    assert json.loads(foreign.read_text())["checkpoint"] == str(other)
+    assert foreign.name.startswith(own.stem + "-")
+
+
+def test_runs_in_one_folder_have_files_of_their_own(run_folder, tmp_path):
+    for folder in (run_folder, finished_run(tmp_path / "a" / "run")):
+        for _ in range(2):  # the same one again is the same file
+            evaluate_run(folder, attacks=[], num_images=3, output_dir=tmp_path / "all")
+    assert len(list((tmp_path / "all").iterdir())) == 2
+
+
 def test_without_a_gpu_an_unlimited_run_is_evaluated_in_part(run_folder, monkeypatch, capsys):
     """One PGD-20 on at most 400 images, unless chosen, and a line that says how to choose."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

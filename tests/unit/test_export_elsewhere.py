@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from types import SimpleNamespace
@@ -97,11 +98,12 @@ def test_a_folder_that_is_no_export_is_left_alone(run_folder, tmp_path):
     theirs.mkdir()
     (theirs / "README.md").write_text("mine")
     (theirs / "model.safetensors").write_bytes(b"mine")
+    (theirs / "my_model_with_normalizer.safetensors.bak").write_bytes(b"mine")
     with pytest.raises(UserError, match=r"--output-dir .*file: a file; name a folder"):
         export_run(run_folder, file)
     with pytest.raises(UserError, match=r"--output-dir .*: holds README.md and no export"):
         export_run(run_folder, theirs)
-    assert [path.read_text() for path in sorted(theirs.iterdir())] == ["mine", "mine"]
+    assert [path.read_text() for path in sorted(theirs.iterdir())] == ["mine"] * 3
     (tmp_path / "empty").mkdir()
     folder = export_run(run_folder, tmp_path / "empty")
     (folder / "notes.txt").write_text("mine")
@@ -165,13 +167,38 @@ def test_onnx_of_earlier_weights_does_not_stay(run_folder, monkeypatch):
 
 def test_a_card_that_the_user_changed_stays(run_folder):
     card = export_run(run_folder) / "README.md"
-    ours = card.read_text()
+    ours, result = card.read_text(), (run_folder / "result.json").read_text()
     (run_folder / "result.json").unlink()
     export_run(run_folder)
     assert card.read_text() != ours
     card.write_text(ours.replace("todo-name-the-licence", "mine"))
-    export_run(run_folder)
+    (line,) = export_for(str(run_folder))[1:]
+    assert (
+        line == f"{card} is yours and stays; its numbers may be of other weights: see README.new.md"
+    )
     assert "license_name: mine" in card.read_text()
+    new = card.with_name("README.new.md")
+    assert "**These weights were not evaluated.**" in new.read_text()
+    (run_folder / "result.json").write_text(result)
+    assert len(export_for(str(run_folder))) == 1  # of the same numbers as the user's
+    assert "license_name: mine" in card.read_text()
+    assert not new.exists()
+
+
+def test_where_onnx_refuses_the_card_is_that_of_the_new_weights(run_folder, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    export_run(run_folder)
+    (run_folder / "result.json").unlink()
+
+    def fails(*_):
+        raise UserError("--onnx: no")
+
+    monkeypatch.setattr(onnx, "_trace", fails)
+    with pytest.raises(UserError, match="--onnx: no"):
+        export_run(run_folder, with_onnx=True)
+    text = (run_folder / "export" / "README.md").read_text()
+    assert "**These weights were not evaluated.**" in text
+    assert "onnx" not in text
 
 
 def record_of(**changes):
@@ -210,12 +237,18 @@ def test_each_weights_have_their_own_numbers():
 def test_evaluations_in_the_folder_count_where_they_are_of_these_weights(tmp_path):
     record = record_of(attack_parts={"autoattack": {"apgd-ce": 0.45, "square": 0.43}})
     evaluation = record | {
-        "checkpoint": "last.pt", "dataset": "cifar10:/elsewhere", "eps": "4/255",
-        "robust_accuracy": {"autoattack": 0.43, "pgd-10": 0.9},
+        "checkpoint": "last.pt", "dataset": "cifar10:./data", "eps": "4/255", "norm": "linf",
+        "robust_accuracy": {"autoattack": 0.43, "pgd-10": 0.9}, "attack_log": "autoattack-a.log",
     }  # fmt: skip
+    listed = {"file": "/lists/some.txt", "sha256": 64 * "a", "num_images": 10}
     others = [{"checkpoint": "best.pt"}, {"eps": "8/255"}, {"dataset": "digits"}, {"norm": "l2"}]
-    others += [{"clean_accuracy": 0.5}, {"robust_accuracy": None}]
-    for number, change in enumerate([*others[:5], {}]):
+    others += [{"clean_accuracy": 0.5}, {"robust_accuracy": None}, {"checkpoint": "/other/last.pt"}]
+    others += [
+        {"dataset": "cifar10:/corrupted"},
+        {"preprocessing": "Res224"},
+        {"image_list": listed},
+    ]
+    for number, change in enumerate([{}, *others]):
         path = tmp_path / f"evaluation-{number}.json"
         path.write_text(json.dumps(evaluation | change))
     (tmp_path / "evaluation-broken.json").write_text("{")
@@ -224,11 +257,57 @@ def test_evaluations_in_the_folder_count_where_they_are_of_these_weights(tmp_pat
     assert [(str(c.attack), c.accuracy) for c in claims.robust] == [
         ("pgd-10", 0.5), ("autoattack", 0.43),
     ]  # fmt: skip
-    assert claims.autoattack.origin == "evaluation-5.json"
+    assert claims.autoattack.origin == "evaluation-0.json"
+    assert [claim.log for claim in claims.robust] == [None, "autoattack-a.log"]
     assert "| autoattack (standard) | - | - | - | 1,000 | 43.00% | 40.0-46.1% |" in text
     assert "still right after each part: apgd-ce 45.00%, square 43.00%." in text
     assert "AutoAttack was not run" not in text
     assert card_of(record, "best", tmp_path)[1].autoattack is None
+
+
+def test_of_one_attack_the_most_images_count_and_then_the_newest(tmp_path):
+    record = record_of(robust_accuracy={"pgd-10": 0.5, "autoattack": 0.4, "cw-9": 0.6})
+    sizes = [(50, 0.1), (1000, 0.2), (4000, 0.3), (4000, 0.31), (4000, 0.32)]
+    for number, (num_images, accuracy) in enumerate(sizes):
+        path = tmp_path / f"evaluation-{number}.json"
+        found = {"autoattack": accuracy, "cw-9": accuracy} if num_images != 1000 else {"cw-9": 0.1}
+        evaluation = record | {"num_eval_images": num_images, "robust_accuracy": found}
+        evaluation |= {"attack_step": "2/255"} if number == 4 else {}
+        path.write_text(json.dumps(evaluation | {"checkpoint": "last.pt"}))
+        os.utime(path, (10 + number % 4, 10 + number % 4))
+    claims = card_of(record, "last", tmp_path)[1]
+    assert [(str(c.attack), c.step, c.accuracy, c.num_images) for c in claims.robust] == [
+        ("pgd-10", "1/255", 0.5, 1000), ("autoattack", None, 0.31, 4000),
+        ("cw-9", "1/255", 0.31, 4000), ("cw-9", "2/255", 0.32, 4000),
+    ]  # fmt: skip
+
+
+def test_averaged_and_best_weights_have_their_own_parts_and_log():
+    block = {
+        "clean_accuracy": 0.7,
+        "clean_top5_accuracy": None,
+        "robust_accuracy": {"autoattack": 0.4},
+    }
+    parts = {"attack_parts": {"autoattack": {"apgd-ce": 0.5}}, "attack_log": "autoattack-b.log"}
+    record = record_of(best=block | parts, average=block)
+    found = [card_of(record, weights)[1].autoattack for weights in ("best", "average")]
+    assert [(claim.parts, claim.log) for claim in found] == [
+        ({"apgd-ce": 0.5}, "autoattack-b.log"), ({}, None),
+    ]  # fmt: skip
+
+
+def test_a_list_of_imagenets_images_is_named(tmp_path):
+    classes = [f"n{number:08d}" for number in range(1000)]
+    listed = {"file": "/lists/ids.txt", "sha256": 64 * "a", "num_images": 5000}
+    evaluation = record_of(robust_accuracy={"autoattack": 0.3}, num_eval_images=5000)
+    evaluation |= {"checkpoint": "last.pt", "image_list": listed}
+    (tmp_path / "evaluation-0.json").write_text(json.dumps(evaluation))
+    config = TrainConfig(data="/imagenet", arch="resnet18", image_size=32, eps="4/255")
+    claims = read_claims(record_of(), "last", config, classes, tmp_path)
+    assert claims.autoattack.images == f"ids.txt (sha256 {16 * 'a'})"
+    told = describe(config.arch, classes, MEAN, STD, 32, 32, per_image=False)
+    text = model_card(Subject(config, classes, "last", claims, record_of(), told))
+    assert f"autoattack: the images of ids.txt (sha256 {16 * 'a'}).\n" in text
 
 
 def test_every_method_has_its_papers():

@@ -5,6 +5,7 @@ That RobustBench itself loads and reads them is proved in tests/peers.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -38,9 +39,11 @@ def submit(tmp_path):
         fields = {"data": "cifar10:d", "arch": "preact-resnet18", "eps": "8/255"} | fields
         config = TrainConfig(image_size=32, normalization="cifar10", **fields)
         model = nn.Sequential(nn.Flatten(), nn.Linear(3072, len(classes)))
-        run = SavedRun(RunFolder(tmp_path), config, tmp_path / "last.pt", list(classes), model)
+        run = SavedRun(
+            RunFolder(tmp_path), config, tmp_path / "checkpoints" / "last.pt", list(classes), model
+        )
         lines = export_robustbench(submission_of(name, run, claims, has_result=has_result))
-        return tmp_path / "export-robustbench", lines
+        return tmp_path / "export-robustbench" / name, lines
 
     return call
 
@@ -69,22 +72,40 @@ def test_the_json_is_in_their_form(submit):
 
 def test_the_issue_is_filled_in(submit, tmp_path):
     for number, name in enumerate(
-        ("autoattack-last.log", "autoattack-new.log", "autoattack-new-rank1.log")
+        ("autoattack-new.log", "autoattack-new-rank1.log", "autoattack-newest.log")
     ):
         (tmp_path / name).write_text(f"log {number}")
-    folder, lines = submit(Claims([CLEAN], [PGD, AUTOATTACK]), init_from="x.pt")
+    claimed = dataclasses.replace(AUTOATTACK, log="autoattack-new.log", images="ids.txt")
+    submit(Claims([CLEAN], [dataclasses.replace(AUTOATTACK, log="autoattack-newest.log")]))
+    folder, lines = submit(Claims([CLEAN], [PGD, claimed]), init_from="x.pt")
     text = (folder / "issue.md").read_text()
     for said in (
         f"[New Model] {NAME}", "- **Architecture**: PreActResNet-18", "- **Threat Model**: Linf",
         "- **eps**: 8/255", "- **Clean accuracy**: 80.00%", "- **Robust accuracy**: 45.60%",
         "- **Additional data**: true", "- **Paper Title**: TODO", "- [x] I use an architecture",
-        "AutoAttack, standard version, on 1,000 images, seed 3; log: autoattack-new.log, attached",
+        "AutoAttack, standard version, on 1,000 images, seed 3, those of ids.txt; log: "
+        "autoattack-new.log, attached",
         "- [ ] I agree to release", "PreActResNet(PreActBlock, [2, 2, 2, 2], num_classes=10,",
     ):  # fmt: skip
         assert said in text, said
     logs = {path.name: path.read_text() for path in folder.glob("*.log")}
-    assert logs == {"autoattack-new.log": "log 1", "autoattack-new-rank1.log": "log 2"}
+    assert logs == {"autoattack-new.log": "log 0", "autoattack-new-rank1.log": "log 1"}
     assert not any("log" in line for line in lines)
+    (tmp_path / "autoattack-new.log").unlink()
+    folder, lines = submit(Claims([CLEAN], [claimed]))
+    assert not list(folder.glob("*.log"))
+    assert lines[-1] == f"AutoAttack's log is not in {tmp_path}; RobustBench asks for it"
+
+
+def test_what_is_reported_is_autoattacks_and_names_have_folders_of_their_own(submit):
+    few = Claim(Attack.parse("cw-50"), 0.1, 50, "2/255")
+    first, _ = submit(Claims([CLEAN], [few, PGD]))
+    second, _ = submit(Claims([CLEAN], [few, AUTOATTACK]), name="Doe2026Fast")
+    for folder, reported in ((first, "10.00"), (second, "45.60")):
+        (path,) = folder.rglob(f"{folder.name}.json")
+        assert json.loads(path.read_text())["reported"] == reported
+        assert [p.name for p in folder.glob("*.pt")] == [f"{folder.name}.pt"]
+    assert first != second
 
 
 def test_without_autoattack_the_number_is_blank_and_a_line_says_so(submit):
@@ -151,9 +172,11 @@ def test_what_cannot_be_submitted_is_one_line(submit, repository, tmp_path):
         submit(Claims())
     with pytest.raises(UserError, match=r"ranks networks of CIFAR-10, CIFAR-100 and ImageNet; "):
         submit(Claims([CLEAN]), data="digits")
-    (tmp_path / "export-robustbench").mkdir()
-    (tmp_path / "export-robustbench" / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match=r"export-robustbench: holds thesis\.tex and no export"):
+    (tmp_path / "export-robustbench" / NAME).mkdir(parents=True)
+    (tmp_path / "export-robustbench" / NAME / "thesis.tex").write_text("mine")
+    with pytest.raises(
+        UserError, match=rf"export-robustbench/{NAME}: holds thesis\.tex and no export"
+    ):
         submit(Claims([CLEAN], [PGD]))
     run = shutil.copytree(repository / "tests" / "fixtures" / "runs" / "finished", tmp_path / "r")
     with pytest.raises(UserError, match=r"is of scikit-learn's handwritten digits"):

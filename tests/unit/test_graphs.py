@@ -261,7 +261,7 @@ def gpu(test):
 
 @gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, "pgd-awp"])
 def test_a_cuda_graph_trains_as_eager_steps_do(small_network, name, dtype, lines):
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
         plain, plain_method = train(name, small_network(), None, "cuda", dtype)

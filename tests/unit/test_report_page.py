@@ -89,7 +89,7 @@ def finished(repository, tmp_path):
             {"checkpoint": "last.pt", "eps": "32/255", "num_images": 64, "seed": 0,
              "checks": [check | {"measured": "m", "meaning": "w"} for check in CHECKS]},
         )  # fmt: skip
-        write(folder / "export" / "config.json", {"classes": ["cat", "dog"]})
+        write(folder / "export" / "config.json", {"class_names": ["cat", "dog"]})
         (folder / "plots").mkdir()
         Image.new("RGB", (30, 20)).save(folder / "plots" / "perturbations.png")
         return folder
@@ -115,7 +115,9 @@ def test_the_page_says_what_the_files_say(finished):
         "autoattack, part by part after still right apgd-ce 46.2% square 43.1%",
         "best 16/255 50 2/255 500 90.0% 66.1%",
         "imagenet-r last 400 28.7% accuracy",
-        "1 of 3 checks that broken defences fail hold, 1 check failed",
+        "1 of 3 checks that broken defences fail hold, 1 check failed : the robust accuracy above "
+        "is not to be trusted",
+        "last weights, eps 32/255 in L∞, 64 images of handwritten digits, seed 0.",
         "✓ holds Do more steps not matter? m w ✗ fails Does Square beat nothing? m w – not judged",
         "5,588 image passes for the weights and 5,588 for the attack alone",
         "start-up 12.7% 1.0 s",
@@ -153,11 +155,35 @@ def test_an_unsettled_number_is_told_so(finished):
     )
 
 
+def test_what_was_seen_otherwise_is_said(finished):
+    """An evaluation on prepared or listed images; an audit of another ball than the table's."""
+    folder = finished()
+    change(
+        folder / "evaluation-best-pgd-50-eps16-step2-n500.json",
+        preprocessing="Res256Crop224", image_list={"file": "ids.txt", "num_images": 500}, norm="l2",
+    )  # fmt: skip
+    change(folder / "audit.json", eps="8/255", norm="l2", attack_step="2/255", data="svhn:/x")
+    text = text_of(write_page(folder))
+    assert "in L2, preprocessing Res256Crop224, the images of ids.txt" in text
+    about = "last weights, eps 8/255 in L2, step 2/255, 64 images of SVHN"
+    assert f"the robust accuracy that it is about ({about}) is not to be trusted" in text
+    assert "accuracy above is not to be trusted" not in text
+
+
+def test_facts_that_cannot_be_read_cost_themselves_alone(finished):
+    folder = finished()
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("epochs: 4.0", "epochs: x"))
+    text = text_of(write_page(folder))
+    assert "left out that cannot be read: ValueError" in text
+    assert "Free adversarial training (m = 2) of timm/test_efficientnet" in text
+
+
 def test_all_text_is_escaped(finished):
     folder = finished("<script>alert(1)</script>"[:8] + '"run')
     evil = "<script src=x></script>'\"><img src=http://x/>"
     change(folder / "result.json", dataset=evil, arch=evil, device=evil)
-    write(folder / "export" / "config.json", {"classes": [evil, "dog"]})
+    write(folder / "export" / "config.json", {"class_names": [evil, "dog"]})
     write(folder / "env.json", {"command": [evil], "platform": evil, "versions": {evil: evil}})
     checks = [{"name": evil, "question": evil, "is_passed": False, "measured": evil}]
     write(folder / "audit.json", {"checks": checks, "eps": evil})
@@ -308,6 +334,11 @@ def test_other_radii_have_no_leader(finished):
     first, second = finished("one"), finished("two")
     change(second / "result.json", eps="8/255")
     assert "stands highest" not in text_of(write_comparison([first, second]))
+    third = finished("three")
+    assert "stands highest" in text_of(write_comparison([first, third]))
+    config = (third / "config.yaml").read_text()
+    (third / "config.yaml").write_text(config.replace("norm: linf", "norm: l2"))
+    assert "stands highest" not in text_of(write_comparison([first, third]))
 
 
 @pytest.fixture

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from freeadv_fast.config.budget import Budget
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.schedule import Schedule
 from freeadv_fast.errors import UserError
+from freeadv_fast.session.network import learning_rates
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,23 @@ def test_onecycle_is_torchs(kind, per_step, share, total):
             scheduler.step()
 
 
-def test_a_cycle_by_epochs_needs_some():
+@pytest.mark.parametrize(
+    ("enough", "too_little"),
+    [
+        ({"m": 4, "epochs": 5}, {"m": 4, "epochs": 4}),
+        ({"m": 1, "steps": 11}, {"m": 1, "steps": 10}),
+        ({"m": 1, "epochs": 3, "warmup_epochs": 1}, {"m": 1, "epochs": 2, "warmup_epochs": 1}),
+        ({"m": 2, "epochs": 5, "warmup_epochs": 2}, {"m": 2, "epochs": 4, "warmup_epochs": 2}),
+    ],
+)
+def test_a_cycle_by_epochs_needs_two(enough, too_little):
+    """Of ten minibatches each, after the warm-up; the last one trains at next to no rate."""
+
+    def peak(fields):
+        config = TrainConfig(lr=0.1, schedule="onecycle-epochs:0.3", **fields)
+        budget = Budget.of(config, [10])
+        return max(map(learning_rates(config, budget), range(budget.total_updates)))
+
+    assert peak(enough) > 0.07
     with pytest.raises(UserError, match=r"--schedule onecycle-epochs:0.3: .* use onecycle:0.3,"):
-        TrainConfig(m=4, epochs=4, schedule="onecycle-epochs:0.3")
-    TrainConfig(m=4, epochs=5, schedule="onecycle-epochs:0.3")
+        peak(too_little)

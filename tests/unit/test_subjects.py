@@ -13,6 +13,7 @@ from foreign_files import SIDE, TINY, own_checkpoint, tiny
 from torch import nn
 
 import freeadv_fast
+from freeadv_fast.config.file import load_config
 from freeadv_fast.config.presets import PIXEL_STATISTICS
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.distributed.world import World
@@ -91,6 +92,37 @@ def test_an_export_is_evaluated_and_written_into_its_run(run_with_export, small_
     assert json.loads(path.read_text())["preprocessing"] == "Res224"
 
 
+def test_the_ball_is_that_of_the_run(run_with_export, small_images, capsys):
+    """An export in its folder says so; what nothing is known of is told by --norm."""
+    run, asked = run_with_export, {"attacks": []}
+    config = load_config(run / "config.yaml")
+    save_config(dataclasses.replace(config, method="pgd", norm="l2"), run / "config.yaml")
+    evaluated(run / "export", small_images, **asked)
+    file = run / "checkpoints" / "last.pt"  # its own config says linf
+    for norm in (None, "l2"):
+        evaluated(file, small_images, norm=norm, output_dir=run / "file", **asked)
+    paths = [*run.glob("evaluation-*.json"), *(run / "file").iterdir()]
+    assert sorted(json.loads(path.read_text())["norm"] for path in paths) == ["l2", "l2", "linf"]
+    assert capsys.readouterr().out.count("at eps 8/255 in L2") == 2
+    with pytest.raises(UserError, match="--norm: a run's config says it; leave it out"):
+        evaluated(run, small_images, norm="l2")
+
+
+def test_files_of_one_name_are_not_written_over_each_other(tmp_path, small_images):
+    """Neither those of another folder, nor the same one under another normalisation."""
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        torch.save(tiny().state_dict(), tmp_path / place / "model.pt")
+    asked = {"arch": TINY, "image_size": SIDE, "output_dir": tmp_path / "all", "attacks": []}
+    for options in ({}, {"mean": "0,0,0", "std": "1,1,1"}):
+        evaluated(tmp_path / "a" / "model.pt", small_images, **asked, **options)
+    evaluated(tmp_path / "b" / "model.pt", small_images, **asked)
+    records = [json.loads(path.read_text()) for path in (tmp_path / "all").iterdir()]
+    assert len(records) == 3
+    assert [0, 0, 0] in [record["mean"] for record in records]
+    assert [1, 1, 1] in [record["std"] for record in records]
+
+
 BUILDERS = """
 import torch
 from torch import nn
@@ -110,6 +142,9 @@ def pair():
         def forward(self, x):
             return x, x
     return Pair()
+
+def probabilities():
+    return nn.Sequential(build(), nn.Softmax(1))
 
 def features():
     return nn.Flatten()
@@ -158,6 +193,10 @@ def test_functions_that_build_none_are_refused_in_a_line(builders, subject, comp
     ("function", "complaint"),
     [
         ("pair", "model my_networks:pair: returns tuple; hand over a module that returns the"),
+        (
+            "probabilities",
+            "model my_networks:probabilities: the network returns probabilities, not",
+        ),
         ("features", r"returns \(2, 768\) for two images; the data have 3 classes"),
     ],
 )

@@ -20,11 +20,11 @@ from freeadv_fast.evaluation.accuracy import (
     accuracy_table,
     interval_text,
     side_by_side,
-    wilson_interval,
 )
 from freeadv_fast.evaluation.evaluate import Evaluation, evaluate
 from freeadv_fast.evaluation.subject import evaluate as evaluate_run
 from freeadv_fast.recipes.catalogue import RECIPES
+from freeadv_fast.runs.chance import wilson_interval
 from freeadv_fast.training import dry_run
 
 MEAN, STD = (0.5, 0.4, 0.6), (0.2, 0.25, 0.3)

@@ -49,7 +49,6 @@ NOISE_DRAWS = 20
 SQUARE_QUERIES = 1000
 # Logits of one image at two times: rounding moves them by less than this share of the largest.
 ROUNDING = 1e-3
-PIP_SQUARE = "pip install 'pyautoattack>=0.2'"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,8 +296,8 @@ def square_finds_nothing(trial: Trial) -> Check:
     meaning = "a search without gradients fools what gradients do not: they are masked"
     try:
         build = load_package("square").SquareAttack
-    except UserError:
-        return Check("square", question, None, f"not installed: {PIP_SQUARE}", meaning)
+    except UserError as error:
+        return Check("square", question, None, str(error), meaning)
     rows = (~trial.fooled_by_any).nonzero().squeeze(1)
     search = build(
         trial.network,

@@ -25,11 +25,10 @@ from freeadv_fast.evaluation.audit.checks import Check, Trial
 from freeadv_fast.evaluation.audit.surrogates import find_surrogates
 from freeadv_fast.evaluation.evaluate import eval_mode, exact_arithmetic
 from freeadv_fast.evaluation.sample import Sample, load_sample, lone_world
-from freeadv_fast.evaluation.subject import is_run
 from freeadv_fast.evaluation.tables import results_table
 from freeadv_fast.runs.environment import versions
 from freeadv_fast.runs.log import duration, write_json
-from freeadv_fast.runs.saved import SavedRun, load_run
+from freeadv_fast.runs.saved import SavedRun, is_run, load_run
 
 # Some 300 passes an image: two minutes of a ResNet-18 at 32 pixels on two cores; a GPU's seconds.
 GPU_IMAGES, CPU_IMAGES, CPU_LARGE_IMAGES = 500, 50, 8
@@ -70,8 +69,7 @@ def audit_run(
     if not is_main_rank():
         return []
     started, world = time.perf_counter(), lone_world()
-    if not is_run(run_folder):
-        raise UserError(f"--audit: {run_folder} is no run's folder; only runs are audited")
+    refuse_unaudited(run_folder)
     run = load_run(run_folder, checkpoint)
     chosen: dict[str, Any] = {
         "data": data,
@@ -105,6 +103,16 @@ def audit_run(
     print(audit_table(found, has_colors=sys.stdout.isatty()))
     print(f"wrote {path}", flush=True)
     return found
+
+
+def refuse_unaudited(subject: str | Path) -> None:
+    """Refuses to audit anything but a run.
+
+    Raises:
+        UserError: it is no run's folder.
+    """
+    if not is_run(subject):
+        raise UserError(f"--audit: {subject} is no run's folder; only runs are audited")
 
 
 def default_images(config: TrainConfig, *, on_gpu: bool) -> int:

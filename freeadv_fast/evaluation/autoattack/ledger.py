@@ -14,16 +14,18 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from freeadv_fast.config.threat import AnyThreatModel
+from freeadv_fast.models.digest import digest_weights
 
 DIGEST_LENGTH = 12
 
 
 def digest_of(network: nn.Module, threat: AnyThreatModel, seed: int, package: str) -> str:
     """Stands for all but the images and the attack that the fate of an image hangs on.
+
+    Of a network it knows what it prints and its weights, not the code of its forward pass.
 
     Args:
         network: With its normaliser.
@@ -33,9 +35,7 @@ def digest_of(network: nn.Module, threat: AnyThreatModel, seed: int, package: st
     """
     said = repr(network), type(threat).__name__, str(threat.eps), str(seed), package
     hashed = hashlib.blake2b("\0".join(said).encode())
-    for name, value in network.state_dict().items():
-        hashed.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        hashed.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    hashed.update(digest_weights(network))
     return hashed.hexdigest()[:DIGEST_LENGTH]
 
 
@@ -74,7 +74,12 @@ class Ledger:
     @property
     def paths(self) -> list[Path]:
         """The files of all ranks, as far as they are there."""
-        return sorted(self.folder.glob(f"autoattack-{self.digest}-*.jsonl")) if self.folder else []
+        return sorted(self.pattern.parent.glob(self.pattern.name)) if self.pattern else []
+
+    @property
+    def pattern(self) -> Path | None:
+        """What the names of these files have in common; None where nothing is kept."""
+        return self.folder and self.folder / f"autoattack-{self.digest}-*.jsonl"
 
     def _take(self, line: str) -> None:
         """Adds a line's images to what was found."""
@@ -108,11 +113,6 @@ class Ledger:
         except OSError as error:
             self.say(f"AutoAttack cannot be resumed: {self.path}: {error.strerror or error}")
             self.path = None
-
-
-def ledgers_in(folder: Path) -> list[Path]:
-    """All ledgers of a folder, whatever weights and balls they are of."""
-    return sorted(folder.glob("autoattack-*.jsonl"))
 
 
 def forget(paths: Sequence[Path]) -> None:

@@ -27,6 +27,7 @@ from freeadv_fast.config.attack import ADAPTIVE, Attack
 from freeadv_fast.config.threat import AnyThreatModel, L2ThreatModel
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.autoattack.log import PackageLog
+from freeadv_fast.models.own import refuse_probabilities
 
 # pip's name, then the repository's.
 PACKAGES = ("pyautoattack", "autoattack")
@@ -160,9 +161,15 @@ def load_package(module: str = "") -> ModuleType:
 
 
 def package_version() -> str:
-    """The package and its version, such as ``pyautoattack 0.2.0``."""
+    """The package and its version, such as ``pyautoattack 0.2.0``.
+
+    A clone on PYTHONPATH that pip knows nothing of has none.
+    """
     name = load_package().__name__
-    return f"{name} {importlib.metadata.version(name)}"
+    try:
+        return f"{name} {importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{name}, unknown version"
 
 
 def standard(
@@ -256,12 +263,7 @@ def examine(queried: Queried, images: Tensor, labels: Tensor, log: PackageLog) -
     checks = load_package("checks")
     with torch.no_grad():
         outputs = queried(images)
-    sums = outputs.sum(1)
-    if outputs.min() >= 0 and torch.allclose(sums, torch.ones_like(sums), atol=1e-4):
-        raise UserError(
-            "--attacks: the network returns probabilities, not logits, whose gradients vanish; "
-            "leave out its softmax"
-        )
+    refuse_probabilities(outputs, "--attacks")
     checks.check_randomized(queried, images, labels, bs=len(images), logger=log)
     tracer = sys.gettrace()  # of a debugger, or of coverage; the package ends tracing
     try:

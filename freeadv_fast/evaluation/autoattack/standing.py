@@ -53,11 +53,14 @@ class Standing:
     Attributes:
         counts: Attack's name to its parts' to the images, over all ranks, that stand it and those
             before it.
-        ledgers: Files that are needed no longer once this is written.
+        ledgers: Files that are needed no longer once this is written; none where they hold what
+            another evaluation of the network, killed before, can go on from.
+        log: Name of rank 0's log in the folder; None where nothing keeps one.
     """
 
     counts: dict[str, dict[str, int]]
-    ledgers: tuple[Path, ...]
+    ledgers: tuple[Path, ...] = ()
+    log: str | None = None
 
 
 class Pool(NamedTuple):
@@ -123,7 +126,9 @@ def count_standing(
     describe(attacks, threat, loader, seed, log, progress)
     if ledger.found:
         log.info("goes on where an earlier start ended")
-        progress.say("going on where an earlier start ended")
+        progress.say(
+            f"going on where an earlier start ended; delete {ledger.pattern} to begin anew"
+        )
     devices = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices), repeatable(), one_noise(), progress.bar:
         counts = siege.count(loader, parts)
@@ -131,7 +136,8 @@ def count_standing(
         summarise(counts, loader.num_images, log)
     return Standing(
         {name: {part.name: counts[name, part.name] for part in own} for name, own in parts.items()},
-        tuple(ledger.paths),
+        tuple(ledger.paths) if siege.is_spent(parts) else (),
+        log_name(digest, 0) if folder else None,
     )
 
 
@@ -208,6 +214,7 @@ class Siege:
         ledger: What was found. log: What was said. progress: What is shown.
         num_at_once: `at_once` of these images; less where memory was short.
         is_examined: Whether the package has looked at the network.
+        seen: Keys of the images of all pools so far.
     """
 
     queried: Queried
@@ -219,6 +226,7 @@ class Siege:
     progress: Progress
     num_at_once: int = 0
     is_examined: bool = False
+    seen: set[str] = dataclasses.field(default_factory=set)
 
     def count(self, loader: Loader, parts: dict[str, list[Part]]) -> Counter[tuple[str, str]]:
         """Images that stand, by attack and part, over all pools."""
@@ -227,6 +235,7 @@ class Siege:
         whole = {name: sum(part.passes for part in own) for name, own in parts.items()}
         for pool in self.pools(loader):
             unseen -= len(pool.keys)
+            self.seen.update(pool.keys)
             later = unseen * (1 + sum(whole.values()))
             all_of_them = torch.ones(len(pool.keys), dtype=torch.bool)
             right = self.stand(pool, all_of_them, "clean", CLEAN, later)
@@ -242,6 +251,13 @@ class Siege:
                     )
                     counts[name, part.name] += int(standing.sum())
         return counts
+
+    def is_spent(self, parts: dict[str, list[Part]]) -> bool:
+        """Whether the ledger held nothing but what `count` has been asked for."""
+        made = {(name, part.name) for name, own in parts.items() for part in own}
+        made.add(("clean", CLEAN.name))
+        found = self.ledger.found
+        return made >= found.keys() and all(self.seen >= own.keys() for own in found.values())
 
     def pools(self, loader: Loader) -> Iterator[Pool]:
         """The images of all ranks, so many at a time; every rank goes through as many pools."""
@@ -315,8 +331,8 @@ class Siege:
         images = unit_images(pool.images[rows.to(pool.images.device)]).contiguous()
         labels = pool.labels[rows.to(pool.labels.device)]
         if not self.is_examined:
-            self.is_examined = True
             examine(self.queried, images, labels, self.log)
+            self.is_examined = True  # not before: memory may be too short for so many
         points = part.perturb(images, labels).detach()
         with torch.no_grad():
             stands = is_correct(self.queried(points), labels).cpu()

@@ -191,7 +191,7 @@ def leader(
 ) -> Leader | None:
     """Who leads under the attack that most runs met; None where the attack was not the same."""
     keys = ("dataset", "eps", "attack_step")
-    if len({tuple(str(run.result.get(key)) for key in keys) for run in runs}) > 1:
+    if len({(run.norm, *(str(run.result.get(key)) for key in keys)) for run in runs}) > 1:
         return None
     attack = common_attack(accuracies)
     found = [

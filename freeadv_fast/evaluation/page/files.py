@@ -20,7 +20,7 @@ from freeadv_fast.runs.log import RunFolder
 
 AUDIT = "audit.json"
 # What `export/config.json` may call the names of the classes.
-CLASS_NAMES = ("classes", "label_names")
+CLASS_NAMES = ("class_names", "label_names")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,11 @@ class RunFiles:
     def name(self) -> str:
         """The folder's own name, whatever path led to it."""
         return self.folder.root.resolve().name
+
+    @property
+    def norm(self) -> str:
+        """That of the run's ball."""
+        return str(self.plain.get("norm", "linf"))
 
     def damaged(self, prefix: str) -> dict[str, str]:
         """Why files are left out whose names begin so."""

@@ -65,6 +65,7 @@ class _Bytes:
 
     @property
     def width(self) -> int:
+        """In pixels."""
         return self.size[0]
 
 

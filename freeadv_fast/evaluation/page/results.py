@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.accuracy import attack_columns
 from freeadv_fast.evaluation.page.files import RunFiles, is_number, reason
-from freeadv_fast.evaluation.page.wording import DASH
+from freeadv_fast.evaluation.page.wording import BALLS, DASH, data_title
 from freeadv_fast.recipes.catalogue import PAPERS
 from freeadv_fast.recipes.papers import REPORTED, Reported
 from freeadv_fast.runs.chance import wilson_interval
@@ -79,12 +80,20 @@ class FinalTable:
 
 @dataclasses.dataclass(frozen=True)
 class LaterEvaluation:
-    """A line of an evaluation-*.json, and what still stood after each part of its attack."""
+    """A line of an evaluation-*.json.
+
+    Attributes:
+        file: Its name. weights: ``last``. eps: The radius. data: What --data named.
+        seen: Which images, and how they were seen, where it was not as the run sees them.
+        clean: The clean accuracy. row: That under the attack.
+        parts: What still stood after each part of the attack.
+    """
 
     file: str
     weights: str
     eps: str
     data: str
+    seen: str
     clean: float | None
     row: Accuracy
     parts: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -158,13 +167,20 @@ def final_table(files: RunFiles) -> FinalTable:
         of = None if accuracy is None else of
         rows.append(one_accuracy(attack, None if is_clean else step, accuracy, of, *others))
     return FinalTable(
-        # Before there was `best`, a result was that of the weights that held-out images chose.
-        "last" if "best" in result else "chosen",
+        table_weights(result),
         tuple(titles),
         tuple(rows),
         reported.place if reported else "",
         paper,
     )
+
+
+def table_weights(result: Mapping[str, Any]) -> str:
+    """Whose the accuracies of a result are.
+
+    Before there was `best`, they were those of the weights that held-out images chose.
+    """
+    return "last" if "best" in result else "chosen"
 
 
 def own_accuracies(record: Mapping[str, Any]) -> dict[str, float]:
@@ -220,14 +236,25 @@ def lines_of(file: str, record: Mapping[str, Any]) -> Iterator[LaterEvaluation]:
     weights = weights_name(record)
     eps, data = str(record.get("eps")), str(record.get("dataset"))
     clean, step = record.get("clean_accuracy"), str(record.get("attack_step"))
+    seen = seen_as(record)
     robust = record.get("robust_accuracy") or {}
     if not robust:
         row = one_accuracy(CLEAN, None, clean, record.get("num_clean_images"))
-        yield LaterEvaluation(file, weights, eps, data, clean, row)
+        yield LaterEvaluation(file, weights, eps, data, seen, clean, row)
     for attack, accuracy in robust.items():
         row = one_accuracy(attack, step, accuracy, record.get("num_eval_images"))
         parts = attack_parts(record).get(attack, {})
-        yield LaterEvaluation(file, weights, eps, data, clean, row, parts)
+        yield LaterEvaluation(file, weights, eps, data, seen, clean, row, parts)
+
+
+def seen_as(record: Mapping[str, Any]) -> str:
+    """What an evaluation says of its ball and images beside radius and data, in words."""
+    words = ["in L2"] if record.get("norm") == "l2" else []
+    if record.get("preprocessing") is not None:
+        words.append(f"preprocessing {record['preprocessing']}")
+    if images := record.get("image_list"):
+        words.append(f"the images of {images['file']}")
+    return ", ".join(words)
 
 
 def weights_name(record: Mapping[str, Any]) -> str:
@@ -259,6 +286,17 @@ def strongest(accuracies: Mapping[str, Accuracy]) -> Accuracy | None:
     return min(attacked, key=lambda row: row.accuracy or 0.0, default=None)
 
 
+def shifts_of(files: RunFiles) -> list[Shift]:
+    """A line for each robustness-*.json; one that is damaged is told."""
+    shifts = []
+    for file, record in files.robustness.items():
+        try:
+            shifts.append(shift_of(file, record))
+        except Exception as error:  # a user's file holds anything at all
+            files.damage[file] = reason(error)
+    return shifts
+
+
 def shift_of(file: str, record: Mapping[str, Any]) -> Shift:
     """The line of a robustness-*.json."""
     weights, remarks = weights_name(record), record.get("remarks")
@@ -275,7 +313,8 @@ def shift_of(file: str, record: Mapping[str, Any]) -> Shift:
 
 def set_name(file: str, weights: str) -> str:
     """``imagenet-c`` of robustness-last-imagenet-c-n400-1a2b3c4d.json."""
-    name = file.removesuffix(".json").removeprefix("robustness-").removeprefix(f"{weights}-")
+    stem = PurePath(weights).name  # weights of another run go by their path
+    name = file.removesuffix(".json").removeprefix("robustness-").removeprefix(f"{stem}-")
     return name.rpartition("-n")[0] or name
 
 
@@ -287,25 +326,50 @@ class Audit:
         checks: As audit.json lists them.
         passed: How many hold. failed: How many do not; the others could not be judged.
         about: What they were made on, in a line.
+        doubted: The accuracy that a failure makes doubtful: the table's, or whose it is.
     """
 
     checks: tuple[Mapping[str, Any], ...]
     passed: int
     failed: int
     about: str
+    doubted: str
 
 
-def audit_table(record: Mapping[str, Any]) -> Audit:
-    """What audit.json says."""
+def audit_table(files: RunFiles, record: Mapping[str, Any]) -> Audit:
+    """What audit.json says.
+
+    Args:
+        files: The run's, whose table an audit of the same weights, data and ball is about.
+        record: What audit.json holds.
+    """
     names = ("name", "question", "is_passed", "measured", "meaning")
     checks = [{name: check.get(name) for name in names} for check in record["checks"]]
     verdicts: Sequence[object] = [check["is_passed"] for check in checks]
-    about = f"{weights_name(record)} weights, eps {record.get('eps')}"
-    if is_number(record.get("num_images")):
-        about += f", {record['num_images']:,} images"
+    tables = (
+        table_weights(files.result),
+        str(files.result.get("eps")),
+        files.norm,
+        str(files.result.get("dataset")),
+    )
+    # Audits of earlier versions name neither norm nor data.
+    audited = weights, eps, norm, data = (
+        weights_name(record),
+        str(record.get("eps")),
+        str(record.get("norm", files.norm)),
+        str(record.get("data", tables[-1])),
+    )
+    about = f"{weights} weights, eps {eps} in {BALLS.get(norm, norm)}"
+    if record.get("attack_step") is not None:
+        about += f", step {record['attack_step']}"
+    number = f"{record['num_images']:,} " if is_number(record.get("num_images")) else ""
+    about += f", {number}images of {data_title(data)}"
     return Audit(
         tuple(checks),
         sum(verdict is True for verdict in verdicts),
         sum(verdict is False for verdict in verdicts),
         f"{about}, seed {record.get('seed')}",
+        "the robust accuracy above"
+        if audited == tables
+        else f"the robust accuracy that it is about ({about})",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +23,9 @@ from freeadv_fast.evaluation.page.results import (
     final_table,
     later_evaluations,
     measured_accuracies,
-    shift_of,
+    shifts_of,
     strongest,
+    table_weights,
 )
 from freeadv_fast.evaluation.page.settings import changed_from_recipe, repeat
 from freeadv_fast.runs.log import RunFolder
@@ -35,7 +36,6 @@ T = TypeVar("T")
 TRAINING_PICTURE = "training.png"
 # Classes that are named one by one; of more only their number is said.
 MOST_CLASSES = 12
-BALLS = {"linf": "L\N{INFINITY}", "l2": "L2"}
 
 # What may stand in a run's folder, and what it holds.
 CONTENTS = {
@@ -55,6 +55,7 @@ PATTERNS = {
     "evaluation-*.json": "a later evaluation",
     "robustness-*.json": "accuracies on shifted images",
     "autoattack*.log": "what AutoAttack said",
+    "before-*": "evaluations of the weights from before the run went on",
 }
 
 
@@ -88,14 +89,15 @@ def write_page(run_folder: str | Path) -> Path:
     history = attempt("guard", lambda: guard_history(files), notes)
     values = {
         "head": heading(files),
+        "facts": attempt("facts", lambda: facts_of(files), notes),
         "verdict": attempt("verdict", lambda: verdict(files), notes),
         "final": attempt("final", lambda: final_table(files), notes),
         "best": attempt("best", lambda: verdict_on_best(files), notes),
         "changes": attempt("changes", lambda: changed_from_recipe(files), notes),
         "parts": attempt("parts", lambda: attack_parts(files.result), notes),
         "evaluations": attempt("later", lambda: later_evaluations(files), notes),
-        "shifts": [shift_of(file, record) for file, record in files.robustness.items()],
-        "audit": attempt("audit", lambda: files.audit and audit_table(files.audit), notes),
+        "shifts": attempt("shifts", lambda: shifts_of(files), notes),
+        "audit": attempt("audit", lambda: files.audit and audit_table(files, files.audit), notes),
         "history": history,
         "curves": attempt("curves", lambda: curves_of(files, history), notes),
         "spent": attempt("cost", lambda: spent(files), notes),
@@ -140,19 +142,35 @@ def attempt(section: str, build: Callable[[], T], notes: dict[str, str]) -> T | 
 
 
 def heading(files: RunFiles) -> dict[str, Any]:
-    """What was trained on what: the title and the facts below it."""
+    """What was trained on what: the title."""
+    result = files.result
+    finished = datetime.datetime.fromtimestamp(files.folder.result.stat().st_mtime)
+    return {
+        "title": wording.method_title(str(result.get("method"))),
+        "replays": replays_text(result),
+        "network": str(result.get("arch")),
+        "data": wording.data_title(str(result.get("dataset"))),
+        "name": files.name,
+        "finished": f"{finished:%d %B %Y}".lstrip("0"),
+    }
+
+
+def replays_text(result: Mapping[str, Any]) -> str:
+    """``m = 8``; nothing of a method that replays no minibatch."""
+    return f"m = {result['m']}" if result.get("m", 1) != 1 else ""
+
+
+def facts_of(files: RunFiles) -> list[tuple[str, str]]:
+    """The facts below the title."""
     result, plain = files.result, files.plain
-    method, data = str(result.get("method")), str(result.get("dataset"))
-    replays = f", m = {result['m']}" if result.get("m", 1) != 1 else ""
-    ball = BALLS.get(str(plain.get("norm", "linf")), "")
     facts = {
-        "Method": method + replays,
+        "Method": ", ".join(filter(None, (str(result.get("method")), replays_text(result)))),
         "Recipe": result.get("recipe"),
         "Network": result.get("arch"),
-        "Data": data,
+        "Data": str(result.get("dataset")),
         "Classes": classes_text(files.classes),
         "Image size": f"{plain['image_size']} px" if plain.get("image_size") else None,
-        "Radius": f"{result.get('eps')} in {ball}",
+        "Radius": f"{result.get('eps')} in {wording.BALLS.get(files.norm, '')}",
         "Budget": budget_text(files),
         "Averaging": plain.get("ema"),
         "Label smoothing": plain.get("label_smoothing") or None,
@@ -160,16 +178,7 @@ def heading(files: RunFiles) -> dict[str, Any]:
         "Seed": result.get("seed"),
         "Weights": "averaged and last" if result.get("average") else None,
     }
-    finished = datetime.datetime.fromtimestamp(files.folder.result.stat().st_mtime)
-    return {
-        "title": wording.method_title(method),
-        "replays": replays.removeprefix(", "),
-        "network": str(result.get("arch")),
-        "data": wording.data_title(data),
-        "name": files.name,
-        "finished": f"{finished:%d %B %Y}".lstrip("0"),
-        "facts": [(name, str(value)) for name, value in facts.items() if value is not None],
-    }
+    return [(name, str(value)) for name, value in facts.items() if value is not None]
 
 
 def classes_text(classes: list[str]) -> str | None:
@@ -203,12 +212,12 @@ def verdict(files: RunFiles) -> dict[str, Any]:
         "attacked": strongest(accuracies),
         "has_autoattack": "autoattack" in accuracies,
         "eps": result.get("eps"),
-        "ball": BALLS.get(str(files.plain.get("norm", "linf")), ""),
+        "ball": wording.BALLS.get(files.norm, ""),
         "passes": result.get("passes"),
         "attack_passes": result.get("attack_passes") or 0,
         "train_seconds": result.get("train_seconds"),
         "device": result.get("device"),
-        "weights": "last" if "best" in result else "chosen",
+        "weights": table_weights(result),
     }
 
 

@@ -34,6 +34,8 @@ DATA_TITLES = {
     "synthetic": "random pixels",
 }
 
+BALLS = {"linf": "L\N{INFINITY}", "l2": "L2"}
+
 # A page is read in the second in which it says so; below this many, a tenth matters.
 SECONDS_WITH_TENTHS = 60
 

@@ -133,6 +133,8 @@ def _surface(axes: Any, surface: np.ndarray, highest: float, threat: AnyThreatMo
     is_l2 = isinstance(threat, L2ThreatModel)
     axes.set(zlim=(0, highest), xlim=(-1, 1), ylim=(-1, 1), zlabel="cross entropy (nats)")
     axes.set(xticks=(-1, 0, 1), yticks=(-1, 0, 1))
+    # Of tiny losses: a power of ten above the axis would lie on its title.
+    axes.zaxis.set_major_formatter("{x:.3g}")
     axes.set(
         xlabel="gradient (eps)" if is_l2 else "gradient sign (eps)",
         ylabel="random direction (eps)" if is_l2 else "random signs (eps)",

@@ -149,8 +149,9 @@ def _file_stem(trial: Trial, name: str, source: str) -> str:
     checkpoint = trial.run.checkpoint
     count = "all" if trial.num_images is None else trial.num_images
     stem = f"robustness-{Path(trial.run.weights).stem}-{name}-n{count}"
-    is_foreign = checkpoint.parent != trial.run.folder.checkpoints
-    origin = [str(Path(source).resolve())] * bool(source) + [str(checkpoint.resolve())] * is_foreign
+    origin = [str(Path(source).resolve())] if source else []
+    if not trial.run.is_own:
+        origin.append(str(checkpoint.resolve()))
     if origin:
         stem += f"-{hashlib.sha256(' '.join(origin).encode()).hexdigest()[:8]}"
     return stem

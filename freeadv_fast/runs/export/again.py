@@ -9,7 +9,7 @@ from torch import nn
 from freeadv_fast.runs.export import hub, onnx, robustbench
 from freeadv_fast.runs.export.card import LICENSE_TODO
 from freeadv_fast.runs.export.claims import read_claims, read_record
-from freeadv_fast.runs.export.trained import CARD, export_trained
+from freeadv_fast.runs.export.trained import CARD, card_left_alone, export_trained
 from freeadv_fast.runs.saved import SavedRun, load_run
 
 
@@ -91,7 +91,7 @@ def export_for(
     run = load_run(run_folder, checkpoint)
     submission = None if robustbench_name is None else submission_for(run, robustbench_name)
     folder = export_saved(run, output_dir, with_onnx)
-    lines = [f"wrote {folder}"]
+    lines = [f"wrote {folder}", *filter(None, [card_left_alone(folder)])]
     if submission is not None:
         lines += robustbench.export_robustbench(submission)
     if repository is not None:
@@ -115,6 +115,4 @@ def submission_for(run: SavedRun, name: str) -> robustbench.Submission:
 
 def weights_named(run: SavedRun) -> str:
     """``last``, ``best`` or ``average``; the path of a checkpoint that is not the run's own."""
-    if run.checkpoint.parent != run.folder.checkpoints:
-        return str(run.checkpoint)
-    return Path(run.weights).stem
+    return Path(run.weights).stem if run.is_own else run.weights

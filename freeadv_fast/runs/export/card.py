@@ -127,6 +127,7 @@ def accuracy(subject: Subject) -> str:
     rows = [titles, ("---",) * len(titles), *map(_row, (*claims.clean, *claims.robust))]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     lines += [""] + [_parts(claim) for claim in claims.robust if claim.parts]
+    lines += [f"{c.attack}: the images of {c.images}.\n" for c in claims.robust if c.images]
     elsewhere = {c.origin for c in claims.robust} - {"result.json"}
     origin = f" and {', '.join(sorted(elsewhere))}" if elsewhere else ""
     which = WEIGHTS.get(subject.weights, subject.weights)

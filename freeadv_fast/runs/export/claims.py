@@ -14,6 +14,9 @@ from freeadv_fast.errors import UserError
 from freeadv_fast.runs.chance import wilson_interval
 from freeadv_fast.runs.export.datasets import dataset_of
 from freeadv_fast.runs.log import RunFolder, read_json
+from freeadv_fast.runs.saved import AVERAGE
+
+RESULT = "result.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Claim:
         parts: Of an attack of several parts, what still stood after each.
         origin: The file that says it.
         seed: Of the attack's random starts.
+        log: Name of AutoAttack's log in the run's folder.
+        images: Which images, where a file listed them: its name and the head of its SHA-256.
     """
 
     attack: Attack | None
@@ -37,8 +42,10 @@ class Claim:
     step: str | None = None
     is_top5: bool = False
     parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    origin: str = "result.json"
+    origin: str = RESULT
     seed: int = 0
+    log: str | None = None
+    images: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,20 +94,24 @@ def read_claims(
         weights: ``last``, ``best``, ``average``; of others nothing is known.
         config: The run's.
         classes: Class names in the order of the logits.
-        folder: The run's; where it is given, the evaluations that lie there count too, the newest
-            of each attack that result.json does not have.
+        folder: The run's; where it is given, the evaluations that lie there count too. Of several
+            with the same attack in the same steps the one of the most images is taken; among
+            equals result.json's, then the newest.
     """
     figures = None if record is None else _figures(record, weights)
     if record is None or figures is None:
         return Claims()
-    robust = _robust(figures | {"attack_parts": _parts(record, weights)}, record, "result.json")
     clean = _clean(figures, record)
+    robust = _robust(figures, record, RESULT)
     for path, evaluation in _evaluations(folder):
         if _is_of(evaluation, weights, clean[0]) and _is_there(evaluation, config, classes):
-            known = {str(claim.attack) for claim in robust}
-            fresh = _robust(evaluation, evaluation, path.name)
-            robust += [claim for claim in fresh if str(claim.attack) not in known]
-    return Claims(clean, robust)
+            robust += _robust(evaluation, evaluation, path.name)
+    best: dict[tuple[str, str | None], Claim] = {}
+    for claim in robust:
+        key = str(claim.attack), claim.step
+        if key not in best or claim.num_images > best[key].num_images:
+            best[key] = claim
+    return Claims(clean, list(best.values()))
 
 
 def _figures(record: Mapping[str, Any], weights: str) -> dict[str, Any] | None:
@@ -116,11 +127,6 @@ def _figures(record: Mapping[str, Any], weights: str) -> dict[str, Any] | None:
     return dict(found) if found else None
 
 
-def _parts(record: Mapping[str, Any], weights: str) -> Mapping[str, Any]:
-    """What stood after each part of an attack; known of the last weights alone."""
-    return record.get("attack_parts") or {} if weights == "last" else {}
-
-
 def _clean(figures: Mapping[str, Any], record: Mapping[str, Any]) -> list[Claim]:
     """The clean accuracies of result.json."""
     # Version 0.1.0 counted the attacked images.
@@ -132,7 +138,7 @@ def _clean(figures: Mapping[str, Any], record: Mapping[str, Any]) -> list[Claim]
 
 def _robust(figures: Mapping[str, Any], record: Mapping[str, Any], origin: str) -> list[Claim]:
     """The accuracies under attacks of result.json or of an evaluation."""
-    parts = figures.get("attack_parts") or {}
+    parts, listed = figures.get("attack_parts") or {}, record.get("image_list")
     return [
         Claim(
             attack := Attack.parse(name),
@@ -142,9 +148,16 @@ def _robust(figures: Mapping[str, Any], record: Mapping[str, Any], origin: str) 
             parts=parts.get(name) or {},
             origin=origin,
             seed=record.get("seed", 0),
+            log=None if attack.has_step else figures.get("attack_log"),
+            images=_list_name(listed) if listed else None,
         )
         for name, accuracy in figures["robust_accuracy"].items()
     ]
+
+
+def _list_name(listed: Mapping[str, Any]) -> str:
+    """A list of images by which others know it: its file's name and the head of its checksum."""
+    return f"{Path(listed['file']).name} (sha256 {listed['sha256'][:16]})"
 
 
 def _evaluations(folder: Path | None) -> list[tuple[Path, dict[str, Any]]]:
@@ -163,22 +176,31 @@ def _is_of(evaluation: Mapping[str, Any], weights: str, clean: Claim) -> bool:
     """Whether an evaluation is of these weights.
 
     A run that went on keeps the evaluations of what it was: those whose clean accuracy is not the
-    result's within chance are left out.
+    result's within chance are left out. A checkpoint that is not the run's own goes by its path.
     """
-    if Path(str(evaluation.get("checkpoint"))).stem != weights:
+    if evaluation.get("checkpoint") != (weights if weights == AVERAGE else f"{weights}.pt"):
         return False
     num_images = evaluation.get("num_clean_images") or evaluation.get("num_eval_images")
-    if not num_images or "robust_accuracy" not in evaluation or "attack_step" not in evaluation:
+    if not num_images or not evaluation.get("robust_accuracy") or "attack_step" not in evaluation:
         return False
     low, high = wilson_interval(clean.accuracy, num_images)
     return bool(low <= evaluation.get("clean_accuracy", -1) <= high)
 
 
 def _is_there(evaluation: Mapping[str, Any], config: TrainConfig, classes: Sequence[str]) -> bool:
-    """Whether an evaluation is of the run's images, wherever they lay, and within its ball."""
-    ball = {"eps": str(config.eps), "norm": config.norm}
-    if any(evaluation.get(key, value) != value for key, value in ball.items()):
+    """Whether an evaluation is of the run's images, seen as the run sees them, within its ball.
+
+    A list of images is one of RobustBench's, where it ranks by a list: of ImageNet.
+    """
+    own = {"eps": str(config.eps), "norm": config.norm, "preprocessing": None}
+    if any(evaluation.get(key, value) != value for key, value in own.items()):
         return False
-    data = str(evaluation.get("dataset", config.data))
-    own = dataset_of(config.data, classes)
-    return data == config.data or (own.hub is not None and dataset_of(data, classes) == own)
+    if evaluation.get("image_list") and dataset_of(config.data, classes).robustbench != "imagenet":
+        return False
+    return _place(str(evaluation.get("dataset", config.data))) == _place(config.data)
+
+
+def _place(data: str) -> tuple[str, Path]:
+    """The kind and the folder of what `--data` was: relative or not, the same folder is one."""
+    kind, separator, folder = data.rpartition(":")
+    return kind + separator, Path(folder).expanduser().resolve()

@@ -29,7 +29,7 @@ def claim(folder: Path, mark: str) -> None:
         names = [path.name for path in folder.iterdir()]
     except OSError as error:
         raise UserError(f"--output-dir {folder}: {error.strerror or error}") from None
-    if names and not any(mark in name for name in names):  # an interrupted one has .MARK.partial
+    if names and not {mark, f".{mark}.partial"} & set(names):  # the latter: an interrupted one
         raise UserError(
             f"--output-dir {folder}: holds {sorted(names)[0]} and no export; name a new folder"
         )

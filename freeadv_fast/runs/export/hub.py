@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from freeadv_fast.errors import UserError
+from freeadv_fast.runs.export.trained import NEW_CARD
 from freeadv_fast.runs.foreign import printable
 
 NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
@@ -60,7 +61,7 @@ def push(folder: Path, name: str) -> str:
             repo_id=name,
             folder_path=folder,
             commit_message="Upload by freeadv_fast",
-            ignore_patterns=["*.partial"],
+            ignore_patterns=["*.partial", NEW_CARD],
         )
     except Exception as error:  # of the Hub, of its HTTP client, of the system
         reason = printable(str(error) or type(error).__name__)

@@ -100,10 +100,10 @@ def submission_of(
 
 
 def export_robustbench(submission: Submission) -> list[str]:
-    """Writes ``RUN/export-robustbench``: all that a submission takes.
+    """Writes ``RUN/export-robustbench/NAME``: all that a submission takes.
 
     ``model_info/DATASET/NORM/NAME.json``, ``NAME.pt``, ``model_zoo_entry.py``, ``issue.md`` and,
-    where AutoAttack was run here, its log.
+    where AutoAttack was run here, the log of the evaluation that is claimed.
 
     Returns:
         Lines for the user: what was written, and what is left to do.
@@ -112,16 +112,18 @@ def export_robustbench(submission: Submission) -> list[str]:
         UserError: the folder holds something else, or cannot be written.
     """
     name, run_folder = submission.name, submission.run.folder.root
-    folder = run_folder / FOLDER
+    folder = run_folder / FOLDER / name
     claim(folder, ENTRY)
     write_text(folder / ENTRY, entry(submission))
     info = folder / "model_info" / (submission.dataset.robustbench or "") / submission.norm
     info.mkdir(parents=True, exist_ok=True)
     write_record(info / f"{name}.json", model_info(submission))
     write_bytes(folder / f"{name}.pt", checkpoint(submission))
-    log = newest_log(run_folder)
+    for earlier in folder.glob("autoattack-*.log"):
+        earlier.unlink()
+    log = claimed_log(submission)
     if log is not None:
-        for path in log.parent.glob(f"{log.stem}*.log"):  # other ranks' beside rank 0's
+        for path in (log, *log.parent.glob(f"{log.stem}-rank*.log")):
             shutil.copyfile(path, folder / path.name)
     write_text(folder / "issue.md", issue(submission, log))
     return [f"wrote {folder}", *left_to_do(submission, log)]
@@ -148,8 +150,10 @@ def percent(accuracy: float) -> str:
 def model_info(submission: Submission) -> dict[str, object]:
     """Their JSON: its keys in their order, accuracies in percent, as text with two decimals."""
     claims = submission.claims
-    least = min((claim.accuracy for claim in claims.robust), default=None)
     best_attack = claims.autoattack
+    # No minimum beside it: others may be of fewer images.
+    reported = claims.robust if best_attack is None else [best_attack]
+    least = min((claim.accuracy for claim in reported), default=None)
     return {
         "link": "TODO: the paper's address",
         "name": "TODO: the paper's title",
@@ -208,10 +212,11 @@ def preprocessing(image_size: int, resize_size: int) -> str:
     return names.get((image_size, resize_size), f"TODO: {resize}CenterCrop({image_size})")
 
 
-def newest_log(run_folder: Path) -> Path | None:
-    """AutoAttack's log of the latest evaluation, that of rank 0; None where there is none."""
-    logs = [path for path in run_folder.glob("autoattack-*.log") if "-rank" not in path.name]
-    return max(logs, key=lambda path: path.stat().st_mtime, default=None)
+def claimed_log(submission: Submission) -> Path | None:
+    """AutoAttack's log of what is claimed, that of rank 0; None where there is none."""
+    found, root = submission.claims.autoattack, submission.run.folder.root
+    path = None if found is None or found.log is None else root / found.log
+    return path if path is not None and path.is_file() else None
 
 
 def left_to_do(submission: Submission, log: Path | None) -> list[str]:
@@ -234,6 +239,8 @@ def issue(submission: Submission, log: Path | None) -> str:
     method = "TODO: AutoAttack was not run"
     if found is not None:
         method = f"AutoAttack, standard version, on {found.num_images:,} images, seed {found.seed}"
+        if found.images is not None:
+            method += f", those of {found.images}"
     if log is not None:
         method += f"; log: {log.name}, attached"
     fields = {
