@@ -52,6 +52,7 @@ NOT_COMPARED = {
     "guard_seconds",
     "train_seconds",
     "warm_up_seconds",
+    "evaluation_seconds",
     "versions",
     "device",
 }

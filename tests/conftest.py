@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: one thread, a private cache, a small network."""
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,10 @@ from torch import nn
 
 from freeadv_fast.distributed.world import World
 from freeadv_fast.session import conclude
+
+# A shell that runs the tests in the background has them ignore Ctrl-C, and all that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DRAW, WRITE_REPORT = conclude.draw, conclude.write_report
