@@ -96,11 +96,10 @@ def run(method: str, smoothing: float, seed: int, flags: argparse.Namespace) -> 
         "seed": seed,
         "updates": log[-1]["updates"],
         "passes": result["passes"] + result["attack_passes"],
-        "train_seconds": result["train_seconds"],
     }
     for name, measured in (("last", result), ("average", result["average"])):
         row[name] = {"clean": measured["clean_accuracy"], **measured["robust_accuracy"]}
-    print(f"{method:8s} smoothing {smoothing:<4g} seed {seed}  {row['train_seconds']:.0f} s  "
+    print(f"{method:8s} smoothing {smoothing:<4g} seed {seed}  "
           + "; ".join(f"{name} " + ", ".join(f"{k} {v:.1%}" for k, v in row[name].items())
                       for name in ("last", "average")), flush=True)  # fmt: skip
     return row
