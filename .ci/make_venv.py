@@ -32,6 +32,8 @@ STAMP = VENV / "freeadv_fast.stamp"  # what the finished environment was made fr
 UNFINISHED = VENV / "freeadv_fast.unfinished"  # there while pip works; left behind by a kill
 CONSTRAINTS = ROOT / "constraints.txt"
 DALI = "nvidia-dali-cuda130"
+# Its own requirement, opencv-python, asks for libGL, which a bare machine does not have.
+CORRUPTIONS = "imagecorruptions-imaug"
 # Bytes that a new environment takes (seen: 5.8 GB), and what pip downloads for its largest step.
 VENV_BYTES, DOWNLOAD_BYTES = 6 * 10**9, 3 * 10**9
 # What compiles the extension and must be there before the package itself.
@@ -176,6 +178,7 @@ def install() -> None:
     say("building freeadv_fast and installing what it needs")
     os.environ["PYTHONWARNINGS"] = "ignore"  # setuptools warns whoever installs editable
     run([*pip, "--no-build-isolation", "--editable", f"{ROOT}[dev]"])
+    run([*pip, "--no-deps", CORRUPTIONS])
     compile_packages()
     write_torchrun()
     say(describe_extension())

@@ -4,11 +4,14 @@
     python bench/bench_step.py --methods natural,free,plain,eager,compiled --seconds 200
     python bench/bench_step.py --arch resnet18 --image-size 32 --batch-size 80 --threads 1 \
         --methods natural,fast-advprop,advprop
+    python bench/bench_step.py --arch retinanet_resnet50_fpn --image-size 800 --batch-size 20 \
+        --methods natural,eager,free,fast-advprop
 
 One sample is m steps over one minibatch, or for free-m one minibatch replayed m times; so a ratio
 to natural is what a method costs on the same images. The methods are the trainer's own. Beside them
 run competitors without a kernel of ours: `PlainFree` (plain; compiled-free under torch.compile) and
-`PlainNatural` (eager, compiled). All train the same network, on the same pixels, in turn.
+`PlainNatural` (eager, compiled); of detectors torchvision's own natural step (eager). All train the
+same network, on the same pixels, in turn.
 A method that fails is recorded with its error, and the others go on.
 """
 
@@ -25,6 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import detection_step
 import harness
 import torch
 import torch.nn.functional as F
@@ -37,6 +41,7 @@ from freeadv_fast.config.budget import Budget
 from freeadv_fast.config.choices import OptimizerName, Switch
 from freeadv_fast.config.method_names import METHODS
 from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.task_fields import task_of
 from freeadv_fast.distributed.world import World
 from freeadv_fast.methods.build import build_method
 from freeadv_fast.models.zoo import build_model
@@ -211,6 +216,7 @@ def main() -> None:
         optimizer=flags.optimizer,
         lr=0.01,  # gentle: random labels must not drive the weights to infinity
         normalization="imagenet" if flags.image_size > 64 else "cifar10",
+        **(detection_step.FIELDS if task_of(flags.arch) == "detection" else {}),
     )
     if flags.memory_of:
         print(json.dumps(peak_memory(config, device, flags.memory_of)))
@@ -361,9 +367,11 @@ def add_floors(
     against every plan, so that shares compare.
 
     Returns:
-        Floating-point operations and bytes a pass, with and without the image's gradient; None
-        where the network's operations cannot be followed.
+        Floating-point operations and bytes a pass, with and without the image's gradient; None of
+        a detector, and where the network's operations cannot be followed.
     """
+    if config.task == "detection":
+        return None
     size = config.image_size
     try:
         floors = Floors.of_arch(
@@ -420,12 +428,7 @@ def provider(name: str, config: TrainConfig, device: torch.device) -> Callable[[
     """A function that makes m steps over one fixed minibatch of random pixels."""
     if name not in PROVIDERS:
         raise ValueError(f"no such method; choose among {', '.join(PROVIDERS)}")
-    generator = torch.Generator().manual_seed(0)
-    size, num = config.image_size, config.batch_size
-    images = torch.randint(0, 256, (num, size, size, 3), generator=generator).to(torch.uint8)
-    images = images.to(device)
-    classes = num_classes(size)
-    labels = torch.randint(0, classes, (num,), generator=generator).to(device)
+    images, labels, classes = random_minibatch(config, device)
     if name in COMPETITORS:
         return competitor(name, config, images, labels)
     num_minibatches = 1 if name in REPLAYED else config.m
@@ -438,15 +441,29 @@ def provider(name: str, config: TrainConfig, device: torch.device) -> Callable[[
 
     def steps() -> None:
         for _ in range(num_minibatches):
-            method.train_minibatch(images, labels, num)
+            method.train_minibatch(images, labels, len(images))
 
     return steps
+
+
+def random_minibatch(config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Random pixels, (n, H, W, 3) uint8, their labels or targets, and the number of classes."""
+    if config.task == "detection":
+        return *detection_step.random_minibatch(config, device), detection_step.NUM_CLASSES
+    generator = torch.Generator().manual_seed(0)
+    size, num = config.image_size, config.batch_size
+    images = torch.randint(0, 256, (num, size, size, 3), generator=generator).to(torch.uint8)
+    classes = num_classes(size)
+    labels = torch.randint(0, classes, (num,), generator=generator)
+    return images.to(device), labels.to(device), classes
 
 
 def competitor(
     name: str, config: TrainConfig, images: Tensor, labels: Tensor
 ) -> Callable[[], None]:
     """A function that makes m steps of a competitor over (n, H, W, 3) uint8 images."""
+    if config.task == "detection":
+        return detecting_competitor(name, config, images, labels)
     compiled = name.startswith("compiled")
     pixels = images.permute(0, 3, 1, 2).float().div(255).contiguous()
     if name in ("plain", "compiled-free"):
@@ -462,6 +479,22 @@ def competitor(
     def steps() -> None:
         for _ in range(config.m):
             natural.train_minibatch(x, labels)
+
+    return steps
+
+
+def detecting_competitor(
+    name: str, config: TrainConfig, images: Tensor, targets: Tensor
+) -> Callable[[], None]:
+    """`competitor` over packed `step.objects`."""
+    if name != "eager":
+        raise ValueError(f"{name}: trains classifiers; the competitor of detectors is eager")
+    eager = detection_step.EagerDetector(config, images.device)
+    minibatch = detection_step.as_torchvision(images, targets)
+
+    def steps() -> None:
+        for _ in range(config.m):
+            eager.train_minibatch(*minibatch)
 
     return steps
 

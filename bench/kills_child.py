@@ -13,7 +13,7 @@ from typing import Any
 from freeadv_fast import training
 from freeadv_fast.cli import run_training
 from freeadv_fast.runs import checkpoint
-from freeadv_fast.session import conclude
+from freeadv_fast.session import conclude, outputs
 from freeadv_fast.session.guard import Guard
 
 # The function that begins each moment.
@@ -24,7 +24,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "guard": (Guard, "check"),
     "selection": (training, "select"),
     "evaluation": (conclude, "evaluate"),
-    "export": (conclude, "write_export"),
+    "export": (outputs, "write_export"),
 }
 
 

@@ -215,6 +215,7 @@ def methods_ladder(flags: argparse.Namespace) -> list[Section]:
     advprops = ["--methods", "natural,fast-advprop,advprop"]
     family = ["--methods", "natural,fgsm-rs,n-fgsm,gradalign,pgd,free", "--attack-steps", "2"]
     launched_apart = ["--methods", "natural,fgsm-rs,pgd,free", "--attack-steps", "2", *FUSED]
+    detectors = ["--methods", "natural,eager,free,fast-advprop", "--m", "2"]
     rows = ["bench/bench_shuffle.py"] + (["--rounds", "3"] if flags.tiny else [])
 
     def steps(name: str, arch: str, size: int, batch: int, more: list[str]) -> Section:
@@ -225,6 +226,7 @@ def methods_ladder(flags: argparse.Namespace) -> list[Section]:
         steps("step_family_preact_32", "preact-resnet18", 32, 128, family),
         steps("step_family_preact_32_uncaptured", "preact-resnet18", 32, 128, launched_apart),
         Section("shuffle", rows, 90),
+        steps("step_detection_resnet50_800", "retinanet_resnet50_fpn", 800, 20, detectors),
     ]
     if flags.data:
         for method in ("fast_advprop", "natural"):  # as many passes, so the same budget
@@ -327,7 +329,8 @@ def step_section(
     """
     command = ["bench/bench_step.py", "--arch", arch, "--image-size", str(size)]
     if flags.tiny:
-        command = ["bench/bench_step.py", "--arch", "resnet18", "--image-size", "32"]
+        small = "retinanet_resnet10_fpn_64" if arch.startswith("retinanet") else "resnet18"
+        command = ["bench/bench_step.py", "--arch", small, "--image-size", "32"]
         command += ["--batch-size", "10", "--m", "2", "--rounds", "3", "--no-memory"]
     else:
         command += ["--batch-size", str(batch), "--seconds", str(seconds)]

@@ -34,6 +34,7 @@ from freeadv_fast.cli.run import guard
 from freeadv_fast.config.file import config_to_dict, load_config
 from freeadv_fast.config.method_names import DUAL
 from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.task_fields import has_boxes, task_of
 from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.accuracy import attack_columns
@@ -215,6 +216,7 @@ def refuse_bad_flags(sweep: Sweep, flags: list[str]) -> None:
     for name in typed & DECIDED_HERE.keys():
         flag = "--" + name.replace("_", "-")
         raise UserError(f"{flag}: a sweep sets it for each cell; use {DECIDED_HERE[name]}")
+    refuse_detection(flags)
     is_embedded = value_of(flags, "--data") in (None, "digits")
     dataset = "digits" if is_embedded else sweep.dataset
     for method in sweep.methods.split(","):
@@ -228,6 +230,17 @@ def refuse_bad_flags(sweep: Sweep, flags: list[str]) -> None:
     for seed in sweep.seeds.split(","):
         if not seed.isdecimal():
             raise UserError(f"--seeds {seed}: write whole numbers, such as 0,1,2")
+
+
+def refuse_detection(flags: list[str]) -> None:
+    """Raises UserError where a detector is to be swept, or images with boxes."""
+    arch, data = (value_of(flags, flag) or "" for flag in ("--arch", "--data"))
+    if task_of(arch) == "detection" or has_boxes(data):
+        flag = f"--arch {arch}" if task_of(arch) == "detection" else f"--data {data}"
+        raise UserError(
+            f"{flag}: a sweep is of classifiers; train detectors one by one, and compare them with "
+            "launch/report.py RUN RUN"
+        )
 
 
 def plan(sweep: Sweep, flags: list[str]) -> Planned:

@@ -206,9 +206,9 @@ def measure(run: Run, batch: Batch) -> None:
         line["skipped_updates"] = reading.skipped_updates
     if progress.attack_passes:
         line["attack_passes"] = progress.attack_passes
-    for role, accuracy in reading.accuracy.items():
-        line[f"train_{role}_accuracy"] = accuracy
-    if "clean" not in reading.accuracy:
+    accuracy = reading.accuracy if learner.task.has_hits else {}
+    line |= {f"train_{role}_accuracy": share for role, share in accuracy.items()}
+    if learner.task.has_hits and "clean" not in accuracy:
         hits = learner.clean_hits(batch.images, batch.labels).to(torch.float64)
         line["train_clean_accuracy"] = run.world.sum_(hits).item() / batch.global_size
     progress.last_line = line

@@ -11,14 +11,14 @@ from PIL import Image
 from torch import nn
 
 from freeadv_fast.distributed.world import World
-from freeadv_fast.session import conclude
+from freeadv_fast.session import outputs
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and all that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-DRAW, WRITE_REPORT = conclude.draw, conclude.write_report
+DRAW, WRITE_REPORT = outputs.draw, outputs.write_report
 
 
 @pytest.fixture(autouse=True)
@@ -31,21 +31,21 @@ def _one_thread():
 def _no_pictures():
     """Runs end without pictures and page, which take longer than most runs here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conclude, "draw", lambda run: None)
-        patch.setattr(conclude, "write_report", lambda run: None)
+        patch.setattr(outputs, "draw", lambda *_: None)
+        patch.setattr(outputs, "write_report", lambda run: None)
         yield
 
 
 @pytest.fixture
 def pictures(monkeypatch):
     """Lets runs draw."""
-    monkeypatch.setattr(conclude, "draw", DRAW)
+    monkeypatch.setattr(outputs, "draw", DRAW)
 
 
 @pytest.fixture
 def report_page(monkeypatch):
     """Lets runs write their page."""
-    monkeypatch.setattr(conclude, "write_report", WRITE_REPORT)
+    monkeypatch.setattr(outputs, "write_report", WRITE_REPORT)
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ from freeadv_fast.runs.saved import is_run
 
 # What an evaluation reads and an audit does not.
 NOT_OF_AUDITS = (
-    "norm", "image_list", "preprocessing", "image_size", "arch", "mean", "std", "output_dir"
+    "norm", "image_list", "preprocessing", "image_size", "arch", "mean", "std", "output_dir",
+    "corruptions",
 )  # fmt: skip
 
 
@@ -36,6 +37,9 @@ class EvaluateFlags:
     """Step of the attacks, such as 1/255. Default: the run's, in proportion to eps, or eps / 4."""
     eval_images: int | None = None
     """Validation images to attack. Default: as the run, or all."""
+    corruptions: str | None = None
+    """Corruptions under which a detector is evaluated too: all (the 15 of COCO-C at five
+    severities), or such as fog,snow-3 (one severity). Default: none."""
     norm: Norm | None = None
     """Of the ball of what is no run. Default: as the run that an export or a checkpoint is of was
     trained, and linf."""
@@ -115,4 +119,5 @@ def evaluate_as(flags: EvaluateFlags) -> None:
         preprocessing=flags.preprocessing,
         image_list=flags.image_list,
         output_dir=flags.output_dir,
+        corruptions=flags.corruptions,
     )

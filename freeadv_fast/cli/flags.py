@@ -19,6 +19,7 @@ from freeadv_fast.config.phases import Phases
 from freeadv_fast.config.read import flag_of
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.schedule import Schedule
+from freeadv_fast.config.task_fields import TASK_NEUTRAL, TASK_READERS, TaskName
 from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.config.written import as_typed
 from freeadv_fast.errors import UserError
@@ -26,10 +27,19 @@ from freeadv_fast.recipes.catalogue import DEFAULTS, RECIPES, find_recipe
 
 T = TypeVar("T")
 
+# What a task's networks are called.
+NETWORKS: dict[TaskName, str] = {"classification": "classifier", "detection": "detector"}
+
+# Data that come with the package, by the name that --data gives them, and what they are.
+EMBEDDED = {
+    "digits": "embedded real handwritten digits (32 px)",
+    "shapes": "embedded synthetic shapes (128 px)",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class CommandLine:
-    """A training run. Without --data it trains on embedded real images."""
+    """A training run. Without --data it trains on embedded images."""
 
     run: tyro.conf.OmitArgPrefixes[TrainConfig]
     config: str | None = None
@@ -72,7 +82,7 @@ def parse(arguments: list[str], method: Method, dataset: str) -> tuple[CommandLi
         if command.run.phases and field in typed:
             flag = flag_of(field)
             raise UserError(f"{flag}: each of the --phases has its own {part}; leave out {flag}")
-    if "data" not in typed and base.data != "digits":
+    if "data" not in typed and base.data not in EMBEDDED:
         raise UserError(f"--data: recipe {base.recipe} needs it; give the folder of its images")
     return command, typed
 
@@ -142,22 +152,38 @@ def implied_config(arguments: list[str], method: Method, dataset: str) -> TrainC
         return load_config(Path(config_path))
     if recipe is not None:
         return find_recipe(recipe)
-    data = value_of(arguments, "--data") or "digits"
-    if data == "digits" or data.startswith("svhn:"):
-        dataset = data.partition(":")[0]
-    defaults = DEFAULTS[dataset]
+    defaults = DEFAULTS[dataset_of(value_of(arguments, "--data"), dataset)]
     return RECIPES[defaults.get(value_of(arguments, "--method") or method, defaults[method])]
 
 
+def dataset_of(data: str | None, dataset: str) -> str:
+    """Whose recipes data are trained with.
+
+    Args:
+        data: What --data says; None where nothing was typed.
+        dataset: Whose recipes the user's own data are trained with; ``coco`` of detectors.
+    """
+    if dataset == "coco":
+        return "shapes" if data in (None, "shapes") else dataset
+    if data is None or data == "digits":
+        return "digits"
+    return "svhn" if data.startswith("svhn:") else dataset
+
+
 def refuse_unread_flags(config: TrainConfig, typed: set[str]) -> None:
-    """Names the methods that read a flag which the chosen one does not.
+    """Names the methods, or networks, that read a flag which the chosen one does not.
 
     Args:
         config: The run. typed: The fields whose flags were typed.
 
     Raises:
-        UserError: a flag of other methods, set to something else than what this one does anyway.
+        UserError: a flag of others, set to something else than what this one does anyway.
     """
+    for name, task in TASK_READERS.items():
+        value = getattr(config, name)
+        if name in typed and task != config.task and value not in TASK_NEUTRAL.get(name, ()):
+            network = NETWORKS[config.task]
+            raise UserError(f"{as_typed(name, value)}: not for a {network}; leave it out")
     for name in READERS:
         value = getattr(config, name)
         is_read = reads(config.method, name, config.on_collapse)

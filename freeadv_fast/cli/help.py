@@ -20,13 +20,20 @@ from typing import Any, Literal
 
 from docstring_parser import DocstringParam, parse_from_object
 
-from freeadv_fast.cli.flags import CommandLine, implied_config, value_of
+from freeadv_fast.cli.flags import (
+    EMBEDDED,
+    NETWORKS,
+    CommandLine,
+    implied_config,
+    value_of,
+)
 from freeadv_fast.config.fields import RunFields
 from freeadv_fast.config.method_fields import readers_in_words, reads
 from freeadv_fast.config.method_names import METHODS, Method
 from freeadv_fast.config.phases import Phases
 from freeadv_fast.config.read import field_types, flag_of
 from freeadv_fast.config.schedule import Schedule
+from freeadv_fast.config.task_fields import TASK_READERS, task_of
 from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.config.written import as_typed, as_written
 
@@ -180,7 +187,7 @@ def implied_defaults(arguments: list[str], method: Method, dataset: str) -> dict
     base = implied_config(arguments, method, dataset)
     defaults = {name: getattr(base, name) for name in field_types()}
     defaults |= {"config": None, "dry_run": False}
-    if base.data != "digits":
+    if base.data not in EMBEDDED:
         defaults["data"] = None
     chosen = value_of(arguments, "--method")
     return defaults | ({"method": chosen} if chosen in METHODS else {})
@@ -198,15 +205,17 @@ def origin_of(defaults: dict[str, Any], arguments: list[str]) -> str:
 def grouped_flags(
     defaults: dict[str, Any], on_collapse: str
 ) -> tuple[dict[str, list[Flag]], list[Flag]]:
-    """The flags that the method reads, by their group's title, and those of other methods."""
-    method = defaults["method"]
+    """The flags that method and network read, by their group's title, and those of others."""
+    method, task = defaults["method"], task_of(defaults["arch"])
     groups: dict[str, list[Flag]] = {}
     others: list[Flag] = []
     for title, names in fields_by_group().items():
         heading = f"method: {method}" if title == "method" else title
         for name in names:
-            flag = flag_for(name, defaults[name])
-            if reads(method, name, on_collapse):
+            flag, reader = flag_for(name, defaults[name]), TASK_READERS.get(name, task)
+            if reader != task:
+                others.append(Flag(flag.form, f"[{NETWORKS[reader]}s] {flag.text}"))
+            elif reads(method, name, on_collapse):
                 groups.setdefault(heading, []).append(flag)
             else:
                 others.append(Flag(flag.form, f"[{readers_in_words(name)}] {flag.text}"))

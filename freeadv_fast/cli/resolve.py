@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 
 import torch
@@ -41,10 +42,12 @@ def resolve(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str
             full = ",".join(config.eval_attacks)
             config = dataclasses.replace(config, eval_attacks=CPU_EVAL_ATTACKS)
             remarks.append(f"no GPU: evaluating with pgd-20 only; all: --eval-attacks {full}")
-        if "eval_images" not in typed:
+        has_few = (config.eval_images or math.inf) <= CPU_EVAL_IMAGES
+        if "eval_images" not in typed and not has_few:
             config = dataclasses.replace(config, eval_images=CPU_EVAL_IMAGES)
+            doing = "evaluating" if config.task == "detection" else "attacking"
             remarks.append(
-                f"no GPU: attacking at most {CPU_EVAL_IMAGES} validation images; "
+                f"no GPU: {doing} at most {CPU_EVAL_IMAGES} validation images; "
                 "more: --eval-images N, or launch/evaluate.py afterwards"
             )
     return config, remarks + exceeded_budget(config)

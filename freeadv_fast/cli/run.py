@@ -14,11 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from freeadv_fast.cli.flags import parse, parse_with_tyro, refuse_unknown_flags
+from freeadv_fast.cli.flags import EMBEDDED, parse, parse_with_tyro, refuse_unknown_flags
 from freeadv_fast.cli.help import asks_for_help, help_page, tool_page
 from freeadv_fast.cli.resolve import resolve
 from freeadv_fast.config.file import CONFIG_NAME, remarks_on
 from freeadv_fast.config.method_names import Method
+from freeadv_fast.config.task_fields import has_boxes
 from freeadv_fast.distributed.heartbeat import PeerLost
 from freeadv_fast.distributed.world import is_main_rank
 from freeadv_fast.errors import UserError, remedy
@@ -32,8 +33,8 @@ def run_training(method: Method, dataset: str, argv: Sequence[str] | None = None
 
     Args:
         method: The script's method; --method changes it.
-        dataset: ``imagenet`` or ``cifar``: whose recipe --data alone selects. Without --data the
-            embedded recipe of the method is used.
+        dataset: ``imagenet``, ``cifar`` or ``coco``: whose recipe --data alone selects. Without
+            --data the embedded recipe of the method is used.
         argv: Arguments; those of the process by default.
     """
 
@@ -52,7 +53,7 @@ def run_training(method: Method, dataset: str, argv: Sequence[str] | None = None
         if saved is not None and Path(saved).is_file():
             remarks = remarks_on(Path(saved)) + remarks
         if is_main_rank():
-            print_remarks(remarks, is_embedded="data" not in typed and config.data == "digits")
+            print_remarks(remarks, "" if "data" in typed else config.data)
         if command.dry_run:
             for line in dry_run(config):
                 if is_main_rank():
@@ -138,11 +139,15 @@ def has_reader_left() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def print_remarks(remarks: list[str], is_embedded: bool) -> None:
-    """Prints what was settled without being typed, before anything is done."""
-    if is_embedded:
-        print("no --data: training on embedded real handwritten digits (32 px); "
-              "--data FOLDER trains on yours")  # fmt: skip
+def print_remarks(remarks: list[str], chosen_data: str) -> None:
+    """Prints what was settled without being typed, before anything is done.
+
+    Args:
+        remarks: A line each. chosen_data: The data, where they were not typed.
+    """
+    if chosen_data in EMBEDDED:
+        own = "coco:FOLDER" if has_boxes(chosen_data) else "FOLDER"
+        print(f"no --data: training on {EMBEDDED[chosen_data]}; --data {own} trains on yours")
     for remark in remarks:
         print(remark)
     sys.stdout.flush()

@@ -12,6 +12,7 @@ from freeadv_fast.config.fields import RunFields
 from freeadv_fast.config.method_fields import NEUTRAL, READERS
 from freeadv_fast.config.method_names import ALIGNABLE, METHODS, REPLAYING
 from freeadv_fast.config.read import field_types, flag_of
+from freeadv_fast.config.task_fields import DETECTING, TASK_NEUTRAL, TASK_READERS, has_boxes
 from freeadv_fast.config.written import as_typed
 from freeadv_fast.errors import UserError, blaming
 
@@ -25,6 +26,7 @@ def check(config: RunFields) -> None:
     check_method(config)
     check_choices(config)
     check_values(config)
+    check_task(config)
     check_combinations(config)
     if config.is_split and not config.phases:
         check_shares(config)
@@ -162,6 +164,61 @@ def check_values(config: RunFields) -> None:
             raise UserError(f"{flag} {distance}: larger than the whole pixel range")
 
 
+def check_task(config: RunFields) -> None:
+    """Checks that data, method and evaluation are of the task that the network is for.
+
+    Raises:
+        UserError: names the flag and the fix.
+    """
+    is_detector = config.task == "detection"
+    if has_boxes(config.data) and not is_detector:
+        raise UserError(
+            f"--data {config.data}: holds boxes, and --arch {config.arch} classifies whole images; "
+            "use a detector, such as --arch retinanet_resnet50_fpn"
+        )
+    for name, task in TASK_READERS.items():
+        value = getattr(config, name)
+        if task != config.task and value not in TASK_NEUTRAL.get(name, (value,)):
+            which = "detector" if task == "classification" else "classifier"
+            raise UserError(f"{as_typed(name, value)}: not for a {which}; leave it out")
+    if is_detector:
+        check_detector(config)
+
+
+def check_detector(config: RunFields) -> None:
+    """Checks what a detector can be trained and evaluated with.
+
+    Raises:
+        UserError: names the flag and the fix.
+    """
+    if not has_boxes(config.data):
+        raise UserError(
+            f"--data {config.data}: holds no boxes, and --arch {config.arch} detects objects; use "
+            "--data coco:FOLDER, or a classifier, such as --arch resnet50"
+        )
+    if config.method not in DETECTING:
+        raise UserError(
+            f"--method {config.method}: trains classifiers only; a detector takes one of "
+            f"{', '.join(DETECTING)}"
+        )
+    if config.augment not in ("flip", "none"):
+        raise UserError(
+            f"--augment {config.augment}: cuts images, and boxes with them; use --augment flip or "
+            "none for a detector"
+        )
+    if config.normalization == "per-image":
+        raise UserError(
+            "--normalization per-image: padding would be part of the image; use "
+            "--normalization imagenet for a detector"
+        )
+    for name in config.eval_attacks:
+        attack = Attack.parse(name)
+        if attack.loss != "pgd" or attack.restarts > 1:
+            raise UserError(
+                f"--eval-attacks {name}: a detector is attacked by pgd-STEPS only, such as pgd-10"
+            )
+
+
 def check_combinations(config: RunFields) -> None:
     """Checks what fits the method, and what does not.
 
@@ -191,6 +248,10 @@ def check_combinations(config: RunFields) -> None:
     if config.graphs == "on" and not config.is_recordable:
         raise UserError(
             "--graphs on: --mix cannot be recorded, the host draws mixtures; use --graphs auto"
+        )
+    if config.augment == "flip" and config.task == "classification":
+        raise UserError(
+            "--augment flip: is a detector's; use --augment pad-crop-flip with --crop-padding 0"
         )
     if config.export == "best" and config.holdout_images == 0:
         raise UserError("--export best: no images are held out to choose them; leave it out")

@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Literal, Self
 
 from freeadv_fast.config.choices import (
+    AttackLoss,
     AttackStart,
     Augment,
     Compress,
@@ -33,6 +34,7 @@ from freeadv_fast.config.method_names import DUAL, REPLAYING, SECOND_ORDER, Meth
 from freeadv_fast.config.phases import Phases
 from freeadv_fast.config.presets import PIXEL_STATISTICS, preset_lambda
 from freeadv_fast.config.schedule import Schedule
+from freeadv_fast.config.task_fields import TaskName, task_of
 from freeadv_fast.config.threat import AnyThreatModel, L2ThreatModel, Perturbation, ThreatModel
 
 DEFAULT_EPS = Perturbation.parse("4/255")
@@ -70,6 +72,9 @@ class RunFields:
     is 1); K of yopo."""
     attack_start: AttackStart = "uniform"
     """Where the attack starts: at a uniform point of the ball, or zero, at the image itself."""
+    attack_loss: AttackLoss = "sum"
+    """What attacks on a detector ascend: the sum of its losses, or the one of classes or of boxes
+    alone. Where one backward pass serves weights and attack (free, fast-advprop) it is the sum."""
     attack_warmup: float = 0.0
     """Epochs over which the attack grows from nothing: the step of fgsm, fgsm-rs, n-fgsm and
     gradalign, the ball and the step of pgd. GradAlign's SVHN recipes take 5."""
@@ -128,16 +133,20 @@ class RunFields:
     data: str = "digits"
     """ImageFolder with train/ and val/ (one folder a class), or cifar10:FOLDER, cifar100:FOLDER
     (the official python files), svhn:FOLDER (the official .mat files), digits (embedded real
-    handwritten digits), or synthetic:CLASSES (random pixels, for benchmarks only)."""
+    handwritten digits), or synthetic:CLASSES (random pixels, for benchmarks only). For detectors
+    coco:FOLDER (annotations/ beside the images, as COCO's archives) or shapes (embedded synthetic
+    shapes)."""
     image_size: int = 224
-    """Side of the square images that the network sees, in pixels; with --phases, the last one's."""
+    """Side of the square images that the network sees, in pixels; with --phases, the last one's.
+    A detector sees whole images, their shorter side so long unless the longer one would exceed
+    1333/800 of it."""
     resize_size: int | None = None
     """Shorter side to which evaluation images are resized before the central crop; 0 for none: the
     crop is cut out of the stored image. Default: image-size * 256/224."""
     augment: Augment = "random-resized-crop"
     """Training crops: random-resized-crop (with flip, torchvision's distribution), pad-crop-flip,
     pad-crop (without flip, for digits and letters),
-    or none (the evaluation's resize and central crop)."""
+    or none (the evaluation's resize and central crop); of detectors flip or none."""
     crop_padding: int = 4
     """Pixels of zero padding on each side before the random crop of pad-crop and pad-crop-flip."""
     mix: Mix = "none"
@@ -167,7 +176,8 @@ class RunFields:
     arch: str = "resnet50"
     """Network by name: torchvision's and timm's names, wrn-28-10, wrn-32-10, wrn-34-10,
     preact-resnet18, preact-resnet18-gradalign, and with a 3x3 stem cifar-resnet18 and
-    cifar-resnet50."""
+    cifar-resnet50. Detectors: retinanet_resnet50_fpn and retinanet_resnet50_fpn_v2 (torchvision's),
+    retinanet_resnet18_fpn, retinanet_resnet10_fpn_64."""
     normalization: Normalization = "imagenet"
     """Pixel statistics of the network's input. symmetric: mean and std 0.5. per-image: each image
     by its own mean and standard deviation, inside the network."""
@@ -286,8 +296,12 @@ class RunFields:
     (margin loss), apgd-ce-100 (steps that adapt) or autoattack, separated by commas."""
     eval_step: Perturbation = Perturbation.parse("1/255").chosen_in(DEFAULT_EPS, "linf")
     """Step of the evaluation's attacks. Default: the recipe's, in proportion to --eps."""
+    eval_corruptions: tuple[str, ...] = ()
+    """Corruptions under which a detector is evaluated, separated by commas: names of COCO-C's 15 or
+    all, each at its five severities, or such as fog-3 for one of them. Default: the recipe's."""
     eval_images: int | None = None
-    """Validation images to attack, evenly spaced over the set. Default: all; 400 without a GPU."""
+    """Validation images to attack, evenly spaced over the set; a detector is evaluated on these
+    alone. Default: all; 400 without a GPU."""
     export: Literal["last", "best"] = "last"
     """Weights to export: the last ones, whose accuracies are the result, or those that held-out
     images chose."""
@@ -333,6 +347,16 @@ class RunFields:
         return tuple(self._data_epochs_of(end) for end in ends)
 
     @property
+    def task(self) -> TaskName:
+        """Whether the network classifies or detects."""
+        return task_of(self.arch)
+
+    @property
+    def longest_side(self) -> int:
+        """Longest side of a detector's image in pixels: 1333 where the shorter one is 800."""
+        return round(self.image_size * 1333 / 800)
+
+    @property
     def is_second_order(self) -> bool:
         """Whether training differentiates a gradient, or may come to do so after a collapse."""
         return self.method in SECOND_ORDER or self.on_collapse == "gradalign"
@@ -347,10 +371,11 @@ class RunFields:
         """Whether the network's input may be in space-to-depth layout.
 
         Not where something else than the stem reads it as an image: per-image standardisation, L2
-        steps, mixtures, YOPO's first layer.
+        steps, mixtures, YOPO's first layer, a detector's padding.
         """
         return (
-            self.normalization != "per-image"
+            self.task == "classification"
+            and self.normalization != "per-image"
             and self.norm == "linf"
             and self.mix == "none"
             and self.method != "yopo"

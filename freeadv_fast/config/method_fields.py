@@ -22,6 +22,8 @@ READERS: dict[str, tuple[Method, ...]] = {
     "step_size": all_but("natural"),
     "attack_steps": ("pgd", "trades", "yopo", "dat", *DUAL),
     "attack_start": ("pgd", *DUAL),
+    # Of free and fast-advprop it is the loss that trains the weights.
+    "attack_loss": ("fgsm", "fgsm-rs", "n-fgsm", "pgd"),
     "attack_warmup": WARMING,
     "noise_radius": ("n-fgsm",),
     "reg_lambda": ("gradalign", "elle"),
@@ -57,6 +59,7 @@ READERS: dict[str, tuple[Method, ...]] = {
 # may say something else; any other value is refused, wherever it comes from (`checks`).
 NEUTRAL: dict[str, object] = {
     "m": 1,
+    "attack_loss": "sum",
     "attack_warmup": 0.0,
     "awp": 0.0,
     "norm": "linf",

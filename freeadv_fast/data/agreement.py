@@ -10,6 +10,7 @@ from typing import cast
 
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.data.build import OpenedData, open_data
+from freeadv_fast.data.coco.loader import DetectionLoader
 from freeadv_fast.data.folder import FolderLoader, roll_of_files
 from freeadv_fast.data.loader import Loader
 from freeadv_fast.data.resident import ResidentImages, ResidentLoader
@@ -42,6 +43,8 @@ def roll_of(loader: Loader) -> Roll:
     """Which images the split of an evaluation's loader holds, however few of them it reads."""
     if isinstance(loader, FolderLoader):
         return roll_of_files(loader.index)
+    if isinstance(loader, DetectionLoader):
+        return loader.annotations.roll
     assert isinstance(loader, ResidentLoader)
     return ResidentImages(loader.images, loader.labels.numpy(), loader.classes).roll
 

@@ -20,6 +20,9 @@ from freeadv_fast.config.presets import CPU_EVAL_IMAGES
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.data.cifar import CIFAR, load_cifar
 from freeadv_fast.data.cifar import IMAGE_SIZE as CIFAR_SIZE
+from freeadv_fast.data.coco.loader import DetectionLoader
+from freeadv_fast.data.coco.split import KINDS as WITH_BOXES
+from freeadv_fast.data.coco.split import DetectionSplit
 from freeadv_fast.data.digits import digits_folder
 from freeadv_fast.data.folder import (
     NO_DALI,
@@ -97,8 +100,11 @@ class Loaders:
     def describe(self) -> list[str]:
         """Lines for the user: how many images, read by what, and which files were left out."""
         held_out = f", {self.holdout.num_images:,} held out" if self.holdout else ""
+        objects = ""
+        if isinstance(self.train, DetectionLoader):
+            objects = f" with {self.train.annotations.num_objects:,} objects"
         counts = (
-            f"data: {self.num_labelled:,} training images{held_out}, "
+            f"data: {self.num_labelled:,} training images{objects}{held_out}, "
             f"{self.val.num_images:,} validation images, {len(self.train.classes):,} classes"
         )
         return [counts, *self.lines]
@@ -299,7 +305,8 @@ def _phase_loaders(
 
 
 def _draw_held_out(config: TrainConfig, labels: Ints, keys: Keys) -> Keys:
-    """Keys of the images that a new run holds out: equally many of each class.
+    """Keys of the images that a new run holds out: equally many of each class; none by default of
+    a detector.
 
     Args:
         config: The phase. labels, keys: Of its training images.
@@ -309,7 +316,8 @@ def _draw_held_out(config: TrainConfig, labels: Ints, keys: Keys) -> Keys:
     """
     count = config.holdout_images
     if count is None:
-        count = min(DEFAULT_HOLDOUT, len(labels) // 10)
+        # A detector's images have no class by which few of them could stand for all.
+        count = 0 if config.task == "detection" else min(DEFAULT_HOLDOUT, len(labels) // 10)
     if count and 2 * count >= len(labels):
         raise UserError(
             f"--holdout-images {count}: half of the {len(labels)} training "
@@ -524,6 +532,8 @@ def _open_split(
         return _ResidentSplit(config, images)
     data = digits_folder() if config.data == "digits" else os.path.expanduser(config.data)
     try:
+        if kind in WITH_BOXES:
+            return DetectionSplit(config, world, split)
         return _FolderSplit(config, world, list_images(split_folder(data, split)), view)
     except OSError as error:
         raise UserError(

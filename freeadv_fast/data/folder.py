@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import glob
 import importlib.util
 import os
 import shlex
@@ -209,6 +210,11 @@ def split_folder(data: str, split: Literal["train", "val"]) -> str:
         raise UserError(f"--data {data}: no such folder")
     if not os.listdir(data):
         raise UserError(f"--data {data}: the folder is empty; it must hold train/ and val/")
+    if glob.glob(os.path.join(glob.escape(data), "annotations", "instances_*.json")):
+        raise UserError(
+            f"--data {data}: holds COCO's files, boxes and no classes of images; use --data "
+            f"coco:{data} with a detector, such as --arch retinanet_resnet50_fpn"
+        )
     folder = os.path.join(data, split)
     if not os.path.isdir(folder):
         raise UserError(
@@ -271,3 +277,8 @@ def refuse_other_classes(data: str, train: list[str], val: list[str]) -> None:
                 f"--data {data}: {where}/ lacks {len(missing)} of the {len(names)} classes: "
                 f"{shortened(missing)}; both splits need the same class folders"
             )
+    if train != val:
+        raise UserError(
+            f"--data {data}: train and val list the classes in different orders, and a label would "
+            "mean another class in each; give both the same ids"
+        )

@@ -14,7 +14,8 @@ class Batch(NamedTuple):
     Attributes:
         images: (n, H, W, 3) uint8 on the training device, contiguous.
         labels: (n,) int64 on the same device. Of unlabelled images the pseudo labels; ~y, below 0,
-            where the method treats them apart (dat with --dat-unlabelled kl).
+            where the method treats them apart (dat with --dat-unlabelled kl). Of images with boxes
+            (n, 1 + K, 5) float32, packed `step.objects`.
         global_size: Images of this minibatch over all ranks; losses are sums divided by it.
         indices: (n,) int64 on the CPU: row of each image in the split's file list; ~row, below 0,
             of each in the file of --unlabelled.

@@ -131,17 +131,19 @@ class Share(NamedTuple):
         rows: (n,) int64 rows of the split's file list.
         keys: (n,) their keys.
         global_size: Images of the minibatch over all ranks.
+        groups: Those of its images on all ranks, each once; none where images have no groups.
     """
 
     rows: Ints
     keys: Keys
     global_size: int
+    groups: tuple[int, ...] = ()
 
     def parts(self, size: int) -> Iterator[Share]:
         """Its rows in consecutive parts of `size`, the last one smaller."""
         for start in range(0, len(self.rows), size):
             part = slice(start, start + size)
-            yield Share(self.rows[part], self.keys[part], self.global_size)
+            yield Share(self.rows[part], self.keys[part], self.global_size, self.groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +155,10 @@ class Stream:
     out a last global minibatch of fewer than `smallest` images a rank: batch norm cannot train on
     one, and some methods on no fewer than a whole minibatch.
 
+    Where images have groups, such as shapes, a global minibatch is of one group: the epoch's order
+    is walked, and each minibatch comes when its last image has come. What is then left over of
+    each group comes at the end, group after group, so that one minibatch may hold neighbours.
+
     Attributes:
         rows: (N,) int64 rows of the split's file list that this stream walks.
         batch_size: B, images that a rank decodes, and takes through the network, at once.
@@ -163,6 +169,7 @@ class Stream:
         names: (N,) keys of the images, aligned with `rows`; None where a row's number is its name.
         accumulate: A, how many times as many a rank's share of a global minibatch has.
         num_unlabelled: U, of these A B images: not of `rows`, but of --unlabelled.
+        groups: (N,) int64, aligned with `rows`; None where all images go together.
     """
 
     rows: Ints
@@ -174,6 +181,7 @@ class Stream:
     names: Keys | None = None
     accumulate: int = 1
     num_unlabelled: int = 0
+    groups: Ints | None = None
 
     def __post_init__(self) -> None:
         """Raises UserError where a training minibatch is larger than a rank's share."""
@@ -214,10 +222,30 @@ class Stream:
 
     def _places(self, epoch: int) -> Ints:
         """The order of `epoch` as places in `rows`."""
-        if self.seed is None:
-            return np.arange(len(self.rows))
-        draws = random_bits(self.seed, epoch, self.keys, range(ORDER_DRAW, ORDER_DRAW + 1))
-        return np.argsort(draws[:, 0], kind="stable")
+        order = np.arange(len(self.rows))
+        if self.seed is not None:
+            draws = random_bits(self.seed, epoch, self.keys, range(ORDER_DRAW, ORDER_DRAW + 1))
+            order = np.argsort(draws[:, 0], kind="stable")
+        return order if self.groups is None else self._grouped(order, self.groups[order])
+
+    def _grouped(self, order: Ints, groups: Ints) -> Ints:
+        """An order in which whole global minibatches are of one group.
+
+        Args:
+            order: (N,) places in `rows`. groups: (N,) of each place.
+        """
+        global_batch = self.share_size * self.world_size
+        whole, rest = [], []
+        for group in np.unique(groups):
+            turns = np.flatnonzero(groups == group)
+            cut = len(turns) - len(turns) % global_batch
+            whole.append(turns[:cut].reshape(-1, global_batch))
+            rest.append(turns[cut:])
+        minibatches = np.concatenate(whole)
+        minibatches = minibatches[np.argsort(minibatches[:, -1])]
+        turns = np.concatenate([minibatches.ravel(), *rest])
+        grouped: Ints = order[turns]
+        return grouped
 
     def shares(self, epoch: int, start: int = 0) -> Iterator[Share]:
         """Yields this rank's shares of `epoch` from global minibatch `start` on.
@@ -229,5 +257,6 @@ class Stream:
         for number in range(start, self.num_batches):
             places = order[number * global_batch : (number + 1) * global_batch]
             mine = places[self.rank :: self.world_size]
+            groups = () if self.groups is None else np.unique(self.groups[places]).tolist()
             if len(mine) > 0:
-                yield Share(self.rows[mine], keys[mine], len(places))
+                yield Share(self.rows[mine], keys[mine], len(places), tuple(groups))

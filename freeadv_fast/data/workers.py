@@ -20,12 +20,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from freeadv_fast.data.plan import Plan
 from freeadv_fast.data.stream import Ints
 from freeadv_fast.data.waiting import SILENT_SECONDS, SLOW_SECONDS
 from freeadv_fast.errors import UserError
@@ -37,15 +36,26 @@ LOOK_SECONDS = 1.0
 # A killed process is gone at once, unless it waits for a disk; then it is not waited for.
 END_SECONDS = 5.0
 
+
+class Planned(Protocol):
+    """A plan: what a worker does with some rows of a split."""
+
+    @property
+    def rows(self) -> Ints:
+        """(n,) int64 rows of the split's file list."""
+        ...
+
+
 Number = TypeVar("Number", bound=np.generic)
+AnyPlan = TypeVar("AnyPlan", bound=Planned)
 Pixels = NDArray[np.uint8]
 # Executes a plan: fills the pixels, notes the row that it is at, and returns what went wrong.
-Work = Callable[[Plan, Pixels, Ints], UserError | None]
+Work = Callable[[AnyPlan, Pixels, Ints], UserError | None]
 
 
 def executed(
-    plans: Iterator[Plan],
-    work: Work,
+    plans: Iterator[AnyPlan],
+    work: Work[AnyPlan],
     shape: tuple[int, ...],
     num_workers: int,
     path: Callable[[int], str],
@@ -83,7 +93,7 @@ def executed(
 
 
 def _started(
-    work: Work, shape: tuple[int, ...], num_workers: int, path: Callable[[int], str]
+    work: Work[Any], shape: tuple[int, ...], num_workers: int, path: Callable[[int], str]
 ) -> _Worker:
     """A worker, or the line that says why there is none."""
     try:
@@ -98,7 +108,7 @@ def _started(
 class _Worker:
     """A forked process that executes plans one after the other."""
 
-    def __init__(self, work: Work, shape: tuple[int, ...], path: Callable[[int], str]) -> None:
+    def __init__(self, work: Work[Any], shape: tuple[int, ...], path: Callable[[int], str]) -> None:
         """Maps its memory and forks it; arguments are those of `executed`.
 
         Raises:
@@ -129,7 +139,7 @@ class _Worker:
         # multiprocessing asks its processes to end and waits; one that is stopped does not hear it.
         atexit.register(self.process.kill)
 
-    def give(self, plan: Plan) -> None:
+    def give(self, plan: Planned) -> None:
         """Hands a plan over, the worker's next but `DEPTH`.
 
         Raises:
@@ -200,7 +210,7 @@ def _shared(shape: tuple[int, ...], dtype: type[Number]) -> NDArray[Number]:
     return np.frombuffer(mmap.mmap(-1, num_bytes), dtype).reshape(shape)
 
 
-def _serve(pipe: Connection, work: Work, slots: list[Pixels], row: Ints, trainer: int) -> None:
+def _serve(pipe: Connection, work: Work[Any], slots: list[Pixels], row: Ints, trainer: int) -> None:
     """A worker's life: until its trainer ends it, closes the pipe or is gone."""
     # Ctrl-C is the trainer's business. A forked process would otherwise run the trainer's own
     # handlers, which note a SIGTERM and go on.
@@ -211,7 +221,7 @@ def _serve(pipe: Connection, work: Work, slots: list[Pixels], row: Ints, trainer
             if os.getppid() != trainer:
                 return
         try:
-            plan: Plan = pipe.recv()
+            plan: Planned = pipe.recv()
         except EOFError:
             return
         pipe.send(work(plan, slot[: len(plan.rows)], row))

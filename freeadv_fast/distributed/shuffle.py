@@ -18,10 +18,11 @@ step, counts), known to every rank without a word:
 
 Images and their labels are one message: a row is the image's bytes, then the label's 8. What
 leaves a rank is at most (W-1)/W of its images and labels (gathering everything, as MoCo does,
-moves W times as much, and in float32).
+moves W times as much, and in float32). The targets of a detector, many numbers an image, take the
+label's place.
 
 This file is the specification, and runs where `freeadv_fast._C` was not built; csrc/ does the same
-in C++ and CUDA, bit for bit. `exchange` picks.
+in C++ and CUDA, bit for bit, for images with labels. `exchange` picks.
 
 Sources: He et al., "Momentum Contrast", 2020, section 3.3 (shuffling BN); Mei et al., "Fast
 AdvProp", 2022, section 4.2. Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
@@ -60,7 +61,6 @@ class Side(enum.IntEnum):
 Rows = tuple[Tensor, Tensor]
 
 DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LABEL_BYTES = 8
 
 # After so long a silence a peer is gone: the ranks come from the same point of their loops, and a
 # step takes seconds at most.
@@ -253,8 +253,7 @@ class Exchange:
         self._route = route
         self._transport = transport
         self._rows: Rows | None = None
-        image_bytes = math.prod(images.shape[1:]) * images.element_size()
-        self.bytes_sent = route.num_leaving * (image_bytes + LABEL_BYTES)
+        self.bytes_sent = route.num_leaving * sum(map(row_bytes, (images, labels)))
         with self._naming_a_lost_peer():
             self._arrive = transport.start(
                 images.detach(), labels, route, transport.group, transport.timeout
@@ -332,7 +331,7 @@ def exchange(
 
     Args:
         images: (n, ...) uint8, float16, bfloat16, float32 or float64, contiguous.
-        labels: (n,) int64, on the same device.
+        labels: (n,) int64, or targets (n, ...) float32; on the same device.
         route: Where the rows go; n is its count of this rank.
         group: The ranks that take part; may be None where nothing leaves any of them.
         timeout: How long to wait for the others, over gloo.
@@ -345,7 +344,7 @@ def exchange(
         PeerLost: the process group has already failed.
     """
     is_compiled = ops.exchange_backend(images.device.type) == "compiled"
-    start = start_compiled if is_compiled else start_eagerly
+    start = start_compiled if is_compiled and has_labels(labels) else start_eagerly
     return Exchange(images, labels, route, Transport(start, group, timeout))
 
 
@@ -359,7 +358,7 @@ def exchange_in_order(
 
     Args:
         images: (n, ...) as `exchange` takes them.
-        labels: (n,) int64.
+        labels: Likewise.
         route: Where the rows go, of any seed and step.
         order: (2, n) int64 of `Route.order`, on the images' device.
         group: The ranks that take part; may be None where nothing leaves any of them.
@@ -398,11 +397,11 @@ def start_eagerly(
     timeout: datetime.timedelta,
     order: Tensor | None = None,
 ) -> Callable[[], Rows]:
-    """The exchange in plain PyTorch, for machines on which `freeadv_fast._C` was not built.
+    """The exchange in plain PyTorch: for targets, and where `freeadv_fast._C` was not built.
 
     Args:
         images: (n, ...) contiguous.
-        labels: (n,) int64.
+        labels: (n,) int64 or (n, ...) float32, contiguous.
         route: Where the rows go.
         group: The ranks; may be None where nothing leaves any of them.
         timeout: How long to wait for the others.
@@ -413,8 +412,7 @@ def start_eagerly(
     """
     if order is None:
         order = route.order().to(images.device, non_blocking=True)
-    num_values = math.prod(images.shape[1:])
-    parts = (images.view(len(images), num_values), labels.view(len(labels), 1))
+    parts = [part.view(len(part), math.prod(part.shape[1:])) for part in (images, labels)]
     message = torch.cat([part.view(torch.uint8) for part in parts], dim=1)[order[0]]
     received, work = message, None
     if group is not None and route.num_leaving:
@@ -430,15 +428,22 @@ def start_eagerly(
             except dist.DistBackendError:
                 _ABANDONED.extend((message, received))
                 raise
-        rows = received[order[1]]
+        rows = received[order[1]].split([row_bytes(images), row_bytes(labels)], dim=1)
         # Copies, for in the message a row's values need not be aligned to their type.
-        pixels, numbers = (
-            part.clone(memory_format=torch.contiguous_format)
-            for part in (rows[:, :-LABEL_BYTES], rows[:, -LABEL_BYTES:])
-        )
-        return pixels.view(images.dtype).view_as(images), numbers.view(torch.int64).view_as(labels)
+        pixels, numbers = (part.clone(memory_format=torch.contiguous_format) for part in rows)
+        return pixels.view(images.dtype).view_as(images), numbers.view(labels.dtype).view_as(labels)
 
     return arrive
+
+
+def has_labels(labels: Tensor) -> bool:
+    """Whether it is a classifier's (n,) int64, and not a detector's targets."""
+    return labels.ndim == 1 and labels.dtype is torch.int64
+
+
+def row_bytes(rows: Tensor) -> int:
+    """Bytes of an image, of a label or of an image's targets."""
+    return math.prod(rows.shape[1:]) * rows.element_size()
 
 
 def _sources(route: Route, side: Side) -> Tensor:
@@ -478,10 +483,11 @@ def _check(images: Tensor, labels: Tensor, route: Route, group: dist.ProcessGrou
             f"images: expected contiguous rows, got {tuple(images.shape)} with strides "
             f"{images.stride()}; channels_last images are exchanged as NHWC, or copied"
         )
-    if labels.shape != images.shape[:1] or labels.dtype is not torch.int64:
+    are_targets = labels.ndim > 1 and labels.dtype is torch.float32
+    if labels.shape[:1] != images.shape[:1] or not (has_labels(labels) or are_targets):
         raise ValueError(
-            f"labels: expected int64 ({len(images)},) for images {tuple(images.shape)}, "
-            f"got {labels.dtype} {tuple(labels.shape)}"
+            f"labels: expected int64 ({len(images)},) or float32 ({len(images)}, ...) for images "
+            f"{tuple(images.shape)}, got {labels.dtype} {tuple(labels.shape)}"
         )
     if not labels.is_contiguous() or labels.device != images.device:
         raise ValueError(f"labels: expected contiguous on {images.device}, got {labels.device} "

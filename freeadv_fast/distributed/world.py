@@ -174,7 +174,8 @@ class World:
         Args:
             images: (n, ...) uint8, float16, bfloat16, float32 or float64, contiguous; unchanged
                 until `wait`.
-            labels: (n,) int64, on the same device; they travel with their images.
+            labels: (n,) int64, or a detector's targets (n, ...) float32; on the same device. They
+                travel with their images, and arrive bit for bit.
             seed: 0..2^63-1, the same on all ranks.
             step: 0..2^63-1, likewise, such as the number of the update: another step is another
                 permutation, and the same numbers are always the same.
@@ -234,7 +235,7 @@ class World:
 
         Args:
             images: (n, ...) as `shuffle` takes them; any rows in the order of its result.
-            labels: (n,) int64.
+            labels: Likewise.
             seed: That of `shuffle`.
             step: That of `shuffle`.
             counts: Those of `shuffle`.

@@ -69,34 +69,45 @@ def plot_training(log_lines: Sequence[Mapping[str, Any]], path: str | Path) -> N
     """Draws loss, accuracies, learning rate and speed over the image passes of a run.
 
     The guard's gradient alignment, a cosine, is drawn among the accuracies, 1 being 100 %: the two
-    collapse together.
+    collapse together. A detector has no accuracies.
 
     Args:
         log_lines: Lines of log.jsonl; a line may lack any key but ``passes``.
         path: PNG to write.
     """
+    has_accuracies = any(key in line for line in log_lines for key, *_ in ACCURACIES)
+    is_detector = bool(log_lines) and not has_accuracies
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11.4, 6.2), layout="constrained")
-        loss, accuracy, rate, speed = figure.subplots(2, 2, sharex=True).flat
+        figure = Figure(figsize=(11.4, 3.4 if is_detector else 6.2), layout="constrained")
+        shape = (1, 3) if is_detector else (2, 2)
+        loss, *middle, rate, speed = figure.subplots(*shape, sharex=True).flat
         _curve(loss, log_lines, "loss", color=BLUE)
         loss.set(title="Training loss", ylabel="cross entropy (nats)")
-        for key, label, color, dash in ACCURACIES:
-            _curve(accuracy, log_lines, key, color=color, linestyle=dash, label=label)
-        accuracy.set(title="Accuracy", ylabel="images classified correctly", ylim=(0, 1.02))
-        accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        if accuracy.lines:
-            figure.legend(handles=accuracy.lines, loc="outside right upper")
+        if is_detector:
+            loss.set(ylabel="of classes and boxes, an image")
+        for accuracy in middle:
+            _accuracies(figure, accuracy, log_lines)
         _curve(rate, log_lines, "lr", color=GREY)
         rate.set(title="Learning rate", ylabel="step size of SGD")
         _curve(speed, log_lines, "passes_per_second", color=GREEN)
         speed.set(title="Speed", ylabel="image passes / s")
-        for axes in (rate, speed):
+        for axes in (*[loss] * is_detector, rate, speed):
             axes.set_xlabel("image passes (one image forward and backward)")
             axes.set_ylim(0, 1.08 * max([*_heights(axes), 1e-9]))
             axes.set_xlim(left=0)
             axes.xaxis.set_major_locator(MaxNLocator(6))
             axes.xaxis.set_major_formatter(FuncFormatter(_short_number))
         save(figure, path)
+
+
+def _accuracies(figure: Figure, axes: Axes, log_lines: Sequence[Mapping[str, Any]]) -> None:
+    """Draws all accuracies into one chart, and names them beside it."""
+    for key, label, color, dash in ACCURACIES:
+        _curve(axes, log_lines, key, color=color, linestyle=dash, label=label)
+    axes.set(title="Accuracy", ylabel="images classified correctly", ylim=(0, 1.02))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if axes.lines:
+        figure.legend(handles=axes.lines, loc="outside right upper")
 
 
 def _curve(axes: Axes, lines: Sequence[Mapping[str, Any]], key: str, **style: Any) -> None:

@@ -42,12 +42,17 @@ from freeadv_fast.evaluation.candidate import (
     refuse_different_networks,
     refuse_unread,
 )
+from freeadv_fast.evaluation.detection.corruptions import listed_names
+from freeadv_fast.evaluation.detection.evaluate import DetectionEvaluation
+from freeadv_fast.evaluation.detection.run import evaluate_run, refuse_unfit
 from freeadv_fast.evaluation.evaluate import Evaluation, eval_mode
 from freeadv_fast.evaluation.evaluate import evaluate as measure
 from freeadv_fast.evaluation.images import open_val, other_classes, whole_val_loader
 from freeadv_fast.evaluation.written import print_accuracies, write_evaluation
 from freeadv_fast.models.own import check_logits, refuse_probabilities
 from freeadv_fast.runs.saved import SavedRun, is_run, load_run
+
+NOT_CORRUPTED = "is for detectors; launch/robustness.py corrupts a classifier's images"
 
 
 def evaluate(
@@ -68,8 +73,11 @@ def evaluate(
     preprocessing: str | None = None,
     image_list: str | Path | None = None,
     output_dir: str | Path | None = None,
-) -> Evaluation:
+    corruptions: Sequence[str] | str | None = None,
+) -> Evaluation | DetectionEvaluation:
     """Measures clean accuracy and the accuracy under each attack, and prints a table.
+
+    Of a run that trained a detector it measures average precision, and that under corruption too.
 
     Of a run, and of an export in a run's folder, it also writes ``evaluation-*.json`` beside the
     run's result, which it never touches; of anything else where `output_dir` says so. fp32 without
@@ -110,9 +118,11 @@ def evaluate(
         image_list: File that lists the images to take, CLASS/FILE a line, such as RobustBench's
             imagenet_test_image_ids.txt. Default: all.
         output_dir: Folder of ``evaluation-*.json``. Default: the run's; none without a run.
+        corruptions: Of a detector: ``"all"`` for the 15 of COCO-C at five severities, or such as
+            ``"fog,snow-3"`` (one severity). Default: none.
 
     Returns:
-        The accuracies, fractions.
+        The accuracies or the average precisions, fractions.
 
     Raises:
         UserError: no such subject, checkpoint or data, a bad attack, data of other classes, or a
@@ -124,6 +134,7 @@ def evaluate(
         "eps": None if eps is None else Perturbation.parse(eps),
         "eval_step": None if step is None else Perturbation.parse(step, "--step"),
         "eval_images": num_images,
+        "eval_corruptions": None if corruptions is None else listed_names(corruptions),
     }
     refuse_still_attacks(chosen)
     if preprocessing is not None:
@@ -144,6 +155,7 @@ def evaluate(
             of_others = of_a_file | {"norm": norm, "image_size": image_size}
             refuse_unread(of_others, "a run's config says it")
             return _evaluate_run(subject, asked, world)
+        refuse_unread({"corruptions": chosen["eval_corruptions"]}, NOT_CORRUPTED)
         refuse_unread(
             {"checkpoint": None if checkpoint == "last" else checkpoint}, "the subject is no run"
         )
@@ -158,9 +170,17 @@ def evaluate(
         return _evaluate_candidate(candidate, asked, image_size, norm, world)
 
 
-def _evaluate_run(run: SavedRun, asked: Asked, world: World) -> Evaluation:
+def _evaluate_run(run: SavedRun, asked: Asked, world: World) -> Evaluation | DetectionEvaluation:
     """`evaluate` of a run, with what the user chose instead of the run's own."""
     chosen, view = dict(asked.chosen), asked.view
+    is_detector = run.config.task == "detection"
+    if is_detector:
+        unread = {"image_list": view.image_list, "preprocessing": view.preprocessing}
+        refuse_unread(unread, "a detector sees whole images, those of its annotations")
+        refuse_unfit(run.config, chosen)
+        chosen["eval_corruptions"] = chosen["eval_corruptions"] or ()  # the run's may take hours
+    else:
+        refuse_unread({"corruptions": chosen["eval_corruptions"]}, NOT_CORRUPTED)
     if world.is_main and chosen["eval_step"] is None:
         for line in remarks_on(run.folder.config):
             print(line, flush=True)
@@ -174,6 +194,9 @@ def _evaluate_run(run: SavedRun, asked: Asked, world: World) -> Evaluation:
         side = view.way.image_size or run.config.image_size
         chosen |= {"image_size": side, "resize_size": 0, "phases": Phases(), "phase_data": ()}
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, **chosen))
+    folder = asked.output_dir or run.folder.root
+    if is_detector:
+        return evaluate_run(run, folder, *_subject_of(run, folder), world)
     measured = _measure(run, asked, world)
     if world.is_main:
         title = f"{run.folder.root.name}, {run.weights}"
@@ -273,13 +296,22 @@ def _measure_on(
 
 
 def _write_run(run: SavedRun, asked: Asked, measured: Evaluation) -> Path:
-    """Writes a run's evaluation.
+    """Writes a run's evaluation."""
+    folder = asked.output_dir or run.folder.root
+    subject, origin = _subject_of(run, folder)
+    stem = Path(run.weights).stem
+    return write_evaluation(
+        folder, subject, run.config, asked.view, measured, stem=stem, origin=origin
+    )
 
-    Other images or weights than the run's own get a name of their own, and so does all that is
-    written elsewhere, where another run of the same name may be written too.
+
+def _subject_of(run: SavedRun, folder: Path) -> tuple[dict[str, Any], str | None]:
+    """What a run's evaluation is of: its record's first entries, and where that is from.
+
+    The latter is None of the run's own images and weights. Others get a name of their own, and so
+    does all that is written elsewhere, where another run of the same name may be written too.
     """
     config = run.config
-    folder = asked.output_dir or run.folder.root
     is_own = (
         run.is_own
         and config.data == load_config(run.folder.config).data
@@ -292,15 +324,7 @@ def _write_run(run: SavedRun, asked: Asked, measured: Evaluation) -> Path:
         "dataset": config.data,
         "arch": config.arch,
     }
-    return write_evaluation(
-        folder,
-        subject,
-        config,
-        asked.view,
-        measured,
-        stem=Path(run.weights).stem,
-        origin=None if is_own else f"{config.data} {run.checkpoint.resolve()}",
-    )
+    return subject, None if is_own else f"{config.data} {run.checkpoint.resolve()}"
 
 
 def _write_candidate(

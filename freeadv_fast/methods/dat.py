@@ -116,8 +116,8 @@ class Dat:
         adversarial_logits, clean_logits = learner.forward(x), learner.forward(clean)
         labels = unmarked(marked)
         # For the log alone.
-        learner.cross_entropy(adversarial_logits.detach(), labels, role="adversarial")
-        learner.cross_entropy(clean_logits.detach(), labels, role="clean")
+        learner.loss_sum(adversarial_logits.detach(), labels, role="adversarial")
+        learner.loss_sum(clean_logits.detach(), labels, role="clean")
         natural = F.cross_entropy(
             clean_logits, labels, reduction="none", label_smoothing=learner.label_smoothing
         ).masked_fill(marked < 0, 0)
@@ -167,7 +167,8 @@ class Dat:
 
     def attacked_logits(self, x: Tensor) -> Tensor:
         """Logits at network input `x` as attacks see them."""
-        return self.learner.forward(x, attack=True, evaluating=self.is_evaluating)
+        logits: Tensor = self.learner.forward(x, attack=True, evaluating=self.is_evaluating)
+        return logits
 
     def ascend_(self, delta: Tensor, loss: Tensor, x: Tensor, images: Tensor) -> None:
         """One attack step on delta, in place, up the gradient of a mean loss at input `x`.

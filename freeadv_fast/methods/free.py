@@ -7,7 +7,8 @@ The perturbation is never reset: it carries over from one minibatch to the next.
 Where paper and reference code differ: Algorithm 1 adds delta without clipping to the pixel range,
 both reference implementations clip x + delta before the network and let the gradient through
 where 0 <= x + delta <= 1. We follow the code. Row i of delta belongs to batch slot i; a smaller
-last minibatch uses and updates the first rows only, as in the reference code. Batch norm stays in
+last minibatch uses and updates the first rows only, as in the reference code. Where minibatches
+differ in shape, delta is resampled from one to the next (`step.warm_start`). Batch norm stays in
 training mode, and its running statistics move in every replay. With ``--label-smoothing`` both
 gradients are those of the smoothed loss: there is one backward pass.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from freeadv_fast.config.threat import ThreatModel
 from freeadv_fast.methods.passes import Passes
 from freeadv_fast.step.learner import Learner
+from freeadv_fast.step.warm_start import WarmStart
 
 
 class Free:
@@ -29,7 +31,8 @@ class Free:
         learner: The network in training.
         threat: Radius eps and step size of the perturbation; the paper's step is eps.
         m: Replays of each minibatch.
-        minibatch_shape: (N, H, W, 3) of a full minibatch on this rank, all parts of an update.
+        minibatch_shape: (N, H, W, 3) of a full minibatch on this rank, all parts of an update; the
+            first one's, where they differ in height and width.
         device: Where training runs.
     """
 
@@ -50,7 +53,12 @@ class Free:
         self.eps = float(threat.eps.levels)
         self.step_size = float(threat.step.levels)
         self.unit = threat.delta_unit
-        self.delta = threat.zero_delta(minibatch_shape, device)
+        self.carried = WarmStart(threat.zero_delta(minibatch_shape, device))
+
+    @property
+    def delta(self) -> Tensor:
+        """The perturbation, (N, H, W, 3)."""
+        return self.carried.delta
 
     def train_minibatch(self, images: Tensor, labels: Tensor, global_size: int) -> Passes:
         """Replays one minibatch m times; delta carries over to the next one.
@@ -59,6 +67,7 @@ class Free:
             images: (n, H, W, 3) uint8, n at most N. labels: (n,) int64.
             global_size: Images of the minibatch over all ranks.
         """
+        self.carried.carry_to(images)
         delta = self.delta[: len(images)]
         x = self.learner.network_input(images, delta, self.unit).requires_grad_()
         for _ in range(self.m):
@@ -88,4 +97,4 @@ class Free:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continues with a saved perturbation."""
-        self.delta.copy_(state["delta"])
+        self.carried.load(state["delta"])

@@ -76,8 +76,8 @@ def trades_loss(
         beta: Weight of the second term.
     """
     clean_logits, adversarial_logits = learner.forward(clean), learner.forward(x)
-    natural = learner.cross_entropy(clean_logits, labels, role="clean")
-    learner.cross_entropy(adversarial_logits.detach(), labels, role="adversarial")  # for the log
+    natural = learner.loss_sum(clean_logits, labels, role="clean")
+    learner.loss_sum(adversarial_logits.detach(), labels, role="adversarial")  # for the log
     robust = divergence(clean_logits, adversarial_logits)
     return learner.share(natural + beta * robust, global_size)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -223,10 +223,9 @@ class DualNetwork(nn.Module):
             "attack": _auxiliary_tree(model, training=False),
         }
 
-    def forward(self, x: Tensor, branch: Branch = "main") -> Tensor:
-        """(N, 3, H, W) normalised images to (N, classes) logits of one branch."""
-        logits: Tensor = self._branches[branch](x)
-        return logits
+    def forward(self, x: Tensor, branch: Branch = "main") -> Any:
+        """(N, 3, H, W) normalised images to the outputs of one branch, (N, classes) logits."""
+        return self._branches[branch](x)
 
 
 def _auxiliary_tree(module: nn.Module, *, training: bool) -> nn.Module:

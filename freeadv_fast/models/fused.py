@@ -552,6 +552,10 @@ _TIMM_OPTIONS = ("drop_block", "se", "drop_path")
 
 _PATTERNS: dict[str, _Pattern] = {
     "torchvision.models.resnet.ResNet": _Pattern(("bn1",), ("relu",), pools=("maxpool",)),
+    # What a detector keeps of one.
+    "torchvision.models._utils.IntermediateLayerGetter": _Pattern(
+        ("bn1",), ("relu",), pools=("maxpool",)
+    ),
     "torchvision.models.resnet.BasicBlock": _Pattern(
         _TWO, ("relu",), forward=_torchvision_basic_block
     ),

@@ -14,12 +14,14 @@ from freeadv_fast.errors import UserError
 from freeadv_fast.recipes import (
     advprop,
     dat,
+    detection,
     digits,
     fast,
     fastat,
     free,
     gradalign,
     pgd,
+    shapes,
     trades,
     yopo,
 )
@@ -29,9 +31,11 @@ PAPERS: dict[str, dict[str, TrainConfig]] = {
     title: {name: config.as_recipe(name) for name, config in paper.rows().items()}
     for title, paper in {
         "The embedded digits, in no paper": digits,
+        "The embedded shapes, in no paper": shapes,
         "Adversarial Training for Free! (Shafahi et al. 2019)": free,
         "PGD training (Madry et al. 2018), as Shafahi et al. 2019 report it": pgd,
         "Fast AdvProp (Mei et al. 2022)": advprop,
+        "Fast AdvProp (Mei et al. 2022), detection": detection,
         "GradAlign (Andriushchenko and Flammarion 2020), figure 1": gradalign,
         "Fast is better than free (Wong et al. 2020)": fast,
         "You Only Propagate Once (Zhang et al. 2019)": yopo,
@@ -79,6 +83,15 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "fgsm-rs": "imagenet-rn50-fgsm-rs-eps4",
         "pgd": "imagenet-rn50-pgd2-eps4",
         "dat": "imagenet-rn50-dat-pgd",
+    },
+    "coco": {
+        "fast-advprop": "coco-retinanet50-fast-advprop",
+        "natural": "coco-retinanet50-natural-2x",
+        "free": "coco-retinanet50-free-m4-eps4",
+    },
+    "shapes": {
+        method: f"shapes-{method}"
+        for method in ("natural", "fast-advprop", "free", "fgsm-rs", "pgd")
     },
 }
 

@@ -137,6 +137,9 @@ REPORTED: dict[str, Reported] = {
             "imagenet-rn50-fast-advprop-no-rebalance": (76.35,),
         },
     ),
+    # Of detectors: average precision on COCO, and its mean on COCO-C.
+    "coco-retinanet50-natural-2x": Reported("table 7 (AP; on COCO-C 17.6)", 35.8),
+    "coco-retinanet50-fast-advprop": Reported("table 7 (AP; on COCO-C 19.0)", 35.8),
     "cifar10-preact18-gradalign-eps8": Reported(
         "issue 7 of their code (1,000 images)",
         robust={"pgd-50-10": 47.58},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
@@ -12,6 +13,7 @@ from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.errors import UserError
 from freeadv_fast.models.normalize import with_normalizer
 from freeadv_fast.models.own import adopt, refuse_unnamed_network
+from freeadv_fast.models.retinanet import Detector, build_detector
 from freeadv_fast.models.zoo import build_model
 from freeadv_fast.runs.checkpoint import BEST, LAST, load_checkpoint, load_weights
 from freeadv_fast.runs.log import RunFolder
@@ -60,10 +62,43 @@ class SavedRun:
     def network(self) -> nn.Module:
         """`model` behind its normaliser, in eval mode.
 
-        (n, 3, H, W) float32 pixels in [0, 1] to (n, classes) float32 logits.
+        (n, 3, H, W) float32 pixels in [0, 1] to (n, classes) float32 logits, or to a detector's
+        `HeadOutputs`.
         """
         config = self.config
         return with_normalizer(self.model, config.pixel_mean, config.pixel_std).eval()
+
+    @property
+    def detector(self) -> Detector:
+        """`model` of a run that trained a detector, in eval mode.
+
+        It takes (n, 3, H, W) float32 images, normalised with `config.pixel_mean` and `pixel_std`,
+        and then 0 outside of each image.
+
+        Raises:
+            UserError: the run trained a classifier.
+        """
+        if self.config.task != "detection":
+            raise UserError(
+                f"RUN {self.folder.root}: of a classifier, {self.config.arch}; this takes "
+                "detectors only"
+            )
+        return cast(Detector, self.model.eval())
+
+
+def refuse_detector(config: TrainConfig, origin: str, why: str) -> None:
+    """Keeps detectors from what only classifiers have.
+
+    Args:
+        config: Of the run.
+        origin: The flag, and the run or what else was asked for.
+        why: What is for classifiers alone, or what to do instead.
+
+    Raises:
+        UserError: the run trained a detector.
+    """
+    if config.task == "detection":
+        raise UserError(f"{origin}: of a detector, {config.arch}; {why}")
 
 
 def is_run(subject: str | Path) -> bool:
@@ -85,7 +120,7 @@ def load_run(
             of which a copy takes the weights.
 
     Returns:
-        The run; its `network` takes pixels.
+        The run; its `network` takes pixels, the `detector` of one that detects normalised images.
 
     Raises:
         UserError: not a run's folder, no such checkpoint, a damaged or foreign one, or weights that
@@ -116,6 +151,12 @@ def load_run(
 
 def _build(config: TrainConfig, num_classes: int, own: nn.Module | None) -> nn.Module:
     """The run's network, with any weights: the one that its config names, or a copy of `own`."""
+    if config.task == "detection":
+        if own is not None:
+            raise UserError(
+                f"model: the run trained {config.arch}, built by its name; leave it out"
+            )
+        return build_detector(config.arch, num_classes)
     standardize = config.normalization == "per-image"
     if own is not None:
         return adopt(

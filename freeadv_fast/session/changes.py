@@ -17,7 +17,7 @@ from freeadv_fast.errors import UserError
 
 # What may change. Everything else is in the weights that are there.
 BUDGET = ("epochs", "steps", "max_passes")
-EVALUATION = ("eval_attacks", "eval_images", "eval_step", "export")
+EVALUATION = ("eval_attacks", "eval_images", "eval_step", "eval_corruptions", "export")
 SURROUNDINGS = (
     "data",  # the same images under another path
     "phase_data",

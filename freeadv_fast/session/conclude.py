@@ -5,35 +5,34 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from freeadv_fast.data.build import build_val_loader
+from freeadv_fast.data.coco.loader import DetectionLoader
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.autoattack.ledger import forget
-from freeadv_fast.evaluation.class_words import class_words
-from freeadv_fast.evaluation.evaluate import Evaluation, evaluate
+from freeadv_fast.evaluation.detection.corruptions import parse_corruptions
+from freeadv_fast.evaluation.detection.evaluate import DetectionEvaluation, evaluate_detector
+from freeadv_fast.evaluation.evaluate import evaluate
 from freeadv_fast.evaluation.images import whole_val_loader
 from freeadv_fast.models.half_weights import drop_half_weights
 from freeadv_fast.models.normalize import with_normalizer
 from freeadv_fast.models.own import hand_back
+from freeadv_fast.models.retinanet import Detector
 from freeadv_fast.runs import checkpoint
 from freeadv_fast.runs.environment import hardware, versions
-from freeadv_fast.runs.export.trained import card_left_alone, export_trained, withdraw
-from freeadv_fast.runs.log import read_log, write_json
+from freeadv_fast.runs.export.trained import withdraw
+from freeadv_fast.runs.log import write_json
+from freeadv_fast.session import outputs
 from freeadv_fast.session.averages import average_state, weights_of
-from freeadv_fast.session.guard import CHECK_ATTACK, Count
+from freeadv_fast.session.guard import Count
+from freeadv_fast.session.outputs import Measured
 from freeadv_fast.session.prepare import remake_folder
 from freeadv_fast.session.result import Result
 from freeadv_fast.session.run import Run
 from freeadv_fast.session.selection import exceeds_chance, measure_held_out, score
-from freeadv_fast.session.signals import Interrupted
 from freeadv_fast.session.summary import summary
-
-NUM_PICTURED = 6
 
 
 def conclude(run: Run) -> Result:
@@ -54,7 +53,7 @@ def conclude(run: Run) -> Result:
         best, of_best = compare(run, last, average, chosen)
         measured.append(of_best)
     result = describe(run, last, average, best, time.perf_counter() - started)
-    world.on_main(lambda: leave_behind(run, result, average, chosen))
+    world.on_main(lambda: leave_behind(run, result, last, average, chosen))
     if run.own_model is not None:
         hand_back(run.model, run.own_model)
     world.on_main(lambda: forget([path for each in measured for path in each.ledgers]))
@@ -66,12 +65,27 @@ def conclude(run: Run) -> Result:
     return result
 
 
-def measure(run: Run, label: str) -> Evaluation:
-    """Accuracies of the network as it is, on the validation images."""
+def measure(run: Run, label: str) -> Measured:
+    """What the network as it is comes to on the validation images."""
     config, world = run.config, run.world
+    model, loader = run.model, run.loaders.val
+    if isinstance(model, Detector) and isinstance(loader, DetectionLoader):
+        return evaluate_detector(
+            model,
+            loader,
+            run.attacks,
+            run.evaluation_threat,
+            parse_corruptions(config.eval_corruptions),
+            world=world,
+            mean=config.pixel_mean,
+            std=config.pixel_std,
+            seed=config.seed,
+            label=label,
+            folder=run.folder.root,
+        )
     return evaluate(
-        run.model,
-        run.loaders.val,
+        model,
+        loader,
         run.attacks,
         run.evaluation_threat,
         world=world,
@@ -94,7 +108,7 @@ class Average:
     """
 
     state: dict[str, Any]
-    measured: Evaluation
+    measured: Measured
 
 
 def measured_average(run: Run) -> Average | None:
@@ -124,8 +138,8 @@ def chosen_state(run: Run) -> dict[str, Any] | None:
 
 
 def compare(
-    run: Run, last: Evaluation, average: Average | None, chosen: dict[str, Any]
-) -> tuple[dict[str, Any], Evaluation]:
+    run: Run, last: Measured, average: Average | None, chosen: dict[str, Any]
+) -> tuple[dict[str, Any], Measured]:
     """What the chosen weights come to: for result.json, and all of it.
 
     Averaged weights are compared with the last average: plain ones are another kind.
@@ -150,7 +164,7 @@ def compare(
             with weights_of(run, chosen):
                 best = measure(run, "best weights")
             is_better = is_beyond_chance(run)
-    record = {"epoch": chosen["epoch"], "is_averaged": is_averaged, **accuracies(best)}
+    record = {"epoch": chosen["epoch"], "is_averaged": is_averaged, **findings(best)}
     return record | {"is_last": is_last, "is_better": is_better}, best
 
 
@@ -164,7 +178,11 @@ def is_beyond_chance(run: Run) -> bool:
 
 
 def leave_behind(
-    run: Run, result: Result, average: Average | None, chosen: dict[str, Any] | None
+    run: Run,
+    result: Result,
+    measured: Measured,
+    average: Average | None,
+    chosen: dict[str, Any] | None,
 ) -> None:
     """Writes the export, result.json, and then what no run may fail for.
 
@@ -179,31 +197,23 @@ def leave_behind(
             attempt_export(run, result, "average")
     else:  # what a session before this one has exported is of other weights
         folder = run.folder.export_average
-        attempt(run, f"not removed, of an earlier session: {folder}", lambda: withdraw(folder))
+        outputs.attempt(
+            run, f"not removed, of an earlier session: {folder}", lambda: withdraw(folder)
+        )
     write_json(run.folder.result, result.record())
-    attempt(run, "kept as it is: last.pt", lambda: drop_what_is_spent(run))
-    draw(run)
-    attempt(run, f"not written: {run.folder.report}", lambda: write_report(run))
+    outputs.attempt(run, "kept as it is: last.pt", lambda: drop_what_is_spent(run))
+    outputs.draw(run, measured)
+    outputs.attempt(run, f"not written: {run.folder.report}", lambda: outputs.write_report(run))
 
 
 def attempt_export(run: Run, result: Result, weights: str) -> None:
     """Exports the network as it is, unless something fails that no run may fail for."""
     of_weights = "" if weights == "last" else f" --checkpoint {weights}"
-    attempt(
+    outputs.attempt(
         run,
         f"not exported, python launch/export.py {run.folder.root}{of_weights} does it later",
-        lambda: write_export(run, result, weights),
+        lambda: outputs.write_export(run, result, weights),
     )
-
-
-def attempt(run: Run, failure: str, work: Callable[[], object]) -> None:
-    """Does what may fail without the run failing; a line says what is missing then, and why."""
-    try:
-        work()
-    except Interrupted:
-        raise
-    except Exception as error:  # a font, a disk, a library of somebody else's
-        run.log.say(f"{failure}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def drop_what_is_spent(run: Run) -> None:
@@ -220,7 +230,7 @@ def drop_what_is_spent(run: Run) -> None:
 
 def describe(
     run: Run,
-    measured: Evaluation,
+    measured: Measured,
     average: Average | None,
     best: dict[str, Any] | None,
     evaluation_seconds: float,
@@ -238,15 +248,11 @@ def describe(
     return Result(
         **what_was_trained(run),
         **what_it_took(run),
-        clean_accuracy=measured.clean_accuracy,
-        clean_top5_accuracy=measured.clean_top5,
-        robust_accuracy=measured.robust_accuracy,
-        attack_parts=measured.attack_parts,
-        attack_log=measured.log,
+        **findings(measured),
         evaluation_seconds=round(evaluation_seconds, 3),
         attack_step=str(config.eval_step),
         num_eval_images=measured.num_images,
-        num_clean_images=measured.num_clean_images,
+        num_clean_images=getattr(measured, "num_clean_images", None),
         holdout_images=holdout.num_images if holdout else 0,
         best_epoch=best["epoch"] if best else -1,
         best=best,
@@ -294,11 +300,13 @@ def of_average(average: Average | None) -> dict[str, Any] | None:
     """What averaged weights come to, for result.json; None where there are none."""
     if average is None:
         return None
-    return {"decay": average.state["decay"], **accuracies(average.measured)}
+    return {"decay": average.state["decay"], **findings(average.measured)}
 
 
-def accuracies(measured: Evaluation) -> dict[str, Any]:
-    """What weights beside the last ones come to, for result.json."""
+def findings(measured: Measured) -> dict[str, Any]:
+    """What weights come to, for result.json."""
+    if isinstance(measured, DetectionEvaluation):
+        return {"detection": measured.record()}
     return {
         "clean_accuracy": measured.clean_accuracy,
         "clean_top5_accuracy": measured.clean_top5,
@@ -321,64 +329,3 @@ def gradient_traffic(run: Run) -> dict[str, Any] | None:
         "bytes_an_update": round(learner.gradient_bytes / learner.compressed_updates),
         "float32_bytes_an_update": 2 * (size - 1) * 4 * num_elements // size,
     }
-
-
-def draw(run: Run) -> None:
-    """Draws the training curves and a grid of validation images under the first attack."""
-    plots = run.folder.plots
-    curves, pictures = plots / "training.png", plots / "perturbations.png"
-    attempt(run, f"not drawn: {curves}", lambda: draw_curves(run, curves))
-    if run.attacks:
-        attempt(run, f"not drawn: {pictures}", lambda: draw_pictures(run, pictures))
-
-
-def write_report(run: Run) -> None:
-    """Writes the page that a person reads, from all that the folder holds by now."""
-    # Imported here, where it delays no start.
-    from freeadv_fast.evaluation.page import write_page
-
-    run.log.say(f"report: {write_page(run.folder.root)}")
-
-
-def draw_curves(run: Run, path: Path) -> None:
-    """Draws what log.jsonl holds."""
-    # Imported here, where it delays no start.
-    from freeadv_fast.evaluation import report
-
-    path.parent.mkdir(exist_ok=True)
-    report.plot_training(read_log(run.folder.log), path)
-
-
-def draw_pictures(run: Run, path: Path) -> None:
-    """Draws some validation images, their perturbations and what the network takes them for."""
-    from freeadv_fast.evaluation import report
-
-    config = run.config
-    path.parent.mkdir(exist_ok=True)
-    alone = dataclasses.replace(run.world, rank=0, size=1)
-    batch = next(iter(build_val_loader(config, alone, NUM_PICTURED).epoch(0)))
-    report.plot_perturbations(
-        with_normalizer(run.model, config.pixel_mean, config.pixel_std),
-        batch.images,
-        batch.labels,
-        class_words(run.loaders.val.classes, config.data),
-        next((attack for attack in run.attacks if attack.has_step), CHECK_ATTACK),
-        run.evaluation_threat,
-        path,
-        num_columns=NUM_PICTURED,
-    )
-
-
-def write_export(run: Run, result: Result, weights: str) -> None:
-    """Writes the network as it is for use elsewhere."""
-    folder = run.folder.export_average if weights == "average" else run.folder.export
-    export_trained(
-        run.model,
-        folder,
-        config=run.config,
-        classes=run.loaders.train.classes,
-        record=result.record(),
-        weights=weights,
-    )
-    if (line := card_left_alone(folder)) is not None:
-        run.log.say(line)

@@ -98,6 +98,8 @@ def build_guard(
 ) -> Guard:
     """The run's guard; it is off where nothing needs it, and where no images are held out.
 
+    A detector holds none out: no image of it is right or wrong.
+
     Args:
         config: The run. loaders: Of its phase.
         method: That of the phase.
@@ -105,7 +107,8 @@ def build_guard(
         world: This process among the others.
         is_recorded: Whether updates are, so that checks can be.
     """
-    if not method.seeks_robustness or config.guard_every == 0:
+    is_needed = method.seeks_robustness and config.task == "classification"
+    if not is_needed or config.guard_every == 0:
         return Guard(config, None, history, world)
     if loaders.guard is None:
         say(world, "guard: off, for no training images are held out (--holdout-images 0)")

@@ -19,18 +19,26 @@ from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.distributed.compress import GradientCompression
 from freeadv_fast.distributed.world import World, is_main_rank
 from freeadv_fast.errors import UserError, blaming
-from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
+from freeadv_fast.models.batch_norm import (
+    DualNetwork,
+    add_auxiliary_bn,
+    apply_bn_groups,
+)
 from freeadv_fast.models.fused import fuse_batch_norms
 from freeadv_fast.models.half_weights import use_half_weights
 from freeadv_fast.models.own import adopt, is_own
+from freeadv_fast.models.retinanet import Detector, build_detector
 from freeadv_fast.models.stem import use_space_to_depth
 from freeadv_fast.models.zoo import build_model, check_image_size
 from freeadv_fast.runs import checkpoint
+from freeadv_fast.runs.backbone import load_into_detector
 from freeadv_fast.session.run import say
 from freeadv_fast.step.averaging import WeightAverage
+from freeadv_fast.step.detection import Detection
 from freeadv_fast.step.graphs import WARM_UP, WARM_UP_OF_RANKS, CudaRecorder, GraphRunner
 from freeadv_fast.step.learner import Learner, Pixels
 from freeadv_fast.step.optim import build_optimizer, is_capturable
+from freeadv_fast.step.task import Classification, Task
 from freeadv_fast.step.trial import Trial
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,6 +54,8 @@ def build_network(
         is_fresh: Whether no checkpoint brings the weights.
         own: The caller's network, in place of the one that ``config.arch`` names.
     """
+    if config.task == "detection":
+        return build_own_detector(config, classes, is_fresh=is_fresh)
     options: dict[str, Any] = {
         "per_image_standardize": config.normalization == "per-image",
         "bn_group": config.bn_group,
@@ -61,10 +71,29 @@ def build_network(
     if config.init_from is not None and is_fresh:
         state = checkpoint.load_checkpoint(Path(config.init_from), "--init-from")
         origin = f"--init-from {config.init_from}"
-        remarks = checkpoint.load_weights(model, state, config.arch, origin, is_fine_tuned=True)
-        if remarks and is_main_rank():
-            print(*remarks, sep="\n", flush=True)
+        tell(checkpoint.load_weights(model, state, config.arch, origin, is_fine_tuned=True))
     return model
+
+
+def build_own_detector(config: TrainConfig, classes: list[str], *, is_fresh: bool) -> Detector:
+    """The detector that the config names, its backbone or all of it from ``--init-from``.
+
+    Arguments are those of `build_network`.
+    """
+    model = build_detector(config.arch, len(classes))
+    if config.bn_group is not None:
+        apply_bn_groups(model, config.bn_group)
+    if config.init_from is None or not is_fresh:
+        return model
+    state = checkpoint.load_checkpoint(Path(config.init_from), "--init-from")
+    tell(load_into_detector(model, state, config.arch, f"--init-from {config.init_from}"))
+    return model
+
+
+def tell(remarks: list[str]) -> None:
+    """Prints what the user should know, once for all ranks."""
+    if remarks and is_main_rank():
+        print(*remarks, sep="\n", flush=True)
 
 
 def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: Budget) -> Learner:
@@ -130,7 +159,7 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
         num_ranks=world.size,
         attack_scale_at=attack_scale_at,
         compression=compression,
-        label_smoothing=config.label_smoothing,
+        task=build_task(config, model),
     )
     if config.ema is not None:
         learner.average = WeightAverage(learner.network, config.ema)
@@ -141,6 +170,13 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
             trial = Trial(learner.changing_tensors, world, recorder)
         learner.record_with(GraphRunner(lambda line: say(world, line), recorder, warm_up, trial))
     return learner
+
+
+def build_task(config: TrainConfig, model: nn.Module) -> Task:
+    """What the network is trained to do."""
+    if isinstance(model, Detector):
+        return Detection(model, config.attack_loss)
+    return Classification(config.label_smoothing)
 
 
 def over_ranks(
@@ -229,7 +265,8 @@ def wants_half_weights(config: TrainConfig, world: World) -> bool:
     """Whether layers read copies of their weights in half precision, which the optimizer writes.
 
     A network of the user's own may change its weights in ways that leave no trace
-    (`models.half_weights`), and GradAlign's term wants autograd alone.
+    (`models.half_weights`), GradAlign's term wants autograd alone, and a detector's head adds the
+    gradients of five maps up in one weight.
     """
     return (
         "half-weights" in ops.FAST_PATHS
@@ -239,6 +276,7 @@ def wants_half_weights(config: TrainConfig, world: World) -> bool:
         and config.optimizer == "sgd"
         and not config.is_second_order
         and not is_own(config.arch)
+        and config.task == "classification"
     )
 
 

@@ -22,6 +22,7 @@ from freeadv_fast.data.kept import recognise
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.autoattack.package import refuse_unfit
+from freeadv_fast.evaluation.detection.evaluate import refuse_unmeasurable
 from freeadv_fast.models.own import arch_of, freeze_unused, refuse_unnamed_network
 from freeadv_fast.runs.checkpoint import LAST, PREVIOUS
 from freeadv_fast.runs.environment import environment
@@ -111,7 +112,9 @@ def build_run(
             say(world, line)
     phase_loaders = world.together(lambda: deal_images(config, world, opened, held_out))
     classes = phase_loaders[-1].train.classes
-    if config.eps.levels:
+    if config.task == "detection":
+        world.together(lambda: refuse_unmeasurable(config.eval_corruptions))
+    elif config.eps.levels:
         attacks = parsed(config.eval_attacks)
         world.together(lambda: refuse_unfit(attacks, len(classes), "--eval-attacks"))
     budget = Budget.of(config, [loaders.train.num_batches for loaders in phase_loaders])

@@ -30,6 +30,8 @@ class Result:
             the first minibatch, or, where updates are recorded (--graphs), of the first one with a
             recording. Until then algorithms are timed and kernels compiled.
         robust_accuracy: Accuracy under each attack at `eps`, by the attack's name.
+        detection: Null, or what a detector comes to, which has no accuracies
+            (`DetectionEvaluation.record`).
         attack_parts: Of attacks of several parts (``autoattack``), by name: the accuracy that still
             stands after each part.
         attack_log: Name of AutoAttack's log of these in the folder; null where it was not run.
@@ -45,7 +47,7 @@ class Result:
             these last ones.
         average: Null, or what the average of the weights comes to at the end: ``decay``,
             ``clean_accuracy``, ``clean_top5_accuracy``, ``robust_accuracy``, ``attack_parts``,
-            ``attack_log`` as above.
+            ``attack_log`` as above, or a detector's ``detection``.
         gradients: Null, or how they travelled where --compress is on: ``codec``, ``machines``
             (more than 1: within each, float32 is averaged first, whose bytes are not counted),
             ``bytes_sent`` (by rank 0, in all sessions), ``bytes_an_update`` (of those that were
@@ -71,9 +73,10 @@ class Result:
     train_seconds: float
     warm_up_seconds: float | None = None
     passes_per_second: float
-    clean_accuracy: float
-    clean_top5_accuracy: float | None
-    robust_accuracy: dict[str, float]
+    clean_accuracy: float | None = None
+    clean_top5_accuracy: float | None = None
+    robust_accuracy: dict[str, float] = dataclasses.field(default_factory=dict)
+    detection: dict[str, Any] | None = None
     attack_parts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     attack_log: str | None = None
     evaluation_seconds: float | None = None
@@ -99,8 +102,9 @@ class Result:
     def model(self) -> nn.Module:
         """The evaluated network, in eval mode.
 
-        (n, 3, H, W) float32 pixels in [0, 1] to (n, classes) logits, on the device that it was
-        trained on; on the CPU where the run was found finished. Children `normalize` and `model`.
+        (n, 3, H, W) float32 pixels in [0, 1] to (n, classes) logits, or to a detector's
+        `HeadOutputs`, on the device that it was trained on; on the CPU where the run was found
+        finished. Children `normalize` and `model`.
         """
         return self.load_model()
 

@@ -195,6 +195,13 @@ def gradient_lines(config: TrainConfig, compression: GradientCompression | None)
 def evaluation_text(config: TrainConfig, num_images: int) -> str:
     """The attacks on the trained network."""
     images = f"on {num_images:,} validation images"
+    if config.task == "detection":
+        corruptions = f", {counted(len(config.eval_corruptions), 'corruption')}"
+        attacks = f", {', '.join(config.eval_attacks)} at eps {config.eps}"
+        return (
+            f"average precision{attacks * bool(config.eps.levels)}"
+            f"{corruptions * bool(config.eval_corruptions)} {images}"
+        )
     if not config.eps.levels:
         return f"clean accuracy {images}"
     attacks = ", ".join(config.eval_attacks)

@@ -5,18 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from freeadv_fast.evaluation.accuracy import accuracy_table, side_by_side
+from freeadv_fast.evaluation.detection.evaluate import DetectionEvaluation
 from freeadv_fast.evaluation.evaluate import Evaluation
 from freeadv_fast.session.result import Result
 
 
-def summary(result: Result, measured: Evaluation) -> list[str]:
+def summary(result: Result, measured: Evaluation | DetectionEvaluation) -> list[str]:
     """The result as lines for the terminal."""
     lines = [
         f"{result.method} {result.arch}: {result.passes:,} passes in {result.train_seconds:.1f} s "
         f"({result.passes_per_second:.0f} passes/s)",
         f"last weights at eps {result.eps}",
-        *accuracy_table(measured, result.attack_step).splitlines(),
     ]
+    if isinstance(measured, DetectionEvaluation):
+        lines += measured.lines(result.attack_step)
+    else:
+        lines += accuracy_table(measured, result.attack_step).splitlines()
     if (sent := result.gradients) is not None:
         saved = sent["float32_bytes_an_update"] / sent["bytes_an_update"]
         lines.append(
@@ -25,7 +29,8 @@ def summary(result: Result, measured: Evaluation) -> list[str]:
             + (", without what is averaged within a machine" if sent["machines"] > 1 else "")
         )
     lines += beside_the_last(result)
-    exported = f"exported: the {result.exported} weights (--export last or best)"
+    choice = " (--export last or best)" if result.detection is None else ""
+    exported = f"exported: the {result.exported} weights{choice}"
     return [*lines, exported + ", and the averaged ones" * (result.average is not None)]
 
 
@@ -37,12 +42,16 @@ def beside_the_last(result: Result) -> list[str]:
     """
     others: dict[str, dict[str, Any]] = {}
     best, average = result.best, result.average
+    if result.detection is not None:
+        precision = average and average["detection"]["clean"]["AP"]
+        return [] if precision is None else [f"averaged weights: AP {precision:.1%}"]
     if average is not None:
         others["average"] = average
     if best is not None and not best["is_last"]:
         others[f"best, of epoch {best['epoch']}"] = best
     if not others:
         return []
+    assert result.clean_accuracy is not None  # of a classifier
     columns = {"last": (result.clean_accuracy, result.robust_accuracy)}
     columns |= {
         t: (other["clean_accuracy"], other["robust_accuracy"]) for t, other in others.items()

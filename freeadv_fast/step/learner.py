@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,9 +27,10 @@ from freeadv_fast.models.half_weights import half_copy
 from freeadv_fast.step.averaging import WeightAverage
 from freeadv_fast.step.graphs import GraphRunner, Step
 from freeadv_fast.step.meters import Meters, Role
-from freeadv_fast.step.mixing import Labels, cross_entropy_sum, num_hits
+from freeadv_fast.step.mixing import Labels
 from freeadv_fast.step.parts import WHOLE, InParts
 from freeadv_fast.step.sgd import MasterSgd
+from freeadv_fast.step.task import Classification, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,7 @@ class Learner:
         attack_scale_at: Share of its full length at which an attack steps, by the index of the
             update; methods that warm their attack up multiply by it.
         compression: What averages gradients over the ranks in place of an all-reduce.
-        label_smoothing: Share of a label that is spread over all classes, in [0, 1), in the losses
-            that train weights.
+        task: What the network is trained to do; to classify by default.
 
     Attributes:
         minibatch_size: Images that go through the network together, at most; an update on more is
@@ -89,7 +88,7 @@ class Learner:
         num_ranks: int = 1,
         attack_scale_at: Callable[[int], float] = lambda update: 1.0,
         compression: GradientCompression | None = None,
-        label_smoothing: float = 0.0,
+        task: Task | None = None,
     ) -> None:
         """Starts at update 0."""
         device = pixels.mean.device
@@ -101,7 +100,7 @@ class Learner:
         self.num_ranks = num_ranks
         self.attack_scale_at = attack_scale_at
         self.compression = compression
-        self.label_smoothing = label_smoothing
+        self.task = task or Classification()
         self._bytes_before = 0
         self.compressed_updates = 0
         self.updates = 0
@@ -152,6 +151,12 @@ class Learner:
         return self.attack_scale_at(self.updates)
 
     @property
+    def label_smoothing(self) -> float:
+        """Share of a classifier's label that is spread over all classes, in [0, 1)."""
+        assert isinstance(self.task, Classification)
+        return self.task.label_smoothing
+
+    @property
     def gradient_bytes(self) -> int:
         """Bytes of compressed gradients that have left this rank, in all sessions of the run."""
         own = self.compression.bytes_sent if self.compression is not None else 0
@@ -191,8 +196,8 @@ class Learner:
         *,
         attack: bool = False,
         evaluating: bool = False,
-    ) -> Tensor:
-        """Logits at network input `x`, in float32 or float64; autocast in half precision.
+    ) -> Any:
+        """The network's outputs at its input `x`, autocast in half precision.
 
         Args:
             x: (n, 3, H, W) network input.
@@ -200,12 +205,18 @@ class Learner:
             attack: Whether no weight's gradient will be asked for, so that data parallelism has
                 nothing to prepare.
             evaluating: Whether the network is in eval mode; for attacks as well.
+
+        Returns:
+            (n, classes) logits of a classifier, in float32 or float64; what a detector's task
+            takes.
         """
         net = self.module if attack else self.net
         net = self.evaluating if evaluating else net
         with self.autocast():
-            logits: Tensor = net(x) if branch is None else net(x, branch)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+            outputs = net(x) if branch is None else net(x, branch)
+        if not isinstance(outputs, Tensor):
+            return outputs
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
 
     def loss(
         self,
@@ -217,37 +228,30 @@ class Learner:
         branch: Branch | None = None,
         weight: float = 1.0,
     ) -> Tensor:
-        """Cross-entropy at network input `x`: this rank's weighted sum over the global size.
+        """The task's loss at network input `x`: this rank's weighted sum over the global size.
 
         Data parallelism averages gradients over the ranks, hence the factor `num_ranks`: the
         update is the gradient of the global mean also when ranks hold different counts.
 
         Args:
             x: (n, 3, H, W) network input.
-            labels: (n,) int64, or mixed ones.
+            labels: (n,) int64, or mixed ones; a detector's `step.objects`.
             global_size: Images of the minibatch over all ranks, each counted with its weight.
             role: What the pass is for; the meters keep roles apart.
             branch: Batch-norm branch of a `DualNetwork`; None for a network without branches.
             weight: Of each of these images in the minibatch.
         """
-        loss_sum = self.cross_entropy(self.forward(x, branch), labels, role=role)
-        return self.share(loss_sum, global_size, weight)
+        outputs = self.forward(self.task.seen(x, labels), branch)
+        return self.share(self.loss_sum(outputs, labels, role=role), global_size, weight)
 
-    def cross_entropy(self, logits: Tensor, labels: Labels, *, role: Role) -> Tensor:
-        """Cross-entropy summed over the images of a pass, which the meters count.
-
-        With `label_smoothing`: it is the loss that trains weights.
+    def loss_sum(self, outputs: Any, labels: Labels, *, role: Role) -> Tensor:
+        """The loss that trains weights, summed over the images of a pass, which the meters count.
 
         Args:
-            logits: (n, classes). labels: (n,) int64, or mixed ones.
+            outputs: The network's. labels: A row an image.
             role: What the pass is for.
         """
-        if isinstance(labels, Tensor):
-            sums = self.meters.of(role)
-            return ops.cross_entropy_sum_(logits, labels, sums, self.label_smoothing)
-        loss_sum = cross_entropy_sum(logits, labels, self.label_smoothing)
-        self.meters.add(role, loss_sum.detach(), num_hits(logits.detach(), labels), len(logits))
-        return loss_sum
+        return self.task.loss_sum(outputs, labels, self.meters.of(role))
 
     def share(self, loss_sum: Tensor, global_size: float, weight: float = 1.0) -> Tensor:
         """A sum over this rank's images as its share of the mean over all ranks; see `loss`."""
@@ -262,7 +266,7 @@ class Learner:
         towards: bool = False,
         smoothed: bool = False,
     ) -> Tensor:
-        """Gradient of the mean cross-entropy at network input `x`, and of nothing else.
+        """Gradient of the task's mean loss at network input `x`, and of nothing else.
 
         No weight's gradient is computed, which saves a third of a backward pass's products. fp16's
         loss scale stays in it: only its sign and its direction mean anything. The mean, because
@@ -271,19 +275,15 @@ class Learner:
 
         Args:
             x: (n, 3, H, W) network input, a leaf; its own gradient is not set.
-            labels: (n,) int64.
+            labels: A row an image.
             branch: Batch-norm branch of a `DualNetwork`; None for a network without branches.
             towards: Whether ascent should lead towards `labels` (a targeted attack) instead of
                 away from them.
-            smoothed: Whether the loss is the one that trains weights, with `label_smoothing`.
+            smoothed: Whether the loss is the one that trains weights, with smoothed labels.
         """
         x = x.detach().requires_grad_()
-        loss_sum = F.cross_entropy(
-            self.forward(x, branch, attack=True),
-            labels,
-            reduction="sum",
-            label_smoothing=self.label_smoothing if smoothed else 0.0,
-        )
+        outputs = self.forward(self.task.seen(x, labels), branch, attack=True)
+        loss_sum = self.task.attack_loss_sum(outputs, labels, smoothed=smoothed)
         loss = (-loss_sum if towards else loss_sum) / len(x)
         (gradient,) = torch.autograd.grad(self.scaler.scale(loss), x)
         return gradient

@@ -14,7 +14,7 @@ from freeadv_fast.evaluation import page, report
 from freeadv_fast.evaluation.evaluate import Evaluation
 from freeadv_fast.runs import environment, log
 from freeadv_fast.runs.checkpoint import load_checkpoint
-from freeadv_fast.session import conclude, selection
+from freeadv_fast.session import conclude, outputs, selection
 from freeadv_fast.session.guard import Count
 from freeadv_fast.session.selection import exceeds_chance
 
@@ -96,10 +96,10 @@ def test_the_result_is_written_before_anything_is_drawn(run, monkeypatch):
             path.touch()
         return dataclasses.replace(real(run, label), ledgers=(paths[0],))
 
-    def look(run):
+    def look(run, _):
         seen.append((run.folder.result.exists(), (run.folder.export / "config.json").exists()))
 
-    monkeypatch.setattr(conclude, "draw", look)
+    monkeypatch.setattr(outputs, "draw", look)
     monkeypatch.setattr(conclude, "measure", measure)
     folder, result, _ = run("--max-passes", "48")
     assert seen == [(True, True)]
@@ -111,7 +111,7 @@ def test_averaged_and_best_weights_say_what_stood_each_part():
     measured = Evaluation(
         0.9, None, {"autoattack": 0.4}, 8, 8, 1.0, {"autoattack": {"square": 0.4}}, log="a.log"
     )
-    record = conclude.accuracies(measured)
+    record = conclude.findings(measured)
     assert (record["attack_parts"], record["attack_log"]) == (
         {"autoattack": {"square": 0.4}},
         "a.log",
@@ -120,7 +120,7 @@ def test_averaged_and_best_weights_say_what_stood_each_part():
 
 def test_an_export_that_fails_does_not_take_the_result_with_it(run, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(conclude, "export_trained", breaks)
+        patch.setattr(outputs, "export_trained", breaks)
         folder, result, said = run("--max-passes", "48")
     assert result["passes"] == 48
     assert f"not exported, python launch/export.py {folder} does it later: RuntimeError" in said

@@ -17,7 +17,7 @@ from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.methods.free import Free
 from freeadv_fast.methods.gradalign import GradAlign
 from freeadv_fast.runs.checkpoint import load_checkpoint
-from freeadv_fast.session import conclude, rewind
+from freeadv_fast.session import outputs, rewind
 from freeadv_fast.session.signals import Interrupted
 
 # Four data epochs of six minibatches of two updates each. The guard looks after every second
@@ -30,7 +30,7 @@ LR = 0.05
 @pytest.fixture(autouse=True)
 def _no_export(monkeypatch):
     """It takes longer than the training here."""
-    monkeypatch.setattr(conclude, "write_export", lambda *_: None)
+    monkeypatch.setattr(outputs, "write_export", lambda *_: None)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from freeadv_fast.session import conclude
+from freeadv_fast.session import outputs
 
 # One server a test process, with everything that a training run imports.
 SERVER = multiprocessing.get_context("forkserver")
@@ -50,7 +50,7 @@ def become(
         os.close(file)
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
-    conclude.draw = lambda run: None  # as in conftest.py
+    outputs.draw = lambda *_: None  # as in conftest.py
     torch.set_num_threads(1)
     runpy.run_path(script, run_name="__main__")
 

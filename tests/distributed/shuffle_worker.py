@@ -62,6 +62,34 @@ def exchange_all(world):
     return found
 
 
+def make_targets(counts, rank):
+    """A detector's, (n, 3, 5): any bits, so NaN, infinities and denormals too."""
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randint(
+        -(2**31), 2**31, (counts[rank], 3, 5), generator=generator, dtype=torch.int32
+    ).view(torch.float32)
+
+
+def exchange_targets(world):
+    """What arrived of images with targets, as bits, and what came back."""
+    found = {}
+    for name in ("uint8", "float16", "odd row bytes", "ragged", "an empty rank"):
+        count_rows, shape, dtype = CASES[name]
+        counts = count_rows(world.size)
+        images, _ = make_rows(counts, world.rank, shape, dtype)
+        rows = images, make_targets(counts, world.rank)
+        exchange = world.shuffle(*rows, seed=SEED, step=3, counts=counts)
+        arrived = exchange.wait()
+        back = world.unshuffle(*arrived, seed=SEED, step=3, counts=counts).wait()
+        found[name] = {
+            "rows": rows, "arrived": arrived, "back": back, "bytes_sent": exchange.bytes_sent
+        }  # fmt: skip
+        if len(set(counts)) == 1:
+            order = world.shuffle_order(counts[0], seed=SEED, step=3)
+            found[name]["in_order"] = world.shuffle_in_order(*rows, order).wait()
+    return found
+
+
 def exchange_with_gradient(world):
     """Gradients and second-order gradients of a weighted sum of what arrived."""
     counts = [6 + rank for rank in range(world.size)]
@@ -97,7 +125,8 @@ def main(task, output):
     torch.set_num_threads(1)
     world = join_world()
     if task == "cases":
-        found = {"cases": exchange_all(world), "gradient": exchange_with_gradient(world),
+        found = {"cases": exchange_all(world), "targets": exchange_targets(world),
+                 "gradient": exchange_with_gradient(world),
                  "backend": ops.exchange_backend("cpu")}  # fmt: skip
     else:
         found = lose_a_peer(world, task)

@@ -9,6 +9,7 @@ import torch
 from forked import run_ranks
 from freeadv_fast.config.threat import ThreatModel
 from freeadv_fast.models.batch_norm import apply_bn_groups
+from freeadv_fast.step.warm_start import WarmStart
 
 WORKER = Path(__file__).with_name("accumulate_worker.py")
 # Twice two minibatches of 3 images; then 3 images, one part, on rank 0 and 4, two parts, on rank 1.
@@ -53,11 +54,11 @@ def train_alone(worker, name, network, batches):
         counts = [len(images[worker.rows_of(rank, len(images))]) for rank in (0, 1)]
         rows = torch.cat([own[:n] for own, n in zip(slots.chunk(2), counts, strict=True)])
         if name == "free":
-            whole, method.delta = method.delta, method.delta[rows]
+            whole, method.carried = method.carried, WarmStart(method.delta[rows])
         method.train_minibatch(images, labels, len(images))
         if name == "free":
-            whole[rows] = method.delta
-            method.delta = whole
+            whole.delta[rows] = method.delta
+            method.carried = whole
     return method
 
 

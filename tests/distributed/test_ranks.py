@@ -12,6 +12,7 @@ from forked import finish, run_ranks, start_ranks
 from freeadv_fast.distributed.world import join_world
 from freeadv_fast.errors import UserError
 from freeadv_fast.models.batch_norm import apply_bn_groups
+from freeadv_fast.step.warm_start import WarmStart
 
 WORKER = Path(__file__).with_name("free_worker.py")
 RANK_BATCH = 4
@@ -45,10 +46,10 @@ def train_alone(network, batches):
     for images, labels in batches:
         share = len(images) // 2
         rows = torch.cat([torch.arange(share), RANK_BATCH + torch.arange(share)])
-        whole, free.delta = free.delta, free.delta[rows]
+        whole, free.carried = free.carried, WarmStart(free.delta[rows])
         free.train_minibatch(images, labels, len(images))
-        whole[rows] = free.delta
-        free.delta = whole
+        whole.delta[rows] = free.delta
+        free.carried = whole
     return free.delta
 
 

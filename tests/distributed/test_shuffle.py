@@ -90,6 +90,27 @@ def test_an_exchange_in_an_order_drawn_before_is_the_same(ranks, case):
             assert all(map(torch.equal, found["in_order"], found["arrived"]))
 
 
+@pytest.mark.parametrize("case", ["uint8", "float16", "odd row bytes", "ragged", "an empty rank"])
+def test_targets_travel_with_their_images_bit_for_bit(ranks, case):
+    """A detector's targets are float32 of any bits; equal as int32, for NaN equals nothing."""
+    found = [state["targets"][case] for state in ranks]
+    counts = worker.CASES[case][0](len(ranks))
+    sources = torch.from_numpy(shuffle.global_permutation(counts, seed=worker.SEED, step=3))
+    for part, bits in ((0, lambda images: images), (1, lambda targets: targets.view(torch.int32))):
+        sent = torch.cat([state["rows"][part] for state in found])
+        for name, expected in (("arrived", sent[sources]), ("in_order", sent[sources]),
+                               ("back", sent)):  # fmt: skip
+            if name in found[0]:
+                arrived = torch.cat([state[name][part] for state in found])
+                assert arrived.dtype is sent.dtype
+                assert torch.equal(bits(arrived), bits(expected))
+    for rank, (state, count) in enumerate(zip(found, counts, strict=True)):
+        assert state["arrived"][1].shape == (count, 3, 5)
+        leaving = count - shuffle.rows_sent(counts, rank, rank)
+        image_bytes = state["rows"][0][0].nbytes if count else 0
+        assert state["bytes_sent"] == leaving * (image_bytes + 60)
+
+
 def test_a_quarter_of_the_rows_come_from_each_of_four_ranks(ranks):
     if len(ranks) != 4:
         pytest.skip("one number of ranks is enough")

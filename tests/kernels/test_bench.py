@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.ops import FAST_PATHS
 
 
@@ -97,6 +98,38 @@ def test_step_records_floors_competitors_and_what_fails(run_main, tmp_path):
         assert row["share_of_floors"]["flops"] == pytest.approx(share)
         share = row["image_passes_per_second"] * floors[kind]["bytes"]["B2"] / 10e9
         assert row["share_of_floors"]["B2"] == pytest.approx(share)
+
+
+def test_step_of_detectors_beside_torchvisions_own(run_main, tmp_path):
+    """A first update of the same network: every method runs, and no classifier's competitor."""
+    out = tmp_path / "step.json"
+    step = "--arch retinanet_resnet10_fpn_64 --image-size 32 --batch-size 10 --m 1 --rounds 1"
+    names = "natural,eager,free,fast-advprop,plain"
+    run_main("bench_step", *step.split(), "--no-memory", "--methods", names, "--out", out)
+    record = json.loads(out.read_text())
+    assert set(record["results"]) == {"natural", "eager", "free", "fast-advprop"}
+    assert set(record["errors"]) == {"plain"}
+    assert record["errors"]["plain"].endswith("the competitor of detectors is eager")
+    assert "fast-advprop_over_natural" in record["time_ratios"]
+    assert record["floors"] is None
+
+
+def test_a_detectors_minibatch_is_the_same_to_torchvision(bench):
+    """Padding is cut off, pixels are in [0, 1], boxes lie inside and belong to their classes."""
+    step = bench("detection_step")
+    config = TrainConfig(
+        arch="retinanet_resnet10_fpn_64", image_size=40, batch_size=2, **step.FIELDS
+    )
+    images, targets = step.random_minibatch(config, torch.device("cpu"))
+    assert images.shape == (2, 64, 64, 3)
+    assert not images[:, 40:].any()
+    assert not images[:, :, 53:].any()
+    for image, own, pixels in zip(*step.as_torchvision(images, targets), images, strict=True):
+        assert torch.equal((image * 255).round().byte(), pixels[:40, :53].permute(2, 0, 1))
+        assert own["boxes"].shape == (7, 4)
+        assert (own["boxes"][:, 2:] > own["boxes"][:, :2]).all()
+        assert (own["boxes"] <= torch.tensor([53.0, 40.0] * 2)).all()
+        assert own["labels"].max() < 80
 
 
 def test_switches_reach_the_trainer(run_main, tmp_path, monkeypatch, bench):
@@ -311,3 +344,37 @@ def test_cost_of_two_devices_is_refused(run_main, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_main("bench_cost", *files)
     assert "different devices" in capsys.readouterr().err
+
+
+def test_the_detection_study_reads_compares_and_draws(bench, run_main, monkeypatch, tmp_path):
+    """Runs are made once, and only those that the file lacks."""
+    study, made = bench("detection"), []
+
+    def result(method, seed):
+        clean = {"natural": 0.5, "fast-advprop": 0.52, "free": 0.4}[method] + seed / 10
+        return {
+            "eps": "1/255", "passes": 10, "attack_passes": 2, "train_seconds": 3.0,
+            "detection": {
+                "clean": {"AP": clean, "AP50": 0.9}, "mean_corrupted": clean / 2, "seconds": 1.0,
+                "corruptions": {"motion_blur": {"3": clean / 2}},
+                "attacks": {"pgd-10": {"AP": 0.1}},
+            },
+        }  # fmt: skip
+
+    def run(method, seed, folder):
+        made.append((method, seed))
+        return study.row_of(method, seed, result(method, seed))
+
+    monkeypatch.setattr(study, "run", run)
+    out = tmp_path / "detection.json"
+    run_main("detection", "--seeds", "1", "--out", out)
+    run_main("detection", "--seeds", "2", "--out", out)
+    assert made == [(method, seed) for seed in (0, 1) for method in study.METHODS]
+    record = json.loads(out.read_text())
+    assert len(record["runs"]) == 6
+    assert record["runs"][0]["attacks"] == {"pgd-10": 0.1}
+    lines = {line["method"]: line for line in record["summary"]}
+    assert lines["natural"]["mean"]["clean"] == pytest.approx(0.55)
+    assert lines["fast-advprop"]["gain"]["motion blur"] == pytest.approx(0.01)
+    assert lines["free"]["gain"]["mean of the corruptions"] == pytest.approx(-0.05)
+    assert out.with_suffix(".png").stat().st_size > 10_000

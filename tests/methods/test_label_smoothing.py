@@ -15,6 +15,7 @@ from freeadv_fast.methods.build import build_method
 from freeadv_fast.methods.dat import phi
 from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
 from freeadv_fast.step.mixing import MixedLabels
+from freeadv_fast.step.task import Classification
 
 SHARE, BETA = 0.4, 3.0
 # Methods whose attack ascends the loss that trains weights.
@@ -67,7 +68,7 @@ def build(name, network, share, **changes):
     if name in DUAL:
         network = DualNetwork(add_auxiliary_bn(network, 2))
     learner = slow.build_learner(network)
-    learner.label_smoothing = share
+    learner.task = Classification(share)
     config = TrainConfig(
         method=name, image_size=8, batch_size=6, aux_bn_group=2, eps=Perturbation.parse("8/255"),
         sync_speed=False, trades_beta=BETA, **{"m": 1} | OPTIONS.get(name, {}) | changes,
@@ -133,7 +134,7 @@ def test_which_attacks_ascend_it(small_network, name):
 def test_the_learners_loss_is_torchs(small_network, share):
     """Of plain and of mixed labels, with gradients; without smoothing to the bit."""
     learner = slow.build_learner(small_network(torch.float64))
-    learner.label_smoothing = share
+    learner.task = Classification(share)
     ((images, labels),) = slow.minibatches([6])
     mixed = MixedLabels(labels, labels.flip(0), 0.3)
     torchs = functools.partial(F.cross_entropy, reduction="sum", label_smoothing=share)
@@ -143,7 +144,7 @@ def test_the_learners_loss_is_torchs(small_network, share):
         (mixed, lambda z: 0.3 * torchs(z, mixed.own) + 0.7 * torchs(z, mixed.other)),
     ):
         values = []
-        ours = functools.partial(learner.cross_entropy, labels=asked, role="clean")
+        ours = functools.partial(learner.loss_sum, labels=asked, role="clean")
         for loss in (ours, expected):
             logits = learner.forward(x).detach().requires_grad_()
             value = loss(logits)

@@ -14,6 +14,7 @@ from freeadv_fast.config.file import NOT_SAVED
 from freeadv_fast.config.method_fields import READERS
 from freeadv_fast.config.method_names import METHODS
 from freeadv_fast.config.read import field_types
+from freeadv_fast.config.task_fields import TASK_READERS
 from freeadv_fast.recipes.catalogue import RECIPES
 
 
@@ -74,7 +75,9 @@ def test_every_field_is_in_a_group_and_has_a_text_and_a_stand_in():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_flags_of_other_methods_are_hidden(shown, method):
-    hidden = {f"--{n.replace('_', '-')}" for n, readers in READERS.items() if method not in readers}
+    names = {name for name, readers in READERS.items() if method not in readers}
+    names |= {name for name, task in TASK_READERS.items() if task == "detection"}
+    hidden = {f"--{name.replace('_', '-')}" for name in names}
     text, whole = shown(f"--help --method {method}"), shown(f"--help-all --method {method}")
     negatives = {f"--no-{flag[2:]}" for flag in hidden}
     assert not (hidden | negatives) & set(flags_in(text))

@@ -18,6 +18,8 @@ from freeadv_fast.session.network import build_learner
 GUARD = {"guard_every", "guard_images", "on_collapse"}
 # What the minibatches are made of: tests/data/test_unlabelled.py, tests/unit/test_accumulate.py.
 MINIBATCHES = {"unlabelled", "unlabelled_fraction", "dat_unlabelled", "accumulate"}
+# A detector's; test_detection_step looks at it.
+OF_BOXES = {"attack_loss"}
 BATCH = 8
 
 # Another value for each field, and what else a run must say for it to matter.
@@ -97,7 +99,7 @@ def test_a_field_changes_the_weights_of_the_methods_that_read_it(method, small_n
 
 
 def test_every_field_of_the_table_is_looked_at():
-    assert CHANGES.keys() | GUARD | MINIBATCHES == READERS.keys()
+    assert CHANGES.keys() | GUARD | MINIBATCHES | OF_BOXES == READERS.keys()
     assert READERS.keys() <= {field.name for field in dataclasses.fields(TrainConfig)}
 
 

@@ -57,6 +57,10 @@ def test_rows_say_what_is_trained_and_what_the_paper_reports():
     assert lines["imagenet-rn50-fast-advprop"][1:8] == [
         "fast-advprop", "1/255", "105", "epochs", "resnet50", "76.5", "-"
     ]  # fmt: skip
+    assert lines["coco-retinanet50-fast-advprop"][1:] == [
+        "fast-advprop", "1/255", "24", "epochs", "retinanet_resnet50_fpn", "35.8", "-", "-",
+        "table", "7", "(AP;", "on", "COCO-C", "19.0)",
+    ]  # fmt: skip
     assert lines["digits-free"][1:] == ["free", "32/255", "20", "epochs", "resnet18", *"----"]
 
 
@@ -68,7 +72,7 @@ def test_reported_numbers_are_of_recipes_and_attacks_that_exist():
         for attack, accuracy in reported.robust.items():
             Attack.parse(attack)
             assert 0 <= accuracy <= (reported.clean or 100), name
-    assert not any(name.startswith("digits") for name in REPORTED)
+    assert not any(name.startswith(("digits", "shapes")) for name in REPORTED)
 
 
 def test_show_prints_a_row_whole_and_it_replays(called):

@@ -91,6 +91,20 @@ def test_one_rank_permutes_where_it_is(world):
     assert torch.equal(back_labels, labels)
 
 
+def test_targets_are_permuted_with_their_images(world):
+    """On one rank; float16 images, as Fast AdvProp sends them."""
+    images = torch.arange(60).view(20, 3).half()
+    targets = torch.arange(20.0 * 3 * 5).view(20, 3, 5) + 1 / 3
+    arrived, arrived_targets = world.shuffle(images, targets, seed=7, step=8).wait()
+    sources = torch.from_numpy(global_permutation([20], seed=7, step=8))
+    assert torch.equal(arrived, images[sources])
+    assert torch.equal(arrived_targets, targets[sources])
+    order = world.shuffle_order(20, seed=7, step=8)
+    in_order = world.shuffle_in_order(images, targets, order).wait()
+    assert torch.equal(in_order[0], arrived)
+    assert torch.equal(in_order[1], arrived_targets)
+
+
 def test_no_rows_at_all(world):
     images, labels = torch.empty(0, 4, 4, 3, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
     arrived, arrived_labels = world.shuffle(images, labels, seed=0, step=0).wait()
@@ -109,6 +123,15 @@ LABELS = torch.arange(6)
         ({"images": IMAGES.permute(0, 3, 1, 2)}, "images: expected contiguous rows"),
         ({"labels": LABELS[:5]}, r"labels: expected int64 \(6,\) .* got torch.int64 \(5,\)"),
         ({"labels": LABELS.int()}, r"labels: expected int64 \(6,\) .* got torch.int32 \(6,\)"),
+        (
+            {"labels": torch.zeros(5, 3, 5)},
+            r"or float32 \(6, ...\) .* got torch.float32 \(5, 3, 5\)",
+        ),
+        (
+            {"labels": torch.zeros(6, 3, 5).half()},
+            r"labels: expected .* got torch.float16 \(6, 3, 5\)",
+        ),
+        ({"labels": torch.zeros(6)}, r"labels: expected .* got torch.float32 \(6,\)"),
         ({"labels": torch.arange(12)[::2]}, "labels: expected contiguous"),
         ({"counts": [7]}, r"counts \[7\]: rank 0 has 6 rows"),
         ({"counts": [6, 6]}, r"counts \[6, 6\]: expected one for each of 1 ranks"),

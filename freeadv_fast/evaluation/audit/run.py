@@ -28,7 +28,7 @@ from freeadv_fast.evaluation.sample import Sample, load_sample, lone_world
 from freeadv_fast.evaluation.tables import results_table
 from freeadv_fast.runs.environment import versions
 from freeadv_fast.runs.log import duration, write_json
-from freeadv_fast.runs.saved import SavedRun, is_run, load_run
+from freeadv_fast.runs.saved import SavedRun, is_run, load_run, refuse_detector
 
 # Some 300 passes an image: two minutes of a ResNet-18 at 32 pixels on two cores; a GPU's seconds.
 GPU_IMAGES, CPU_IMAGES, CPU_LARGE_IMAGES = 500, 50, 8
@@ -63,14 +63,15 @@ def audit_run(
         The checks; none on other ranks.
 
     Raises:
-        UserError: no run, no such checkpoint, anything wrong with the data, data of other classes,
-            radius 0, or a network that classifies none of the images right.
+        UserError: no run, no such checkpoint, a detector, anything wrong with the data, data of
+            other classes, radius 0, or a network that classifies none of the images right.
     """
     if not is_main_rank():
         return []
     started, world = time.perf_counter(), lone_world()
     refuse_unaudited(run_folder)
     run = load_run(run_folder, checkpoint)
+    refuse_detector(run.config, f"--audit: {run_folder}", "its checks are for classifiers")
     chosen: dict[str, Any] = {
         "data": data,
         "eps": None if eps is None else Perturbation.parse(eps),

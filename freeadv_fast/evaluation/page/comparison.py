@@ -4,27 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from freeadv_fast.errors import UserError
+from freeadv_fast.evaluation.page import detection_comparison as detectors
 from freeadv_fast.evaluation.page import wording
-from freeadv_fast.evaluation.page.cost import THIRDS_FOR_ATTACK, THIRDS_FOR_WEIGHTS
-from freeadv_fast.evaluation.page.curves import (
-    DASHED,
-    NUM_TONES,
-    SOLID,
-    Chart,
-    Curve,
-    Dot,
-    averaged,
-    line_chart,
-    readings,
-    scatter_chart,
-    short_number,
-    whole_percent,
-)
+from freeadv_fast.evaluation.page.comparison_charts import costs, curves, style_of
+from freeadv_fast.evaluation.page.curves import NUM_TONES
 from freeadv_fast.evaluation.page.files import RunFiles, is_number, read_run
 from freeadv_fast.evaluation.page.render import write
 from freeadv_fast.evaluation.page.results import (
@@ -50,37 +38,75 @@ def write_comparison(run_folders: Sequence[str | Path], output: str | Path | Non
         The page, one file that needs no network.
 
     Raises:
-        UserError: a folder without a result, one that is named twice, or a file in the page's place
-            that is no page of ours; a `ValueError` with one line.
+        UserError: a folder without a result, one that is named twice, detectors among classifiers,
+            or a file in the page's place that is no page of ours; a `ValueError` with one line.
     """
     refuse_twice(run_folders)
     runs = [read_run(folder) for folder in run_folders]
+    detectors.refuse_mixture(runs)
     path = Path(output).expanduser() if output is not None else place_beside(run_folders)
     if not path.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {path.parent}")
     names = distinct_names(runs)
     notes: dict[str, str] = {}
-    accuracies = [
-        attempt(name, lambda own=run: measured_accuracies(own), notes) or {}  # type: ignore[misc]
-        for name, run in zip(names, runs, strict=True)
-    ]
     values: dict[str, Any] = {
         "rows": [
             row(name, run, path.parent, number)
             for number, (name, run) in enumerate(zip(names, runs, strict=True))
         ],
-        "columns": [CLEAN, *attacks_of(accuracies)],
-        "images": common_images(accuracies),
-        "accuracies": accuracies,
-        "leader": attempt("leader", lambda: leader(names, runs, accuracies), notes),
         "curves": attempt("curves", lambda: curves(names, runs), notes),
-        "costs": attempt("cost", lambda: costs(names, runs, accuracies), notes),
         "differences": attempt(
             "differences", lambda: differences([run.plain for run in runs]), notes
         ),
     }
-    write("comparison.html", path, names=names, notes=notes, **values)
+    is_detection = runs[0].detection is not None
+    values |= (of_detectors if is_detection else of_classifiers)(names, runs, notes)
+    template = "comparison_detection.html" if is_detection else "comparison.html"
+    write(template, path, names=names, notes=notes, **values)
     return path
+
+
+def of_classifiers(
+    names: Sequence[str], runs: Sequence[RunFiles], notes: dict[str, str]
+) -> dict[str, Any]:
+    """What a page says of classifiers alone; `notes` takes why something is left out."""
+    accuracies = [
+        attempt(name, lambda own=run: measured_accuracies(own), notes) or {}  # type: ignore[misc]
+        for name, run in zip(names, runs, strict=True)
+    ]
+    attack = common_attack(accuracies)
+    heights = [heights_of(own, attack) for own in accuracies]
+    unit = f"clean and under {attack}"
+    return {
+        "columns": [CLEAN, *attacks_of(accuracies)],
+        "images": common_images(accuracies),
+        "accuracies": accuracies,
+        "leader": attempt("leader", lambda: leader(names, runs, accuracies), notes),
+        "costs": attempt("cost", lambda: costs("Accuracy", unit, names, runs, heights), notes),
+    }
+
+
+def of_detectors(
+    names: Sequence[str], runs: Sequence[RunFiles], notes: dict[str, str]
+) -> dict[str, Any]:
+    """What a page says of detectors alone; `notes` takes why something is left out."""
+    attacks = attempt("attacks", lambda: detectors.attacks_of(runs), notes) or []
+    precisions = [
+        attempt(name, lambda own=run: detectors.precisions_of(own, attacks), notes)  # type: ignore[misc]
+        for name, run in zip(names, runs, strict=True)
+    ]
+    heights = detectors.heights(precisions)
+    unit = "clean and under corruption"
+    highest = max((value for own in heights for value in own.values()), default=1.0)
+    return {
+        "attacks": attacks,
+        "precisions": precisions,
+        "corruptions": detectors.corrupted_rows(precisions),
+        "picture": attempt("picture", lambda: detectors.corruption_picture(names, runs), notes),
+        "is_same_test": attempt("same", lambda: detectors.is_same_test(runs), notes),
+        "leader": attempt("leader", lambda: detectors.leader(names, runs, precisions), notes),
+        "costs": attempt("cost", lambda: costs("AP", unit, names, runs, heights, highest), notes),
+    }
 
 
 def refuse_twice(run_folders: Sequence[str | Path]) -> None:
@@ -144,11 +170,6 @@ def description(result: Mapping[str, Any]) -> Iterator[str | None]:
     yield str(result.get("arch") or "")
     yield str(result.get("eps") or "")
     yield f"{result['epochs']:g} epochs" if is_number(result.get("epochs")) else None
-
-
-def style_of(number: int) -> str:
-    """A run's lines: dashed in every second round through the colours."""
-    return DASHED if number // NUM_TONES % 2 else SOLID
 
 
 def attacks_of(accuracies: Sequence[Mapping[str, Accuracy]]) -> list[str]:
@@ -216,48 +237,15 @@ def leader(
     )
 
 
-def curves(names: Sequence[str], runs: Sequence[RunFiles]) -> list[Chart]:
-    """The curves that most runs have, a line a run."""
-
-    def drawn(title: str, unit: str, key: str, **style: Any) -> Chart | None:
-        lines = [
-            Curve(name, averaged(readings(run.log, key)), number % NUM_TONES, style_of(number))
-            for number, (name, run) in enumerate(zip(names, runs, strict=True))
-        ]
-        return line_chart(title, unit, lines, **style)
-
-    share: dict[str, Any] = {"write": whole_percent, "limits": (0.0, 1.0)}
-    charts = (
-        drawn("Held out, attacked", "classified correctly", "holdout_robust_accuracy", **share),
-        drawn("Held out, clean", "classified correctly", "holdout_clean_accuracy", **share),
-        drawn("Training, attacked", "classified correctly", "train_adversarial_accuracy", **share),
-        drawn("Training loss", "nats", "loss", write=short_number),
-    )
-    return [chart for chart in charts if chart is not None]
-
-
-def costs(
-    names: Sequence[str],
-    runs: Sequence[RunFiles],
-    accuracies: Sequence[Mapping[str, Accuracy]],
-) -> list[Chart]:
-    """Accuracy against cost: in seconds where one device made all runs, and in passes."""
-    attack = common_attack(accuracies)
-
-    def drawn(title: str, x_title: str, cost: Callable[[RunFiles], float | None]) -> Chart | None:
-        dots = []
-        for number, (name, run, own) in enumerate(zip(names, runs, accuracies, strict=True)):
-            for kind, is_hollow in ((CLEAN, True), (attack, False)):
-                x, y = cost(run), own[kind].accuracy if kind in own else None
-                if x is not None and y is not None:
-                    words = f"{name}: {y:.1%} {'clean' if is_hollow else f'under {kind}'}"
-                    dots.append(Dot(x, y, number % NUM_TONES, words, is_hollow))
-        return scatter_chart(title, f"clean and under {attack}", dots, x_title=x_title)
-
-    charts = [drawn("Accuracy against passes", "image passes, the attack's included", all_passes)]
-    if len({str(run.result.get("device")) for run in runs}) == 1:
-        charts.append(drawn("Accuracy against time", "seconds of training", train_seconds))
-    return [chart for chart in charts if chart is not None]
+def heights_of(accuracies: Mapping[str, Accuracy], attack: str) -> dict[str, float]:
+    """What is drawn of a run against its cost: its accuracy ``clean`` and under an attack."""
+    kinds = {"clean": CLEAN, f"under {attack}": attack}
+    found = {words: accuracies.get(kind) for words, kind in kinds.items()}
+    return {
+        words: own.accuracy
+        for words, own in found.items()
+        if own is not None and own.accuracy is not None
+    }
 
 
 def common_attack(accuracies: Sequence[Mapping[str, Accuracy]]) -> str:
@@ -267,17 +255,3 @@ def common_attack(accuracies: Sequence[Mapping[str, Accuracy]]) -> str:
         for name in attacks_of(accuracies)
     }
     return max(ranks, key=lambda name: ranks[name], default="")
-
-
-def all_passes(run: RunFiles) -> float | None:
-    """Image passes for the weights and for attacks, those as the two thirds that they are."""
-    passes, attack = run.result.get("passes"), run.result.get("attack_passes") or 0
-    if not is_number(passes):
-        return None
-    return float(passes + attack * THIRDS_FOR_ATTACK / THIRDS_FOR_WEIGHTS)
-
-
-def train_seconds(run: RunFiles) -> float | None:
-    """Seconds of training."""
-    seconds = run.result.get("train_seconds")
-    return float(seconds) if is_number(seconds) else None

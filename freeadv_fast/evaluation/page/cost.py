@@ -80,12 +80,13 @@ def parts(
     guard = sum(value for _, value in readings(files.log, "guard_seconds"))
     steps = max(seconds - start - guard, 0.0)
     attack = steps * attack_share
+    at_end = "the attacks" if files.detection is None else "precision"
     known = (
         ("start-up", "measured: until the rate was steady", start, 3),
         ("passes for the weights", "the rest of the training", steps - attack, 0),
         ("attack", "estimated from the passes", attack, 1),
         ("guard", "measured: its checks", guard, 2),
-        ("evaluation", "measured: the attacks at the end", number_or_0(evaluation), 4),
+        ("evaluation", f"measured: {at_end} at the end", number_or_0(evaluation), 4),
     )
     whole = sum(length for _, _, length, _ in known)
     return [

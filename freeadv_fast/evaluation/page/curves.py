@@ -169,19 +169,22 @@ def line_chart(
     )
 
 
-def scatter_chart(title: str, unit: str, dots: Sequence[Dot], *, x_title: str) -> Chart | None:
-    """A chart of points, y from 0 to 1 in percent; None of none.
+def scatter_chart(
+    title: str, unit: str, dots: Sequence[Dot], *, x_title: str, highest: float = 1.0
+) -> Chart | None:
+    """A chart of points, y from 0 in percent; None of none.
 
     Args:
         title: What it shows. unit: Of the y axis.
         dots: In the units of the data.
         x_title: What x is.
+        highest: What y reaches at least.
     """
     if not dots:
         return None
     rightmost = max(dot.x for dot in dots) * ROOM_BESIDE
     across = axis(0, rightmost, LEFT, WIDTH - RIGHT, ends_at_tick=False)
-    up = axis(0, 1, HEIGHT - BOTTOM, TOP)
+    up = axis(0, highest, HEIGHT - BOTTOM, TOP)
     return Chart(
         title,
         unit,

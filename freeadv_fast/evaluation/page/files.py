@@ -62,6 +62,12 @@ class RunFiles:
         """That of the run's ball."""
         return str(self.plain.get("norm", "linf"))
 
+    @property
+    def detection(self) -> dict[str, Any] | None:
+        """What a detector came to; None of a classifier."""
+        found = self.result.get("detection")
+        return found if isinstance(found, dict) else None
+
     def damaged(self, prefix: str) -> dict[str, str]:
         """Why files are left out whose names begin so."""
         return {name: why for name, why in self.damage.items() if name.startswith(prefix)}

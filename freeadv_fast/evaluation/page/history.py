@@ -106,12 +106,17 @@ def curves_of(files: RunFiles, history: GuardHistory | None) -> list[Chart]:
     plain: dict[str, Any] = {"write": short_number, "marks": marks}
     charts = (
         line_chart("Accuracy", "images classified correctly", several(log, named(files)), **unit),
-        line_chart("Training loss", "nats", one(log, "loss", 0), **plain),
+        line_chart("Training loss", loss_unit([files]), one(log, "loss", 0), **plain),
         line_chart("Learning rate", "step size", one(log, "lr", 6), **plain),
         line_chart("Guard", "held-out images", several(log, GUARD), **unit_or_lower(log, marks)),
         line_chart("Speed", "image passes a second", one(log, "passes_per_second", 2), **plain),
     )
     return [chart for chart in charts if chart is not None]
+
+
+def loss_unit(runs: Sequence[RunFiles]) -> str:
+    """What the loss of runs of one task is."""
+    return "nats" if runs[0].detection is None else "of classes and boxes, an image"
 
 
 def named(files: RunFiles) -> dict[str, tuple[str, int, str]]:

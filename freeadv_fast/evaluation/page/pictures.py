@@ -23,6 +23,10 @@ CAPTIONS = {
     "training": "Loss, accuracies, learning rate and speed while it trained.",
     "perturbations": "Validation images, their perturbations, magnified, and the adversarial "
     "images, each with what the network takes it for.",
+    "boxes": "Validation images, their objects, and what is found on them clean, corrupted and "
+    "attacked.",
+    "corruptions": "Average precision under each corruption, a bar a severity; dashed, on clean "
+    "images.",
     "loss-surface": "The loss around an image, along the sign of its gradient and a random "
     "direction, as in figure 3 of Free AT. A robust network's is flat and smooth; a rugged one "
     "hides the gradient.",

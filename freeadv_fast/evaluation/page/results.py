@@ -225,7 +225,8 @@ def later_evaluations(files: RunFiles) -> list[LaterEvaluation]:
     lines = []
     for file, record in files.evaluations.items():
         try:
-            lines += list(lines_of(file, record))
+            if record.get("detection") is None:
+                lines += list(lines_of(file, record))
         except Exception as error:  # a user's file holds anything at all
             files.damage[file] = reason(error)
     return lines

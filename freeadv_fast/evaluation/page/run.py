@@ -12,6 +12,7 @@ from freeadv_fast.config.file import CONFIG_NAME
 from freeadv_fast.distributed.world import is_main_rank
 from freeadv_fast.evaluation.page import wording
 from freeadv_fast.evaluation.page.cost import spent
+from freeadv_fast.evaluation.page.detection import detection_tables, later_detections
 from freeadv_fast.evaluation.page.files import RunFiles, read_run, reason
 from freeadv_fast.evaluation.page.history import curves_of, guard_history
 from freeadv_fast.evaluation.page.pictures import Picture, embed
@@ -39,7 +40,7 @@ MOST_CLASSES = 12
 
 # What may stand in a run's folder, and what it holds.
 CONTENTS = {
-    "result.json": "accuracies, passes, seconds, versions",
+    "result.json": "what was measured, passes, seconds, versions",
     CONFIG_NAME: "every field of the run",
     "env.json": "command, versions, hardware, commit",
     "log.jsonl": "losses, rates and accuracies while it trained",
@@ -92,6 +93,8 @@ def write_page(run_folder: str | Path) -> Path:
         "facts": attempt("facts", lambda: facts_of(files), notes),
         "verdict": attempt("verdict", lambda: verdict(files), notes),
         "final": attempt("final", lambda: final_table(files), notes),
+        "detection": attempt("detection", lambda: detection_tables(files), notes),
+        "detections": attempt("later", lambda: later_detections(files), notes),
         "best": attempt("best", lambda: verdict_on_best(files), notes),
         "changes": attempt("changes", lambda: changed_from_recipe(files), notes),
         "parts": attempt("parts", lambda: attack_parts(files.result), notes),
@@ -170,7 +173,7 @@ def facts_of(files: RunFiles) -> list[tuple[str, str]]:
         "Data": str(result.get("dataset")),
         "Classes": classes_text(files.classes),
         "Image size": f"{plain['image_size']} px" if plain.get("image_size") else None,
-        "Radius": f"{result.get('eps')} in {wording.BALLS.get(files.norm, '')}",
+        "Radius": radius_text(files),
         "Budget": budget_text(files),
         "Averaging": plain.get("ema"),
         "Label smoothing": plain.get("label_smoothing") or None,
@@ -179,6 +182,17 @@ def facts_of(files: RunFiles) -> list[tuple[str, str]]:
         "Weights": "averaged and last" if result.get("average") else None,
     }
     return [(name, str(value)) for name, value in facts.items() if value is not None]
+
+
+def radius_text(files: RunFiles) -> str | None:
+    """The radius and its norm; None of a detector that was neither trained within it nor attacked.
+
+    Of a classifier it is that of the attacks at the end, too.
+    """
+    result, detection = files.result, files.detection
+    if detection is not None and result.get("method") == "natural" and not detection.get("attacks"):
+        return None
+    return f"{result.get('eps')} in {wording.BALLS.get(files.norm, '')}"
 
 
 def classes_text(classes: list[str]) -> str | None:
@@ -237,7 +251,7 @@ def verdict_on_best(files: RunFiles) -> str | None:
 def pictures_of(files: RunFiles, has_curves: bool) -> list[Picture]:
     """The pictures of plots/, the best known first; the curves once."""
     paths = sorted(files.folder.plots.glob("*.png"), key=lambda path: (path.stem[:10], path.name))
-    paths.sort(key=lambda path: path.stem != "perturbations")
+    paths.sort(key=lambda path: path.stem not in ("perturbations", "boxes"))
     if has_curves:
         paths = [path for path in paths if path.name != TRAINING_PICTURE]
     return embed(paths, files.damage)

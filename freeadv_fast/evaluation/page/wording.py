@@ -32,6 +32,7 @@ DATA_TITLES = {
     "cifar100": "CIFAR-100",
     "svhn": "SVHN",
     "synthetic": "random pixels",
+    "shapes": "synthetic shapes",
 }
 
 BALLS = {"linf": "L\N{INFINITY}", "l2": "L2"}
@@ -46,9 +47,19 @@ def method_title(method: str) -> str:
 
 
 def data_title(data: str) -> str:
-    """A data set in words, without the path to it: ``cifar10:/data`` is CIFAR-10."""
-    kind, _, _ = data.partition(":")
+    """A data set in words, without the path to it: ``cifar10:/data`` is CIFAR-10.
+
+    Other sets than COCO itself come in COCO's layout, and go by their folder.
+    """
+    kind, _, folder = data.partition(":")
+    if kind == "coco":
+        data = folder
     return DATA_TITLES.get(kind) or PurePath(data).name or data
+
+
+def corruption_title(name: str) -> str:
+    """``jpeg_compression`` as people write it."""
+    return name.replace("_", " ").replace("jpeg", "JPEG")
 
 
 def percent(fraction: object) -> str:

@@ -23,7 +23,7 @@ from freeadv_fast.evaluation.pictures.subjects import Subject, choose, line_up
 from freeadv_fast.evaluation.pictures.surface import plot_surfaces
 from freeadv_fast.evaluation.sample import Sample, load_sample, lone_world
 from freeadv_fast.runs.log import write_json
-from freeadv_fast.runs.saved import SavedRun, load_run
+from freeadv_fast.runs.saved import SavedRun, load_run, refuse_detector
 from freeadv_fast.runs.whole_file import renamed_when_whole
 
 # Images of the curves, some 250 passes each: a minute of a ResNet-18 at 32 pixels on two cores.
@@ -72,7 +72,8 @@ def draw_pictures(
         The files written.
 
     Raises:
-        UserError: no run, no such run or checkpoint, runs of different data, or eps 0.
+        UserError: no run, no such run or checkpoint, one of a detector, runs of different data, or
+            eps 0.
     """
     if not is_main_rank():
         return []
@@ -96,6 +97,12 @@ def _open_album(runs: Sequence[SavedRun], num_images: int | None) -> Album:
         UserError: as `draw_pictures`.
     """
     first, world = runs[0], lone_world()
+    for run in runs:
+        refuse_detector(
+            run.config,
+            f"RUN {run.folder.root}",
+            "these pictures are of classifiers; its own are drawn where it is trained, in plots/",
+        )
     if not first.config.eps.levels:
         raise UserError(f"RUN {first.folder.root}: its --eps is 0; pictures need a radius above 0")
     subjects = line_up(runs, world.device)

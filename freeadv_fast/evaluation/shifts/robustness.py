@@ -24,7 +24,7 @@ from freeadv_fast.evaluation.shifts.sets import (
     evaluate_stylized,
 )
 from freeadv_fast.evaluation.shifts.trial import Trial
-from freeadv_fast.runs.saved import load_run
+from freeadv_fast.runs.saved import load_run, refuse_detector
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,8 @@ def evaluate_robustness(
         The same numbers on every rank.
 
     Raises:
-        UserError: nothing asked for, no such run, checkpoint or folder, or classes that the
-            network does not know.
+        UserError: nothing asked for, no such run, checkpoint or folder, a run of a detector, or
+            classes that the network does not know.
     """
     if not (imagenet_c or imagenet_r or stylized or on_the_fly):
         raise UserError(
@@ -83,6 +83,11 @@ def evaluate_robustness(
         raise UserError(f"--eval-images {num_images}: must be at least 1")
     with joined_world() as world:
         run = load_run(run_folder, checkpoint)
+        refuse_detector(
+            run.config,
+            f"RUN {run_folder}",
+            "these sets are for classifiers; use launch/evaluate.py RUN --corruptions all",
+        )
         # Every folder is looked at before the first is evaluated, which can take hours.
         corruptions = world.together(
             lambda: look_at_folders(run.classes, imagenet_c, imagenet_r, stylized)

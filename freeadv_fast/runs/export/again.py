@@ -9,8 +9,9 @@ from torch import nn
 from freeadv_fast.runs.export import hub, onnx, robustbench
 from freeadv_fast.runs.export.card import LICENSE_TODO
 from freeadv_fast.runs.export.claims import read_claims, read_record
+from freeadv_fast.runs.export.detector import export_detector
 from freeadv_fast.runs.export.trained import CARD, card_left_alone, export_trained
-from freeadv_fast.runs.saved import SavedRun, load_run
+from freeadv_fast.runs.saved import SavedRun, load_run, refuse_detector
 
 
 def export_run(
@@ -46,9 +47,21 @@ def export_run(
 def export_saved(run: SavedRun, output_dir: str | Path | None, with_onnx: bool) -> Path:
     """`export_run` of a run that is loaded."""
     folder = run.folder.export_average if run.is_averaged else run.folder.export
+    folder = folder if output_dir is None else Path(output_dir).expanduser()
+    if with_onnx:
+        refuse_detector(run.config, "--onnx", "only classifiers are written as ONNX; leave it out")
+    if run.config.task == "detection":
+        return export_detector(
+            run.detector,
+            folder,
+            config=run.config,
+            classes=run.classes,
+            record=read_record(run.folder),
+            weights=weights_named(run),
+        )
     return export_trained(
         run.model,
-        folder if output_dir is None else Path(output_dir).expanduser(),
+        folder,
         config=run.config,
         classes=run.classes,
         record=read_record(run.folder),
@@ -89,6 +102,8 @@ def export_for(
     if robustbench_name is not None:
         robustbench.check_name(robustbench_name)
     run = load_run(run_folder, checkpoint)
+    if robustbench_name is not None:
+        refuse_detector(run.config, "--robustbench", "it ranks classifiers only; leave it out")
     submission = None if robustbench_name is None else submission_for(run, robustbench_name)
     folder = export_saved(run, output_dir, with_onnx)
     lines = [f"wrote {folder}", *filter(None, [card_left_alone(folder)])]

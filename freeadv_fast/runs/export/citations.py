@@ -64,6 +64,35 @@ _TRADES = Paper(
     2019,
     "1901.08573",
 )
+RETINANET = Paper(
+    "lin2017focal",
+    "Lin et al. 2017",
+    "Focal Loss for Dense Object Detection",
+    "Tsung-Yi Lin, Priya Goyal, Ross Girshick, Kaiming He, Piotr Doll{\\'a}r",
+    "IEEE International Conference on Computer Vision",
+    2017,
+    "1708.02002",
+)
+COCO = Paper(
+    "lin2014microsoft",
+    "Lin et al. 2014",
+    "Microsoft COCO: Common Objects in Context",
+    "Tsung-Yi Lin, Michael Maire, Serge Belongie, Lubomir Bourdev, Ross Girshick, James Hays, "
+    "Pietro Perona, Deva Ramanan, C. Lawrence Zitnick, Piotr Doll{\\'a}r",
+    "European Conference on Computer Vision",
+    2014,
+    "1405.0312",
+)
+COCO_C = Paper(
+    "michaelis2019benchmarking",
+    "Michaelis et al. 2019",
+    "Benchmarking Robustness in Object Detection: Autonomous Driving when Winter is Coming",
+    "Claudio Michaelis, Benjamin Mitzkus, Robert Geirhos, Evgenia Rusak, Oliver Bringmann, "
+    "Alexander S. Ecker, Matthias Bethge, Wieland Brendel",
+    "arXiv preprint arXiv:1907.07484",
+    2019,
+    "1907.07484",
+)
 
 # None of natural training; two of the one that is ours.
 PAPERS: dict[Method, tuple[Paper, ...]] = {

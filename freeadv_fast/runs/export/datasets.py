@@ -34,6 +34,8 @@ _KNOWN = {
     "svhn": Dataset("SVHN", "ufldl-stanford/svhn"),
     "digits": Dataset("scikit-learn's handwritten digits"),
     "synthetic": Dataset("random pixels"),
+    "shapes": Dataset("synthetic shapes with boxes"),
+    "coco": Dataset("COCO", "detection-datasets/coco"),
     "imagenet": Dataset("ImageNet", "ILSVRC/imagenet-1k", "imagenet", 5_000),
 }
 
@@ -42,8 +44,8 @@ def dataset_of(data: str, classes: Sequence[str]) -> Dataset:
     """The data set of a run.
 
     Args:
-        data: What `--data` was. Folders are known by their classes: CIFAR-10's ten and ImageNet's
-            thousand, in the order that everyone numbers them in.
+        data: What `--data` was. Folders are known by their classes: CIFAR-10's ten, ImageNet's
+            thousand, in the order that everyone numbers them in, and COCO's eighty.
         classes: Class names in the order of the logits.
     """
     kind = data.partition(":")[0]
@@ -53,4 +55,6 @@ def dataset_of(data: str, classes: Sequence[str]) -> Dataset:
         kind = "imagenet" if all(re.fullmatch(r"n\d{8}", name) for name in classes) else kind
     if kind == "imagenet" and len(classes) != 1000:
         kind = ""
+    if kind == "coco" and (len(classes) != 80 or classes[0] != "person"):
+        return Dataset(f"images with boxes of {len(classes)} classes")
     return _KNOWN.get(kind, Dataset(f"a folder of images of {len(classes)} classes"))

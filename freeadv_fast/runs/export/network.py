@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def export_model(
     claim(folder, NORMALIZED)
     (folder / ONNX).unlink(missing_ok=True)
     plain = without_auxiliary(plain_network(model).state_dict())
-    weights = {key: _stored(value) for key, value in plain.items()}
+    weights = {key: stored(value) for key, value in plain.items()}
     normalizer = InputNormalizer(mean, std).state_dict()
     wrapped = {f"normalize.{key}": value for key, value in normalizer.items()}
     wrapped |= {f"model.{key}": value for key, value in weights.items()}
@@ -102,16 +102,19 @@ def load_export(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
         float32 logits. Children `normalize` and `model`.
 
     Raises:
-        UserError: the folder holds no export, a damaged one, or one of another network; a
-            `ValueError` with one line.
+        UserError: the folder holds no export, a damaged one, or one of another network or of a
+            detector; a `ValueError` with one line.
     """
     folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        refuse_detector_export(config, folder)
         weights = load_file(folder / NORMALIZED)
         arch = config.get("arch", config["architecture"])  # version 0.2.0 had no timm's name
         num_classes, size = config["num_classes"], config["image_size"]
         mean, std, standardize = (config[k] for k in ("mean", "std", "per_image_standardization"))
+    except UserError:  # of a detector
+        raise
     except OSError as error:
         raise UserError(f"{folder}: not an export ({error.strerror or error})") from None
     except (ValueError, SafetensorError) as error:  # no UTF-8, no JSON, no tensors
@@ -131,6 +134,22 @@ def load_export(folder: str | Path, *, model: nn.Module | None = None) -> nn.Mod
         raise UserError(f"{folder}: holds the weights of {arch}, another network ({misfit})")
     plain_network(built).load_state_dict(plain)
     return with_normalizer(built, mean, std).eval()
+
+
+def refuse_detector_export(config: Mapping[str, Any], folder: Path) -> None:
+    """Sends who has the export of a detector to torchvision.
+
+    Args:
+        config: What config.json says. folder: Where it lies.
+
+    Raises:
+        UserError: it is of a detector.
+    """
+    if config.get("task") == "detection":
+        raise UserError(
+            f"{folder}: the export of a detector, which torchvision loads by the lines in its "
+            "README.md"
+        )
 
 
 def describe(
@@ -199,6 +218,6 @@ def _input_line(per_image: bool) -> str:
     return "(pixels - mean) / std"
 
 
-def _stored(tensor: Tensor) -> Tensor:
+def stored(tensor: Tensor) -> Tensor:
     """A tensor as safetensors wants it: on the CPU, contiguous, sharing no memory."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

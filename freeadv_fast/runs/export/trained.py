@@ -106,7 +106,7 @@ def withdraw(folder: Path) -> None:
 
     A card that the user has changed stays, and so does whatever we have not written.
     """
-    if not (folder / NORMALIZED).exists():
+    if not any((folder / name).exists() for name in (NORMALIZED, PLAIN)):  # a detector's: PLAIN
         return
     for card in (CARD, NEW_CARD):
         if is_ours(folder / card):
