@@ -90,8 +90,9 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def by_method(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each method."""
-    return {method: [row for row in rows if row["method"] == method] for method in METHODS}
+    """The runs of each method that has some."""
+    runs = {method: [row for row in rows if row["method"] == method] for method in METHODS}
+    return {method: own for method, own in runs.items() if own}
 
 
 def names_of(rows: list[dict[str, Any]]) -> list[str]:
@@ -103,15 +104,15 @@ def draw(rows: list[dict[str, Any]], title: str) -> Figure:
     """A group of bars a measure, one a method: their mean, and a point a seed."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes, names = figure.subplots(), names_of(rows)
-    step = len(METHODS) + 1
-    for place, (method, own) in enumerate(by_method(rows).items()):
+    runs = by_method(rows)
+    step, middle = len(runs) + 1, (len(runs) - 1) / 2
+    for place, (method, own) in enumerate(runs.items()):
         for group, name in enumerate(names):
             values = [measures_of(row)[name] for row in own]
             at = group * step + place
             label = method if group == 0 else None
             axes.barh(at, statistics.mean(values), color=METHODS[method], alpha=0.35, label=label)
             axes.plot(values, [at] * len(values), "o", color=METHODS[method], markersize=5)
-    middle = (len(METHODS) - 1) / 2
     axes.set_yticks([group * step + middle for group in range(len(names))], names)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -125,10 +126,12 @@ def main() -> None:
     """Makes the runs that are missing, and writes JSON and PNG."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=1, help="runs of each method")
+    parser.add_argument("--methods", default=",".join(METHODS), help="among which natural")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; the PNG goes beside it")
     flags = parser.parse_args()
     num_threads = max(1, (os.cpu_count() or 1) // flags.jobs)
+    methods = flags.methods.split(",")
     recipes = {method: config_to_dict(RECIPES[f"shapes-{method}"]) for method in METHODS}
     record = {
         "benchmark": "detection",
@@ -138,7 +141,7 @@ def main() -> None:
     }
     harness.with_earlier_runs(record, flags.out)
     # Seed by seed, so that what is there compares.
-    keys = [(method, seed) for seed, method in itertools.product(range(flags.seeds), METHODS)]
+    keys = [(method, seed) for seed, method in itertools.product(range(flags.seeds), methods)]
     with tempfile.TemporaryDirectory() as folder:
         rows = harness.make_missing(
             keys,

@@ -215,7 +215,8 @@ def methods_ladder(flags: argparse.Namespace) -> list[Section]:
     advprops = ["--methods", "natural,fast-advprop,advprop"]
     family = ["--methods", "natural,fgsm-rs,n-fgsm,gradalign,pgd,free", "--attack-steps", "2"]
     launched_apart = ["--methods", "natural,fgsm-rs,pgd,free", "--attack-steps", "2", *FUSED]
-    detectors = ["--methods", "natural,eager,free,fast-advprop", "--m", "2"]
+    detectors = ["--methods", "natural,eager,free", "--m", "2"]
+    of_shares = ["--methods", "natural,fast-advprop", "--m", "1"]  # 16 clean images and 4 attacked
     rows = ["bench/bench_shuffle.py"] + (["--rounds", "3"] if flags.tiny else [])
 
     def steps(name: str, arch: str, size: int, batch: int, more: list[str]) -> Section:
@@ -226,7 +227,8 @@ def methods_ladder(flags: argparse.Namespace) -> list[Section]:
         steps("step_family_preact_32", "preact-resnet18", 32, 128, family),
         steps("step_family_preact_32_uncaptured", "preact-resnet18", 32, 128, launched_apart),
         Section("shuffle", rows, 90),
-        steps("step_detection_resnet50_800", "retinanet_resnet50_fpn", 800, 20, detectors),
+        steps("step_detection_resnet50_800", "retinanet_resnet50_fpn", 800, 16, detectors),
+        steps("step_detection_advprop_800", "retinanet_resnet50_fpn", 800, 20, of_shares),
     ]
     if flags.data:
         for method in ("fast_advprop", "natural"):  # as many passes, so the same budget

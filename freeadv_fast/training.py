@@ -37,6 +37,7 @@ from freeadv_fast.session.prepare import (
     prepare,
     refuse_different_configs,
     refuse_empty_exchange,
+    refuse_unfit_evaluation,
     remake_folder,
     with_precision,
 )
@@ -333,6 +334,7 @@ def dry_run(config: TrainConfig) -> list[str]:
         refuse_empty_exchange(config, world)
         opened = open_together(config, world)
         phase_loaders = world.together(lambda: deal_images(config, world, opened))
+        world.together(lambda: refuse_unfit_evaluation(config, phase_loaders[-1].val))
         budget = Budget.of(config, [loaders.train.num_batches for loaders in phase_loaders])
         classes = phase_loaders[-1].train.classes
         network = world.together(lambda: build_network(config, classes, is_fresh=True))

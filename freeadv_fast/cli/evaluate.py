@@ -36,7 +36,8 @@ class EvaluateFlags:
     step: str | None = None
     """Step of the attacks, such as 1/255. Default: the run's, in proportion to eps, or eps / 4."""
     eval_images: int | None = None
-    """Validation images to attack. Default: as the run, or all."""
+    """Validation images to attack; a detector is evaluated on these alone. Default: as the run, or
+    all."""
     corruptions: str | None = None
     """Corruptions under which a detector is evaluated too: all (the 15 of COCO-C at five
     severities), or such as fog,snow-3 (one severity). Default: none."""

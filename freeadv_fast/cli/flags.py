@@ -139,6 +139,9 @@ def own_config(folder: Path, base: TrainConfig) -> tuple[TrainConfig, bool]:
 def implied_config(arguments: list[str], method: Method, dataset: str) -> TrainConfig:
     """What flags are on top of: --config's run, --recipe's, or that of --data and --method.
 
+    A method without a recipe of its own is on top of the script's; for a detector that is Fast
+    AdvProp's, with its larger batch, so it is on top of natural training there.
+
     Args:
         arguments: Without the program's name; only these four flags are looked at.
         method: The script's method.
@@ -153,7 +156,9 @@ def implied_config(arguments: list[str], method: Method, dataset: str) -> TrainC
     if recipe is not None:
         return find_recipe(recipe)
     defaults = DEFAULTS[dataset_of(value_of(arguments, "--data"), dataset)]
-    return RECIPES[defaults.get(value_of(arguments, "--method") or method, defaults[method])]
+    chosen = value_of(arguments, "--method") or method
+    other = defaults["natural"] if dataset == "coco" else defaults[method]
+    return RECIPES[defaults.get(chosen, other)]
 
 
 def dataset_of(data: str | None, dataset: str) -> str:

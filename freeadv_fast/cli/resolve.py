@@ -36,21 +36,36 @@ def resolve(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str
         share = max(2, config.batch_size // (config.accumulate * num_ranks))
         remarks.append(divided_batch(config, num_ranks, share))
         config = with_batch_size(config, share, typed)
-    if not torch.cuda.is_available() and config.eps.levels:
-        is_dear = passes(config.eval_attacks) > passes(CPU_EVAL_ATTACKS)
-        if "eval_attacks" not in typed and is_dear:
-            full = ",".join(config.eval_attacks)
-            config = dataclasses.replace(config, eval_attacks=CPU_EVAL_ATTACKS)
-            remarks.append(f"no GPU: evaluating with pgd-20 only; all: --eval-attacks {full}")
-        has_few = (config.eval_images or math.inf) <= CPU_EVAL_IMAGES
-        if "eval_images" not in typed and not has_few:
-            config = dataclasses.replace(config, eval_images=CPU_EVAL_IMAGES)
-            doing = "evaluating" if config.task == "detection" else "attacking"
-            remarks.append(
-                f"no GPU: {doing} at most {CPU_EVAL_IMAGES} validation images; "
-                "more: --eval-images N, or launch/evaluate.py afterwards"
-            )
+    if not torch.cuda.is_available():
+        config, limits = cheaper_evaluation(config, typed)
+        remarks += limits
     return config, remarks + exceeded_budget(config)
+
+
+def cheaper_evaluation(config: TrainConfig, typed: set[str]) -> tuple[TrainConfig, list[str]]:
+    """The config with what a CPU can evaluate, and a remark a line about what was left out.
+
+    Args:
+        config: Recipe and flags.
+        typed: Fields that the user typed; they stay.
+    """
+    remarks = []
+    is_attacked, is_detector = config.eps.levels > 0, config.task == "detection"
+    is_dear = passes(config.eval_attacks) > passes(CPU_EVAL_ATTACKS)
+    if "eval_attacks" not in typed and is_attacked and is_dear:
+        full = ",".join(config.eval_attacks)
+        config = dataclasses.replace(config, eval_attacks=CPU_EVAL_ATTACKS)
+        remarks.append(f"no GPU: evaluating with pgd-20 only; all: --eval-attacks {full}")
+    # A detector's clean images are many times as dear as a classifier's.
+    is_limited = is_attacked or is_detector
+    has_few = (config.eval_images or math.inf) <= CPU_EVAL_IMAGES
+    if "eval_images" not in typed and is_limited and not has_few:
+        config = dataclasses.replace(config, eval_images=CPU_EVAL_IMAGES)
+        remarks.append(
+            f"no GPU: {'evaluating' if is_detector else 'attacking'} at most {CPU_EVAL_IMAGES} "
+            "validation images; more: --eval-images N, or launch/evaluate.py afterwards"
+        )
+    return config, remarks
 
 
 def divided_batch(config: TrainConfig, num_ranks: int, share: int) -> str:

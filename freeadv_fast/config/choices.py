@@ -7,7 +7,7 @@ from typing import Literal
 Augment = Literal["random-resized-crop", "pad-crop-flip", "pad-crop", "flip", "none"]
 Normalization = Literal["imagenet", "cifar10", "cifar100", "symmetric", "per-image", "none"]
 AttackStart = Literal["uniform", "zero"]
-AttackLoss = Literal["sum", "classification", "box"]
+AttackLoss = Literal["sum", "classification", "box", "stronger"]
 Norm = Literal["linf", "l2"]
 Mix = Literal["none", "mixup", "cutmix"]
 RegThrough = Literal["second", "both"]

@@ -73,8 +73,9 @@ class RunFields:
     attack_start: AttackStart = "uniform"
     """Where the attack starts: at a uniform point of the ball, or zero, at the image itself."""
     attack_loss: AttackLoss = "sum"
-    """What attacks on a detector ascend: the sum of its losses, or the one of classes or of boxes
-    alone. Where one backward pass serves weights and attack (free, fast-advprop) it is the sum."""
+    """What attacks that train a detector ascend: the sum of its losses, that of classes or of boxes
+    alone, or for each image the stronger of these two, along which the sum rises faster
+    (Det-AdvProp). The evaluation's ascend the sum."""
     attack_warmup: float = 0.0
     """Epochs over which the attack grows from nothing: the step of fgsm, fgsm-rs, n-fgsm and
     gradalign, the ball and the step of pgd. GradAlign's SVHN recipes take 5."""
@@ -298,7 +299,8 @@ class RunFields:
     """Step of the evaluation's attacks. Default: the recipe's, in proportion to --eps."""
     eval_corruptions: tuple[str, ...] = ()
     """Corruptions under which a detector is evaluated, separated by commas: names of COCO-C's 15 or
-    all, each at its five severities, or such as fog-3 for one of them. Default: the recipe's."""
+    all, each at its five severities, or such as fog-3 for one of them; none for none. Default: the
+    recipe's."""
     eval_images: int | None = None
     """Validation images to attack, evenly spaced over the set; a detector is evaluated on these
     alone. Default: all; 400 without a GPU."""

@@ -46,7 +46,7 @@ TASK_READERS: dict[str, TaskName] = {
 # What a run of the other task may say nevertheless: what it does anyway.
 TASK_NEUTRAL: dict[str, tuple[object, ...]] = {
     "attack_loss": ("sum",),
-    "eval_corruptions": ((),),
+    "eval_corruptions": ((), ("none",)),
     "mix": ("none",),
     "label_smoothing": (0.0,),
     "norm": ("linf",),

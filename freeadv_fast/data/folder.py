@@ -269,13 +269,13 @@ def _classes_elsewhere(folder: str, name: str) -> str:
 
 
 def refuse_other_classes(data: str, train: list[str], val: list[str]) -> None:
-    """Raises UserError where train and val do not hold the same class folders."""
+    """Raises UserError where train and val do not hold the same classes."""
     for names, others, where in ((train, val, "val"), (val, train, "train")):
         missing = sorted(set(names) - set(others))
         if missing:
             raise UserError(
                 f"--data {data}: {where}/ lacks {len(missing)} of the {len(names)} classes: "
-                f"{shortened(missing)}; both splits need the same class folders"
+                f"{shortened(missing)}; both splits need the same classes"
             )
     if train != val:
         raise UserError(

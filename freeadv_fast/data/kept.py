@@ -81,7 +81,7 @@ def _refuse_other_classes(before: list[str], now: list[str], config: TrainConfig
     raise UserError(
         f"--data {config.data}: its classes are not those that the run was trained on: "
         f"{shortened(left) or 'none'} left, {shortened(came) or 'none'} came; resume it with the "
-        "same class folders"
+        "same classes"
     )
 
 

@@ -156,8 +156,10 @@ class Stream:
     one, and some methods on no fewer than a whole minibatch.
 
     Where images have groups, such as shapes, a global minibatch is of one group: the epoch's order
-    is walked, and each minibatch comes when its last image has come. What is then left over of
-    each group comes at the end, group after group, so that one minibatch may hold neighbours.
+    is walked, and each minibatch comes when its last image has come. What is left over of the
+    groups, group after group, comes before them in whole minibatches, which may hold neighbours and
+    be the largest of all: where memory is short for one, that shows in the first update. The rest
+    of it comes last; no image twice, none left out.
 
     Attributes:
         rows: (N,) int64 rows of the split's file list that this stream walks.
@@ -243,7 +245,9 @@ class Stream:
             rest.append(turns[cut:])
         minibatches = np.concatenate(whole)
         minibatches = minibatches[np.argsort(minibatches[:, -1])]
-        turns = np.concatenate([minibatches.ravel(), *rest])
+        left = np.concatenate(rest)
+        cut = len(left) - len(left) % global_batch
+        turns = np.concatenate([left[:cut], minibatches.ravel(), left[cut:]])
         grouped: Ints = order[turns]
         return grouped
 

@@ -133,15 +133,22 @@ def scale_step(chosen: dict[str, Any], config: TrainConfig, world: World) -> Non
 
 
 def limit_without_gpu(
-    chosen: dict[str, Any], attacks: Sequence[str], world: World, view: View
+    chosen: dict[str, Any],
+    attacks: Sequence[str],
+    world: World,
+    view: View,
+    doing: str = "attacking",
 ) -> None:
     """Without a GPU, what nobody chose is one PGD-20 on at most 400 images.
+
+    A detector is evaluated on these alone.
 
     Args:
         chosen: What the user chose; completed.
         attacks: Those that are made otherwise; they stay where they cost no more.
         world: Its rank 0 says what was limited.
         view: A list of images is a choice.
+        doing: What is done with no more images, in words.
     """
     said = []
     if chosen["eval_attacks"] is None and passes(attacks) > passes(CPU_EVAL_ATTACKS):
@@ -150,6 +157,6 @@ def limit_without_gpu(
         said.append(f"no GPU: {named} instead of {full}; --attacks chooses others")
     if chosen["eval_images"] is None and view.image_list is None:
         chosen["eval_images"] = CPU_EVAL_IMAGES
-        said.append(f"no GPU: attacking at most {CPU_EVAL_IMAGES} images; more: --eval-images N")
+        said.append(f"no GPU: {doing} at most {CPU_EVAL_IMAGES} images; more: --eval-images N")
     if world.is_main and said:
         print("\n".join(said), flush=True)

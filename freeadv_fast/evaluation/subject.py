@@ -19,6 +19,7 @@ from freeadv_fast.config.choices import Norm
 from freeadv_fast.config.file import load_config, remarks_on
 from freeadv_fast.config.phases import Phases
 from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.task_fields import has_boxes
 from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.data.loader import Loader
 from freeadv_fast.data.preprocessing import find_preprocessing
@@ -83,7 +84,7 @@ def evaluate(
     run's result, which it never touches; of anything else where `output_dir` says so. fp32 without
     TF32, in eval mode. Under torchrun every rank calls this. The clean accuracy is over all
     validation images, however few are attacked; without a GPU only those of at most 64 pixels a
-    side are all read, of larger ones the attacked.
+    side are all read, of larger ones the attacked. A detector's precision is over the attacked.
 
     Args:
         subject: A run's folder, what `load_run` returned, an export's folder, a file of weights
@@ -99,7 +100,8 @@ def evaluate(
             needs it.
         step: Step of the attacks; by default the run's own in proportion to `eps`, and eps / 4 for
             a network.
-        num_images: Validation images to attack, evenly spaced; by default as the run, or all.
+        num_images: Validation images to attack, evenly spaced; by default as the run, or all. A
+            detector is evaluated on these alone.
         checkpoint: Of a run's folder: ``last`` (the run's result), ``best`` (by held-out images)
             or a path.
         model: Your own network where the run trained one, as for `load_run`; or the one that a file
@@ -185,7 +187,8 @@ def _evaluate_run(run: SavedRun, asked: Asked, world: World) -> Evaluation | Det
         for line in remarks_on(run.folder.config):
             print(line, flush=True)
     if world.device.type != "cuda" and run.config.eval_images is None:
-        limit_without_gpu(chosen, run.config.eval_attacks, world, view)
+        doing = "evaluating on" if is_detector else "attacking"
+        limit_without_gpu(chosen, run.config.eval_attacks, world, view, doing)
     scale_step(chosen, run.config, world)
     if view.image_list is not None and chosen["eval_images"] is None:
         run = dataclasses.replace(run, config=dataclasses.replace(run.config, eval_images=None))
@@ -213,6 +216,11 @@ def _evaluate_candidate(
 ) -> Evaluation:
     """`evaluate` of a network that no run of ours describes."""
     chosen, view = dict(asked.chosen), asked.view
+    if has_boxes(chosen["data"]):
+        raise UserError(
+            f"--data {chosen['data']}: images with boxes, on which only the run of a detector is "
+            "evaluated; name its folder, or a classifier's images"
+        )
     if world.device.type != "cuda":
         limit_without_gpu(chosen, NETWORK_ATTACKS, world, view)
     config = config_for(candidate, chosen, image_size, norm, view)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from freeadv_fast.config.file import config_from_dict
 from freeadv_fast.config.presets import PIXEL_STATISTICS
 from freeadv_fast.config.run import TrainConfig
+from freeadv_fast.config.task_fields import task_of
 from freeadv_fast.errors import UserError
 from freeadv_fast.models.normalize import plain_network, with_normalizer
 from freeadv_fast.models.own import adopt, refuse_unnamed_network
@@ -118,7 +119,8 @@ def read_weights_file(path: Path, arch: str | None, own: nn.Module | None) -> We
         own: The user's module that takes the weights, in place of a name.
 
     Raises:
-        UserError: the file cannot be read or holds code, or nothing says which network it is of.
+        UserError: the file cannot be read or holds code, nothing says which network it is of, or
+            that is a detector.
     """
     state = load_checkpoint(path, "SUBJECT")
     weights = find_weights(state)
@@ -136,6 +138,10 @@ def read_weights_file(path: Path, arch: str | None, own: nn.Module | None) -> We
         refuse_unnamed_network(said)
         arch = printable(said)
     if arch is not None:
+        if task_of(arch) == "detection":
+            raise UserError(
+                f"SUBJECT {path}: a detector's weights are evaluated as a run only; name its folder"
+            )
         network_source(arch)  # a name that nobody knows is refused before the data are looked at
     return WeightsFile(path, state, weights, config, arch, own)
 

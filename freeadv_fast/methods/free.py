@@ -31,8 +31,8 @@ class Free:
         learner: The network in training.
         threat: Radius eps and step size of the perturbation; the paper's step is eps.
         m: Replays of each minibatch.
-        minibatch_shape: (N, H, W, 3) of a full minibatch on this rank, all parts of an update; the
-            first one's, where they differ in height and width.
+        minibatch_shape: (N, H, W, 3) of a full minibatch on this rank, all parts of an update; of
+            any height and width where minibatches differ in them, for delta starts at zero.
         device: Where training runs.
     """
 

@@ -1,4 +1,4 @@
-"""Detectors: Fast AdvProp on COCO (Mei et al. 2022, table 7), its natural twins, and free training.
+"""Detectors: Fast AdvProp on COCO (Mei et al. 2022, table 7) and its natural twins.
 
 Of table 7 no more is known here than RetinaNet with batch norm that trains, 24 epochs, 20 with Fast
 AdvProp, and its numbers. Rate, decay, batch and drops are those of torchvision's reference
@@ -47,22 +47,15 @@ FAST_ADVPROP: dict[str, Any] = {
     "batch_size": 20,
     "aux_bn_group": 4,
 }
+# Of `free_detection` and of the embedded shapes.
 FREE: dict[str, Any] = {"method": "free", "m": 4, "eps": Perturbation.parse("4/255")}
 
 
 def rows() -> dict[str, TrainConfig]:
-    """Table 7 and its like in half the time; and free training.
-
-    Free training of detectors is thu-ml/oddefense's (Li et al. 2023): eps and step 4/255, m 4, six
-    passes over the data. The optimizer is ours (theirs: AdamW), and so is what moves the
-    perturbation: the gradient of all that trains the weights, from the one backward pass that makes
-    it free. Theirs is a two-stage detector whose perturbation ascends its head's losses alone, in a
-    pass of its own.
-    """
+    """Table 7, and its like in half the time."""
     return {
         "coco-retinanet50-natural-2x": COCO,
         "coco-retinanet50-natural-1x": replace(COCO, **ONCE),
         "coco-retinanet50-fast-advprop": replace(COCO, **FAST_ADVPROP),
         "coco-retinanet50-fast-advprop-1x": replace(COCO, **FAST_ADVPROP, **ONCE),
-        "coco-retinanet50-free-m4-eps4": replace(COCO, **FREE),
     }

@@ -18,8 +18,8 @@ def recipe_tables() -> str:
         "\n".join([title, *table_lines([COLUMNS, *(cells(*row) for row in recipes.items())])])
         for title, recipes in PAPERS.items()
     )
-    last = "Accuracies as the papers report them, in percent. --show NAME prints a recipe whole."
-    return "\n\n".join([*tables, last])
+    last = "Accuracies, AP of detectors, as the papers report them, in percent."
+    return "\n\n".join([*tables, f"{last} --show NAME prints a recipe whole."])
 
 
 def cells(name: str, config: TrainConfig) -> tuple[str, ...]:
@@ -58,7 +58,8 @@ def recipe_page(name: str) -> str:
     comments = [paper]
     reported = REPORTED.get(name)
     if reported is not None:
-        clean = {} if reported.clean is None else {"clean": reported.clean}
+        what = "AP" if config.task == "detection" else "clean"
+        clean = {} if reported.clean is None else {what: reported.clean}
         accuracies = clean | dict(reported.robust)
         said = ", ".join(f"{what} {percent(value)}" for what, value in accuracies.items())
         took = "" if reported.seconds is None else f"; trained in {reported.seconds:,.0f} s"

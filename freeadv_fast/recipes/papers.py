@@ -1,5 +1,7 @@
 """What the papers report of their rows: accuracies in percent, under which attack, and where.
 
+Of detectors it is COCO's average precision (AP) instead, likewise in percent.
+
 A recipe that is not here has no number that we know: it is in a figure only, or in no paper.
 """
 
@@ -15,7 +17,7 @@ class Reported:
 
     Attributes:
         place: Where it stands, such as the table.
-        clean: Accuracy on clean images in percent; None where it is not given.
+        clean: Accuracy on clean images in percent, AP of a detector; None where it is not given.
         robust: Accuracies in percent by attack, as `--eval-attacks` names it.
         seconds: Of training, where they are given.
     """
@@ -137,9 +139,8 @@ REPORTED: dict[str, Reported] = {
             "imagenet-rn50-fast-advprop-no-rebalance": (76.35,),
         },
     ),
-    # Of detectors: average precision on COCO, and its mean on COCO-C.
-    "coco-retinanet50-natural-2x": Reported("table 7 (AP; on COCO-C 17.6)", 35.8),
-    "coco-retinanet50-fast-advprop": Reported("table 7 (AP; on COCO-C 19.0)", 35.8),
+    "coco-retinanet50-natural-2x": Reported("table 7 (COCO-C: AP 17.6)", 35.8),
+    "coco-retinanet50-fast-advprop": Reported("table 7 (COCO-C: AP 19.0)", 35.8),
     "cifar10-preact18-gradalign-eps8": Reported(
         "issue 7 of their code (1,000 images)",
         robust={"pgd-50-10": 47.58},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,10 @@ from freeadv_fast.runs.foreign import (
     other_head,
     without_spare,
 )
+
+# What torchvision's pyramids and towers of convolutions were called before 0.13.
+OLD_PYRAMID = re.compile(r"(\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$")
+OLD_TOWER = re.compile(r"(_head\.conv)\.(\d+)\.(weight|bias)$")
 
 
 def load_into_detector(
@@ -39,7 +44,7 @@ def load_into_detector(
     found = find_weights(state)
     if not found:
         raise UserError(f"{origin}: holds no weights")
-    weights = _named_for(detector, found)
+    weights = _named_for(detector, _upgraded(found))
     own = detector.state_dict()
     classifier = other_head(own, weights)
     if not first_misfit(own, weights | {key: own[key] for key in classifier}):
@@ -61,3 +66,15 @@ def _named_for(module: nn.Module, found: dict[str, Tensor]) -> dict[str, Tensor]
     own = module.state_dict()
     weights = without_spare(own, named_as(own.keys(), found))
     return weights if branch_parameters(module)[1] else without_auxiliary(weights)
+
+
+def _upgraded(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under torchvision's newer names, which its own modules give them on loading.
+
+    A tower's convolutions stood at 0, 2, 4 and 6 in its Sequential, activations between them.
+    """
+
+    def newer(tower: re.Match[str]) -> str:
+        return f"{tower[1]}.{int(tower[2]) // 2}.0.{tower[3]}"
+
+    return {OLD_TOWER.sub(newer, OLD_PYRAMID.sub(r"\1.0.\2", key)): w for key, w in weights.items()}

@@ -14,7 +14,7 @@ from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.autoattack.ledger import forget
 from freeadv_fast.evaluation.detection.corruptions import parse_corruptions
 from freeadv_fast.evaluation.detection.evaluate import DetectionEvaluation, evaluate_detector
-from freeadv_fast.evaluation.evaluate import evaluate
+from freeadv_fast.evaluation.evaluate import Evaluation, evaluate
 from freeadv_fast.evaluation.images import whole_val_loader
 from freeadv_fast.models.half_weights import drop_half_weights
 from freeadv_fast.models.normalize import with_normalizer
@@ -252,7 +252,7 @@ def describe(
         evaluation_seconds=round(evaluation_seconds, 3),
         attack_step=str(config.eval_step),
         num_eval_images=measured.num_images,
-        num_clean_images=getattr(measured, "num_clean_images", None),
+        num_clean_images=measured.num_clean_images if isinstance(measured, Evaluation) else None,
         holdout_images=holdout.num_images if holdout else 0,
         best_epoch=best["epoch"] if best else -1,
         best=best,

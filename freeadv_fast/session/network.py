@@ -83,7 +83,11 @@ def build_own_detector(config: TrainConfig, classes: list[str], *, is_fresh: boo
     model = build_detector(config.arch, len(classes))
     if config.bn_group is not None:
         apply_bn_groups(model, config.bn_group)
-    if config.init_from is None or not is_fresh:
+    if not is_fresh:
+        return model
+    if config.init_from is None:
+        if config.data.startswith("coco:"):
+            tell(["backbone: random weights; the papers' starts from ImageNet (--init-from FILE)"])
         return model
     state = checkpoint.load_checkpoint(Path(config.init_from), "--init-from")
     tell(load_into_detector(model, state, config.arch, f"--init-from {config.init_from}"))

@@ -18,7 +18,9 @@ from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.written import as_typed
 from freeadv_fast.data.agreement import open_together
 from freeadv_fast.data.build import deal_images
+from freeadv_fast.data.coco.loader import DetectionLoader
 from freeadv_fast.data.kept import recognise
+from freeadv_fast.data.loader import Loader
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.autoattack.package import refuse_unfit
@@ -112,11 +114,7 @@ def build_run(
             say(world, line)
     phase_loaders = world.together(lambda: deal_images(config, world, opened, held_out))
     classes = phase_loaders[-1].train.classes
-    if config.task == "detection":
-        world.together(lambda: refuse_unmeasurable(config.eval_corruptions))
-    elif config.eps.levels:
-        attacks = parsed(config.eval_attacks)
-        world.together(lambda: refuse_unfit(attacks, len(classes), "--eval-attacks"))
+    world.together(lambda: refuse_unfit_evaluation(config, phase_loaders[-1].val))
     budget = Budget.of(config, [loaders.train.num_batches for loaders in phase_loaders])
     if state is not None:
         refuse_spent_budget(config, state, budget)
@@ -295,6 +293,22 @@ def refuse_different_configs(config: TrainConfig, world: World) -> None:
                     )
 
     world.on_main(compare)
+
+
+def refuse_unfit_evaluation(config: TrainConfig, loader: Loader) -> None:
+    """Refuses what could not be evaluated at the end, before hours of training.
+
+    Args:
+        config: The run. loader: Of its validation images.
+
+    Raises:
+        UserError: an attack or a corruption that these classes or images do not take, or a package
+            is missing.
+    """
+    if isinstance(loader, DetectionLoader):
+        refuse_unmeasurable(config.eval_corruptions, loader)
+    elif config.eps.levels:
+        refuse_unfit(parsed(config.eval_attacks), len(loader.classes), "--eval-attacks")
 
 
 def refuse_empty_exchange(config: TrainConfig, world: World) -> None:

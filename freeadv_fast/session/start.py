@@ -19,6 +19,7 @@ from freeadv_fast.config.written import as_typed
 from freeadv_fast.data.build import Loaders
 from freeadv_fast.distributed.compress import GradientCompression
 from freeadv_fast.distributed.world import World
+from freeadv_fast.evaluation.detection.corruptions import parse_corruptions
 from freeadv_fast.models.own import is_own
 from freeadv_fast.recipes.catalogue import RECIPES
 from freeadv_fast.runs.log import LABEL_WIDTH, labelled
@@ -196,12 +197,11 @@ def evaluation_text(config: TrainConfig, num_images: int) -> str:
     """The attacks on the trained network."""
     images = f"on {num_images:,} validation images"
     if config.task == "detection":
-        corruptions = f", {counted(len(config.eval_corruptions), 'corruption')}"
         attacks = f", {', '.join(config.eval_attacks)} at eps {config.eps}"
-        return (
-            f"average precision{attacks * bool(config.eps.levels)}"
-            f"{corruptions * bool(config.eval_corruptions)} {images}"
-        )
+        chosen = parse_corruptions(config.eval_corruptions)
+        times = counted(sum(map(len, chosen.values())), "time")
+        corruptions = f", {counted(len(chosen), 'corruption')} ({times})" * bool(chosen)
+        return f"average precision{attacks * bool(config.eps.levels)}{corruptions} {images}"
     if not config.eps.levels:
         return f"clean accuracy {images}"
     attacks = ", ".join(config.eval_attacks)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from freeadv_fast import ops
+from freeadv_fast.config.choices import AttackLoss
 from freeadv_fast.models.retinanet import Detector, HeadOutputs
 from freeadv_fast.step.detection_loss import BoxLoss, box_losses, class_losses, match
 from freeadv_fast.step.objects import Objects
 
-# What attacks ascend: the loss that trains weights, or one of its two parts, of which Det-AdvProp
-# (Chen et al., CVPR 2021) takes whichever hurts more.
-AttackLoss = Literal["sum", "classification", "box"]
+Part = Literal["classification", "box"]
+PARTS: tuple[Part, ...] = ("classification", "box")
 
 
 class Detection:
@@ -24,8 +25,8 @@ class Detection:
 
     Args:
         detector: Whose box loss it is.
-        attack_loss: What attacks ascend that train nothing; an attack whose pass trains weights as
-            well has the whole loss.
+        attack_loss: What attacks ascend that train nothing: the sum, a part, or of each image the
+            stronger part. An attack whose pass trains weights as well has the sum.
     """
 
     has_hits = False
@@ -51,27 +52,34 @@ class Detection:
             outputs: Of n images. targets: (n, 1 + K, 5), see `step.objects`.
             sums: (4,) float64, updated, see `ops.count_pass_`.
         """
-        loss_sum = self.part(outputs, targets, "sum")
+        loss_sum = torch.stack(self.parts(outputs, targets)).sum()
         ops.count_pass_(sums, loss_sum.detach(), torch.zeros_like(sums[1]), len(targets))
         return loss_sum
 
-    def attack_loss_sum(self, outputs: HeadOutputs, targets: Tensor, *, smoothed: bool) -> Tensor:
+    def attack_losses(
+        self, outputs: HeadOutputs, targets: Tensor, *, smoothed: bool
+    ) -> tuple[Tensor, ...]:
         """What attacks ascend, summed over the images of a pass; no label is smoothed."""
-        return self.part(outputs, targets, self.attack_loss)
+        if self.attack_loss == "stronger":
+            return tuple(self.parts(outputs, targets))
+        which = PARTS if self.attack_loss == "sum" else (self.attack_loss,)
+        return (torch.stack(self.parts(outputs, targets, which)).sum(),)
 
-    def part(self, outputs: HeadOutputs, targets: Tensor, part: AttackLoss) -> Tensor:
-        """The loss or a part of it, summed over images: (), in the outputs' dtype.
+    def parts(
+        self, outputs: HeadOutputs, targets: Tensor, which: Sequence[Part] = PARTS
+    ) -> list[Tensor]:
+        """Parts of the loss, each summed over the images: (), in the outputs' dtype.
 
         Args:
             outputs: Of n images. targets: (n, 1 + K, 5), see `step.objects`.
-            part: Which.
+            which: Of the parts, in their order.
         """
         objects, anchors = Objects.of(targets), outputs.anchors
         matches = match(objects, anchors)
         losses = []
-        if part != "box":
+        if "classification" in which:
             losses.append(class_losses(outputs.class_logits, matches, objects.classes))
-        if part != "classification":
+        if "box" in which:
             boxes = objects.boxes
             losses.append(box_losses(outputs.box_deltas, anchors, matches, boxes, self.box_loss))
-        return torch.stack(losses).sum()
+        return [loss.sum() for loss in losses]

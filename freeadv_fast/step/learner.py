@@ -30,7 +30,7 @@ from freeadv_fast.step.meters import Meters, Role
 from freeadv_fast.step.mixing import Labels
 from freeadv_fast.step.parts import WHOLE, InParts
 from freeadv_fast.step.sgd import MasterSgd
-from freeadv_fast.step.task import Classification, Task
+from freeadv_fast.step.task import Classification, Task, steepest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,10 +283,12 @@ class Learner:
         """
         x = x.detach().requires_grad_()
         outputs = self.forward(self.task.seen(x, labels), branch, attack=True)
-        loss_sum = self.task.attack_loss_sum(outputs, labels, smoothed=smoothed)
-        loss = (-loss_sum if towards else loss_sum) / len(x)
-        (gradient,) = torch.autograd.grad(self.scaler.scale(loss), x)
-        return gradient
+        losses = self.task.attack_losses(outputs, labels, smoothed=smoothed)
+        scaled = [self.scaler.scale((-loss if towards else loss) / len(x)) for loss in losses]
+        gradients = [
+            torch.autograd.grad(loss, x, retain_graph=loss is not scaled[-1])[0] for loss in scaled
+        ]
+        return gradients[0] if len(gradients) == 1 else steepest(gradients, self.pixels.std)
 
     def ascend_(
         self, delta: Tensor, gradient: Tensor, images: Tensor, threat: AnyThreatModel

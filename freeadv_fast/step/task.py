@@ -7,8 +7,10 @@ detector.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,12 +40,15 @@ class Task(Protocol):
         """
         ...
 
-    def attack_loss_sum(self, outputs: Any, targets: Any, *, smoothed: bool) -> Tensor:
-        """The loss that attacks ascend, summed over the images of a pass and counted nowhere.
+    def attack_losses(self, outputs: Any, targets: Any, *, smoothed: bool) -> tuple[Tensor, ...]:
+        """What attacks ascend, summed over the images of a pass and counted nowhere.
 
         Args:
             outputs: The network's. targets: A row an image.
             smoothed: Whether it is the loss that trains weights, with smoothed labels.
+
+        Returns:
+            A loss; or several, of which each image's attack takes the strongest.
         """
         ...
 
@@ -75,7 +80,28 @@ class Classification:
         ops.count_pass_(sums, loss_sum.detach(), hits, len(outputs))
         return loss_sum
 
-    def attack_loss_sum(self, outputs: Tensor, targets: Tensor, *, smoothed: bool) -> Tensor:
+    def attack_losses(
+        self, outputs: Tensor, targets: Tensor, *, smoothed: bool
+    ) -> tuple[Tensor, ...]:
         """Cross-entropy, of smoothed labels where they are and it is asked for."""
         share = self.label_smoothing if smoothed else 0.0
-        return F.cross_entropy(outputs, targets, reduction="sum", label_smoothing=share)
+        return (F.cross_entropy(outputs, targets, reduction="sum", label_smoothing=share),)
+
+
+def steepest(gradients: Sequence[Tensor], std: Tensor) -> Tensor:
+    """Of each image the gradient along whose sign the sum of all losses rises fastest.
+
+    To first order, which spares the passes in which Det-AdvProp compares what the attacks lead to
+    (Chen et al., CVPR 2021).
+
+    Args:
+        gradients: (n, 3, H, W) of each loss at the network's input.
+        std: (3,) that pixels were divided by: a step in pixels is so much longer there.
+
+    Returns:
+        (n, 3, H, W).
+    """
+    stacked = torch.stack(list(gradients))
+    slope = stacked.sum(dim=0) / std.view(-1, 1, 1)
+    rises = (slope * stacked.sign()).flatten(2).sum(dim=2)
+    return stacked[rises.argmax(dim=0), torch.arange(len(slope), device=slope.device)]

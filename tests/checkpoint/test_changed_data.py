@@ -174,7 +174,7 @@ def test_other_classes_are_refused(data, start, capsys):
     error = capsys.readouterr().err
     assert error == (
         f"error: --data {data}: its classes are not those that the run was trained on: "
-        "class1 left, kind1 came; resume it with the same class folders\n"
+        "class1 left, kind1 came; resume it with the same classes\n"
     )
 
 

@@ -118,6 +118,8 @@ def test_boxes_are_cut_and_crowds_and_thin_ones_are_not_trained_on(tmp_path):
         annotation(4, 9, 1, (3, 3, 5, 0)),
     ]
     entries[0]["segmentation"] = [[1, 2, 3, 4, 5, 6]]
+    entries[1]["iscrowd"] = True
+    del entries[0]["iscrowd"], entries[0]["area"]
     read = read_annotations(crafted(tmp_path, entries), "train")
     assert [boxes.tolist() for boxes in read.boxes] == [[], [[0, 30, 6, 40]]]
     assert [labels.tolist() for labels in read.labels] == [[], [1]]
@@ -126,7 +128,9 @@ def test_boxes_are_cut_and_crowds_and_thin_ones_are_not_trained_on(tmp_path):
         "COCO's evaluation reads them",
     )
     assert [entry["iscrowd"] for entry in read.record["annotations"]] == [0, 1, 0, 0]
-    assert "segmentation" not in read.record["annotations"][0]
+    # As the evaluators read it: they take no true and no null.
+    assert read.record["annotations"][0] == annotation(1, 9, 3, (-4, 30, 10, 20))
+    assert type(read.record["annotations"][1]["iscrowd"]) is int
     trained = read.with_objects()
     assert (trained.files, trained.image_ids.tolist()) == (["9.png"], [9])
     assert trained.left_out[1:] == ("1 training images without objects left out",)
@@ -164,6 +168,13 @@ BAD = {
     'entry 1 of "annotations" has no "bbox"': [{k: v for k, v in GOOD.items() if k != "bbox"}],
     "'5', no whole number": [GOOD | {"image_id": "5"}],
     'entry 2 of "annotations" has no "image_id"': [GOOD, "crowd"],
+    "the bbox of annotation 1 is ['1', '1', '9', '9'], not": [GOOD | {"bbox": list("1199")}],
+    "the bbox of annotation 1 is [True, 1, 9, 9], not": [GOOD | {"bbox": [True, 1, 9, 9]}],
+    "the bbox of annotation 1 is None, not": [GOOD | {"bbox": None}],
+    '"iscrowd" of annotation 2 is None, not 0 or 1': [GOOD, GOOD | {"iscrowd": None}],
+    "\"iscrowd\" of annotation 1 is '0', not 0 or 1": [GOOD | {"iscrowd": "0"}],
+    '"area" of annotation 2 is None, not a number': [GOOD, GOOD | {"area": None}],
+    "\"area\" of annotation 1 is '100', not a number": [GOOD | {"area": "100"}],
 }
 
 
@@ -191,6 +202,8 @@ def test_bad_lists_of_images_are_one_line(tmp_path):
     ):
         assert line in refusal(read_annotations, crafted(tmp_path, [GOOD], listed), "train")
     assert 'no "name"' in refusal_of_file(tmp_path, {"categories": [{"id": 1}]})
+    twice = [{"id": 1, "name": "red"}, {"id": 2, "name": "red"}]
+    assert '"categories" lists red twice' in refusal_of_file(tmp_path, {"categories": twice})
     assert 'no list "categories"' in refusal_of_file(tmp_path, {"categories": {}})
 
 
@@ -198,6 +211,13 @@ def refusal_of_file(folder, change):
     path = folder / "annotations" / "instances_train.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     return refusal(read_annotations, str(folder), "train")
+
+
+def test_a_set_of_crowds_alone_has_nothing_to_learn(settings, tmp_path, world):
+    crowd = [annotation(1, 5, 1, (2, 3, 10, 10), is_crowd=1)]
+    data = crafted(tmp_path, crowd)
+    crafted(tmp_path, [GOOD], split="val")
+    assert "no image of train holds an object" in refusal(build_loaders, settings(data), world)
 
 
 @pytest.mark.parametrize(
@@ -275,13 +295,18 @@ def test_minibatches_are_of_one_group_and_every_image_comes_once(seed, accumulat
     assert len(shares) == stream().num_batches
     seen = np.concatenate([share.rows for share in shares])
     assert sorted(seen) == rows.tolist()
-    number_of_whole = sum(np.bincount(groups) // (8 * accumulate))
+    size = 8 * accumulate
+    number_of_whole = sum(np.bincount(groups) // size)
+    number_of_mixed = len(groups) // size - number_of_whole
     for number, share in enumerate(shares):
         there = {int(group) for group in groups[share.rows - 200]}
         assert set(share.groups) == there
-        assert len(there) == 1 or number >= number_of_whole
-    assert len({share.groups for share in shares[:number_of_whole]}) == 3
-    left_over = groups[seen - 200][8 * accumulate * number_of_whole :]
+        is_whole = number_of_mixed <= number < number_of_mixed + number_of_whole
+        assert len(there) == 1 or not is_whole
+    wholes = shares[number_of_mixed : number_of_mixed + number_of_whole]
+    assert len({share.groups for share in wholes}) == 3
+    left_over = groups[seen - 200]
+    left_over = np.delete(left_over, np.s_[size * number_of_mixed : -(len(groups) % size)])
     assert (np.diff(left_over) >= 0).all()
     for mine, other in zip(stream().shares(4, 5), shares[5:], strict=True):
         assert np.array_equal(mine.rows, other.rows)
@@ -431,7 +456,7 @@ def test_corrupted_images_are_a_pure_function(folder, settings, world):
     clean = list(loader.epoch(0))
     np.random.seed(7)  # noqa: NPY002
     before = np.random.get_state()[1].copy()  # noqa: NPY002
-    for name in ("gaussian_noise", "impulse_noise", "glass_blur", "snow"):
+    for name in ("gaussian_noise", "snow"):
         corrupt = loader.corrupted(name, 3)
         first = list(corrupt.epoch(0))
         assert_same(list(corrupt.epoch(0, 1)), first[1:])
@@ -450,12 +475,33 @@ def test_corrupted_images_are_a_pure_function(folder, settings, world):
     assert_same(list(processes.corrupted("snow", 3).epoch(0)), first)
 
 
-def test_each_image_has_noise_of_its_own():
-    pytest.importorskip("imagecorruptions")
-    grey = np.full((32, 40, 3), 128, np.uint8)
-    one, again, other = (corrupted(grey, key, "gaussian_noise", 2) for key in (2**63, 2**63, 5))
+@pytest.mark.parametrize("name", ["gaussian_noise", "impulse_noise", "glass_blur"])
+def test_each_image_has_noise_of_its_own(name, monkeypatch):
+    """Whichever generator a corruption draws from."""
+    package = pytest.importorskip("imagecorruptions.corruptions")
+    shuffled = package._shuffle_pixels_njit_glass_blur.py_func  # compiling it takes 20 s
+    monkeypatch.setattr(package, "_shuffle_pixels_njit_glass_blur", shuffled)
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    one, again, other = (corrupted(image, key, name, 2) for key in (2**63, 2**63, 5))
     assert np.array_equal(one, again)
     assert not np.array_equal(one, other)
+    assert np.array_equal(before, np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_images_too_small_are_told_before_one_is_read(tmp_path, settings, world):
+    """Those that are evaluated; with training's they need not be of one size."""
+    pytest.importorskip("imagecorruptions")
+    data = crafted(tmp_path, [GOOD], ids=(5, 7, 9), split="val")
+    listed = json.loads((tmp_path / "annotations" / "instances_val.json").read_text())["images"]
+    listed[1] |= {"height": 50, "width": 31}
+    write_annotations(tmp_path, "val", listed, [GOOD])
+    (tmp_path / "val" / "5.png").write_bytes(b"unread")
+    config = settings(data)
+    line = "--eval-corruptions fog: .*7.png has 31 x 50 pixels, and the corruptions need 32 a side"
+    with pytest.raises(UserError, match=line):
+        build_val_loader(config, world, None).corrupted("fog", 1)
+    assert build_val_loader(config, world, 1).corrupted("fog", 1).num_images == 1
 
 
 def test_what_cannot_be_corrupted_is_one_line(folder, settings, world, monkeypatch):
@@ -463,11 +509,10 @@ def test_what_cannot_be_corrupted_is_one_line(folder, settings, world, monkeypat
     loader = build_val_loader(settings(folder), world, None)
     with pytest.raises(UserError, match="--eval-corruptions rain: unknown; use all, or some of g"):
         loader.corrupted("rain", 1)
-    with pytest.raises(UserError, match="20 x 40 pixels, and the corruptions need 32"):
-        corrupted(np.zeros((40, 20, 3), np.uint8), 1, "fog", 1)
     from freeadv_fast.data.coco import corruption
 
     corruption._package.cache_clear()
+    corruption.load_corruption.cache_clear()
     monkeypatch.setitem(sys.modules, "imagecorruptions", None)
     with pytest.raises(UserError, match="pip install imagecorruptions-imaug; not imagecorruptions"):
         loader.corrupted("fog", 1)

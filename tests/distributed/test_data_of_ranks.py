@@ -73,7 +73,7 @@ def test_every_rank_is_told_which_rank_and_file_differ(small_images, tmp_path):
     }
     expected["half_renamed"] = (
         "rank 1: --data half_renamed/data: val/ lacks 1 of the 3 classes: class4; both splits "
-        "need the same class folders"
+        "need the same classes"
     )
     expected["phase"] = (
         f"--phase-data phase/small: train: rank 1 lacks class0/0.jpg, which rank 0 has; {DIFFERENT}"

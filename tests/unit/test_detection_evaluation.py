@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import threading
 from types import SimpleNamespace
@@ -38,16 +39,22 @@ from freeadv_fast.evaluation.detection.corruptions import (
     relative_precision,
 )
 from freeadv_fast.evaluation.detection.evaluate import DetectionEvaluation, evaluate_detector
+from freeadv_fast.evaluation.detection.ledger import digest_of
 from freeadv_fast.evaluation.detection.predict import (
     PixelDetector,
+    in_halves,
     in_stored_pixels,
     on_own_canvases,
 )
 from freeadv_fast.evaluation.evaluate import eval_mode
 from freeadv_fast.evaluation.subject import evaluate as evaluate_subject
 from freeadv_fast.models.retinanet import DETECTORS, build_detector
+from freeadv_fast.runs.export.again import export_run
+from freeadv_fast.runs.export.detector import export_detector
 from freeadv_fast.runs.log import save_config
+from freeadv_fast.runs.saved import load_run
 from freeadv_fast.step.objects import NO_OBJECT, Objects
+from freeadv_fast.training import dry_run, train
 
 MEAN, STD = (0.5, 0.4, 0.6), (0.2, 0.25, 0.3)
 THREAT = ThreatModel(Perturbation.parse("4/255"), Perturbation.parse("1/255"))
@@ -71,25 +78,26 @@ class AnswerLoader:
 
     canvases = np.array([(64, 56), CANVAS])
 
-    def __init__(self, annotations, sizes=(4, 0, 5), first=0, severity=0, made=None):
+    def __init__(self, annotations, parts=(4, 0, 5), first=0, severity=0, made=None):
         self.annotations, self.severity = annotations, severity
         self.made = [] if made is None else made
-        self.sizes, self.first, self.num_batches = sizes, first, len(sizes)
+        self.parts, self.first, self.num_batches = parts, first, len(parts)
+        self.sizes = np.ceil(annotations.sizes * SCALE).astype(int)
 
     def corrupted(self, name, severity):
         return AnswerLoader(
-            self.annotations, self.sizes, self.first, severity + 10 * (name == "fog"), self.made
+            self.annotations, self.parts, self.first, severity + 10 * (name == "fog"), self.made
         )
 
     def epoch(self, epoch, start=0):
         self.made.append(self.severity)
         row = self.first
-        for size in self.sizes:
+        for size in self.parts:
             yield self.batch(range(row, row + size))
             row += size
 
     def batch(self, rows):
-        seen = [np.ceil(self.annotations.sizes[row] * SCALE).astype(int) for row in rows]
+        seen = self.sizes[list(rows)]
         images = torch.full((len(rows), *CANVAS, 3), 255, dtype=torch.uint8)
         capacity = self.annotations.capacity
         boxes = torch.zeros(len(rows), capacity, 4)
@@ -102,8 +110,7 @@ class AnswerLoader:
             scale = np.array([width / stored[1], height / stored[0]] * 2)
             boxes[slot, :count] = torch.from_numpy(self.annotations.boxes[row] * scale)
             classes[slot, :count] = torch.from_numpy(self.annotations.labels[row])
-        sizes = torch.tensor(np.array(seen).reshape(-1, 2))
-        targets = Objects(sizes, boxes, classes).packed()
+        targets = Objects(torch.from_numpy(seen), boxes, classes).packed()
         return Batch(images, targets, len(rows), torch.tensor(list(rows), dtype=torch.int64))
 
 
@@ -182,6 +189,7 @@ def test_shifted_boxes_score_less_and_means_are_of_them(annotations):
     assert record["corruptions"]["snow"] == {"2": fog[2]}
     assert record["mean_corrupted"] == measured.mean_corrupted
     assert record["clean"] == measured.clean
+    assert record["is_benchmark"] is False
 
 
 def test_a_killed_evaluation_goes_on(annotations, tmp_path):
@@ -200,12 +208,24 @@ def test_a_killed_evaluation_goes_on(annotations, tmp_path):
     other.weight.data += 1
     measured_by(annotations, names, oracle=other, loader=loader, folder=tmp_path)
     assert loader.made == [0, 1, 2, 3, 11]
-    some = AnswerLoader(annotations, sizes=(4,))
+    some = AnswerLoader(annotations, parts=(4,))
     measured_by(annotations, names, loader=some, folder=tmp_path)
     assert some.made == [0, 1, 2, 3, 11]
     assert len(list(tmp_path.iterdir())) == 3
     forget(resumed.ledgers)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_ledger_is_of_these_files_seen_in_this_size(annotations):
+    def digest(loader):
+        return digest_of(Oracle(annotations), MEAN, STD, loader, [1, 2])
+
+    whole = digest(AnswerLoader(annotations))
+    assert digest(AnswerLoader(annotations, parts=(2, 1), first=3)) == whole  # another rank's
+    others = AnswerLoader(dataclasses.replace(annotations, num_bytes=annotations.num_bytes + 1))
+    larger, wider = AnswerLoader(annotations), AnswerLoader(annotations)
+    larger.sizes, wider.canvases = larger.sizes + 1, wider.canvases + 32
+    assert len({whole, *map(digest, (others, larger, wider))}) == 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,8 +258,8 @@ def test_two_shares_come_to_what_one_does(annotations):
     """Also where both have an image; every rank has the numbers."""
     barrier, shared, results = threading.Barrier(2, timeout=30), {}, [None, None]
     loaders = [
-        AnswerLoader(annotations, sizes=(3, 2)),
-        AnswerLoader(annotations, sizes=(2, 3), first=4),
+        AnswerLoader(annotations, parts=(3, 2)),
+        AnswerLoader(annotations, parts=(2, 3), first=4),
     ]
 
     def work(rank):
@@ -286,9 +306,26 @@ def test_an_image_is_seen_alike_whatever_came_along(annotations):
             assert torch.equal(part.labels[slot], alone[row].labels[0])
 
 
+def test_short_memory_halves_a_minibatch(annotations):
+    """Down to one image, of which a half cannot be made."""
+    loader, asked = AnswerLoader(annotations), []
+
+    def detect_in(batch, most=1):
+        asked.append(batch.indices.tolist())
+        if len(batch.labels) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {int(batch.indices[0]): "found"}
+
+    found = in_halves(loader.batch(range(3)), detect_in)
+    assert sorted(found) == [0, 1, 2]
+    assert asked == [[0, 1, 2], [0], [1, 2], [1], [2]]
+    with pytest.raises(torch.OutOfMemoryError):
+        in_halves(loader.batch(range(3)), functools.partial(detect_in, most=0))
+
+
 def test_no_images_is_an_error(annotations):
     with pytest.raises(ValueError, match="no images to evaluate"):
-        measured_by(annotations, loader=AnswerLoader(annotations, sizes=()))
+        measured_by(annotations, loader=AnswerLoader(annotations, parts=()))
 
 
 def test_means_of_hand_made_numbers():
@@ -306,7 +343,7 @@ def test_means_of_hand_made_numbers():
 
 
 def test_corruptions_by_name():
-    assert parse_corruptions([]) == {}
+    assert parse_corruptions([]) == parse_corruptions(["none"]) == {}
     assert parse_corruptions(["all"]) == dict.fromkeys(CORRUPTIONS, (1, 2, 3, 4, 5))
     assert parse_corruptions(["all-3", "fog-1"])["fog"] == (1, 3)
     assert list(parse_corruptions(["fog", "shot_noise-5"])) == ["shot_noise", "fog"]
@@ -339,7 +376,9 @@ def test_the_table_says_all(annotations):
         "benchmark's mean)"
     )
     full = {name: dict.fromkeys(range(1, 6), 0.179) for name in CORRUPTIONS}
-    lines = DetectionEvaluation(numbers, {}, {}, full, 5000, 1.0).lines("1/255")
+    whole = DetectionEvaluation(numbers, {}, {}, full, 5000, 1.0)
+    lines = whole.lines("1/255")
+    assert whole.record()["is_benchmark"] is True
     assert lines[-1].endswith("rPC 50.0% of the clean AP (5,000 images, 15 of 15 corruptions)")
     assert len(DetectionEvaluation(numbers, {}, {}, {}, 5000, 1.0).lines("1/255")) == 3
 
@@ -484,8 +523,41 @@ def test_a_run_is_evaluated_from_its_folder(run_folder, capsys):
     assert (record["eps"], record["arch"]) == ("8/255", "retinanet_resnet10_fpn_64")
     assert not list(run_folder.glob("corruptions-*"))
     printed = capsys.readouterr().out
+    assert "no GPU: evaluating on at most 400 images" in printed
     assert "evaluate: fog: AP" in printed
     assert "mPC" in printed
+
+
+def test_an_export_made_again_keeps_the_data_sets_ids(run_folder, tmp_path):
+    """A run's folder does not say them, but for its first export."""
+
+    def ids_of(folder):
+        return json.loads((folder / "config.json").read_text())["category_ids"]
+
+    assert ids_of(export_run(run_folder)) is None
+    run = load_run(run_folder)
+    first = run_folder / "export"
+    export_detector(run.detector, first, config=run.config, classes=run.classes, record=None,
+                    category_ids=[1, 3, 7])  # fmt: skip
+    assert ids_of(export_run(run_folder)) == ids_of(first) == [1, 3, 7]
+    assert ids_of(export_run(run_folder, tmp_path / "elsewhere")) == [1, 3, 7]
+
+
+@pytest.mark.parametrize("corruption", ["foq", "fog"])
+def test_what_cannot_be_measured_is_told_before_training(run_folder, tmp_path, corruption):
+    """In a dry run as well: a misspelt corruption, and images too small for one."""
+    pytest.importorskip("imagecorruptions")
+    data = write_coco(tmp_path / "coco", num_images=4, sizes=((31, 64), (64, 64)))
+    config = dataclasses.replace(
+        load_config(run_folder / "config.yaml"), data=f"coco:{data}", batch_size=2,
+        eval_corruptions=(corruption,), output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    complaint = {"foq": "did you mean fog", "fog": "000000.jpg has 64 x 31 pixels, and the corr"}
+    for start in (dry_run, train):
+        with pytest.raises(
+            UserError, match=f"--eval-corruptions {corruption}: .*{complaint[corruption]}"
+        ):
+            start(config)
 
 
 @pytest.mark.parametrize(

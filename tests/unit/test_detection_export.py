@@ -15,6 +15,7 @@ import freeadv_fast.models.retinanet
 from freeadv_fast.config.file import config_to_yaml
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.audit.run import audit_run
+from freeadv_fast.evaluation.detection.corruptions import CORRUPTIONS
 from freeadv_fast.evaluation.pictures.draw import draw_pictures
 from freeadv_fast.evaluation.shifts.robustness import evaluate_robustness
 from freeadv_fast.models.batch_norm import add_auxiliary_bn
@@ -33,7 +34,12 @@ CLEAN = {"AP": 0.358, "AP50": 0.55, "AP75": 0.38, "APs": None, "APm": 0.4, "APl"
 DETECTION = {
     "clean": CLEAN, "per_class": {}, "attacks": {"pgd-10": CLEAN | {"AP": 0.123}},
     "corruptions": {"fog": {"1": 0.3, "3": 0.2}}, "mean_corrupted": 0.19, "relative": 0.531,
-    "num_images": 200,
+    "is_benchmark": False, "num_images": 200,
+}  # fmt: skip
+RECORD = {
+    "detection": DETECTION, "ranks": 1, "device": "EPYC",
+    "versions": {"freeadv_fast": "1", "torch": "2"}, "train_seconds": 60.0, "epochs": 12.0,
+    "passes": 9, "attack_passes": 2, "precision": "float32",
 }  # fmt: skip
 
 
@@ -111,25 +117,21 @@ def test_torchvision_has_the_same_keys(arch):
 
 
 def test_the_card_says_what_was_measured(tmp_path, detector):
-    record = {
-        "detection": DETECTION, "average": {"detection": DETECTION | {"corruptions": {}}},
-        "ranks": 1, "device": "EPYC", "versions": {"freeadv_fast": "1", "torch": "2"},
-        "train_seconds": 60.0, "epochs": 12.0, "passes": 9, "attack_passes": 2,
-        "precision": "float32",
-    }  # fmt: skip
+    record = RECORD | {"average": {"detection": DETECTION | {"corruptions": {}}}}
     card = (export(detector, tmp_path / "a", record=record) / "README.md").read_text()
     for said in (
         "pipeline_tag: object-detection",
         "A detector of 3 classes of objects in images whose shorter side is 128 px: AP 35.8 on 200 "
-        "images, mPC 19.0 on corrupted ones.",
+        "images, 19.0 under 1 corruption.",
         "| clean | 35.8 | 55.0 | 38.0 | - | 40.0 | 50.0 | 50.0 |",
         "| pgd-10 | 12.3 | 55.0 |",
-        "mPC 19.0, rPC 53.1 % of the clean AP",
+        "Mean under 1 corruption 19.0, 53.1 % of the clean AP: AP's mean over",
         "| corruption | severity 1 | severity 3 | mean |",
         "| fog | 30.0 | 20.0 | 25.0 |",
         "within eps 1/255 of the pixel range",
-        "1 of the benchmark's 15 corruptions, 2 of 5 severities each",
+        "2 of the benchmark's 75 (corruption, severity) pairs: it compares with no published mPC",
         "Measured on 200 images only",
+        "torchvision's own resize in the lines below does not",
         "cost: 60 seconds on 1 x EPYC",
         "@inproceedings{mei2022fast,",
         "@inproceedings{lin2017focal,",
@@ -148,6 +150,23 @@ def test_the_card_says_what_was_measured(tmp_path, detector):
     assert "These weights were not evaluated" in card
     assert "Trained on clean images: not made to withstand any attack." in card
     assert "adversarial-training" not in card
+
+
+def test_the_card_says_mpc_of_the_whole_benchmark_alone(tmp_path, detector):
+    rows = dict.fromkeys(CORRUPTIONS, dict.fromkeys("12345", 0.2)) | {"fog": {"3": 0.3}}
+    record = RECORD | {"detection": DETECTION | {"corruptions": rows}}
+    card = (export(detector, tmp_path / "a", record=record) / "README.md").read_text()
+    assert "over 71 of the benchmark's 75 (corruption, severity) pairs" in card
+    assert "Mean under 15 corruptions 19.0" in card
+    assert "rPC" not in card
+    rows = rows | {"fog": dict.fromkeys("1245", 0.3) | {"3": None}}
+    record = RECORD | {"detection": DETECTION | {"corruptions": rows, "is_benchmark": True}}
+    card = (export(detector, tmp_path / "b", record=record) / "README.md").read_text()
+    assert "images, mPC 19.0 on corrupted ones." in card
+    assert "mPC 19.0, rPC 53.1 % of the clean AP" in card
+    assert "no published" not in card
+    assert "| snow | 20.0 | 20.0 | 20.0 | 20.0 | 20.0 | 20.0 |" in card
+    assert "| fog | 30.0 | 30.0 | - | 30.0 | 30.0 | - |" in card  # one unknown: no mean
 
 
 def test_a_run_is_read_back_and_exported(run, detector):

@@ -1,5 +1,6 @@
 """The detector's script: which recipe data imply, which flags it reads, what it refuses."""
 
+import dataclasses
 import re
 
 import pytest
@@ -27,7 +28,8 @@ def parsed(line):
         ("--data coco:/coco", "coco-retinanet50-fast-advprop"),
         ("--data=coco:/coco --method=natural", "coco-retinanet50-natural-2x"),
         ("--data coco:/coco --method free", "coco-retinanet50-free-m4-eps4"),
-        ("--data coco:/coco --method pgd", "coco-retinanet50-fast-advprop"),  # there is no own
+        ("--data coco:/coco --method pgd", "coco-retinanet50-natural-2x"),  # there is no own
+        ("--method n-fgsm", "shapes-natural"),
         ("--recipe coco-retinanet50-natural-1x --data coco:/coco", "coco-retinanet50-natural-1x"),
         ("--recipe digits-free", "digits-free"),
     ],
@@ -36,6 +38,14 @@ def test_data_and_method_imply_a_recipe(line, recipe):
     config = parsed(line)
     assert config.recipe == recipe
     assert config.data == ("coco:/coco" if "coco:" in line else RECIPES[recipe].data)
+
+
+@pytest.mark.parametrize("data", ["", " --data coco:/coco"])
+@pytest.mark.parametrize("method", ["fgsm", "fgsm-rs", "n-fgsm", "pgd"])
+def test_only_fast_advprop_adds_attacked_images_to_a_minibatch(method, data):
+    natural, other = (parsed(f"--method {name}{data}") for name in ("natural", method))
+    assert (other.method, other.batch_size) == (method, natural.batch_size)
+    assert other.aux_bn_group == natural.aux_bn_group
 
 
 def test_every_method_that_has_a_default_trains_a_detector():
@@ -117,6 +127,9 @@ def test_the_papers_schedule_and_shares(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match="--p-adv 0.2: 1 adversarial and 4 clean of --batch-size 5"):
         resolve(config, {"data"})
+    line = "--data coco:/coco --batch-size 10 --aux-bn-group 2"  # as the script's docstring says
+    typed, _ = resolve(parsed(line), {"data", "batch_size", "aux_bn_group"})
+    assert (typed.batch_size, typed.num_adversarial, typed.aux_bn_group) == (10, 2, 2)
 
 
 def test_a_cpu_attacks_no_more_images_than_the_recipe(monkeypatch):
@@ -124,3 +137,9 @@ def test_a_cpu_attacks_no_more_images_than_the_recipe(monkeypatch):
     config, remarks = resolve(parsed(""), set())
     assert (config.eval_images, config.eval_attacks, remarks) == (200, ("pgd-10",), [])
     assert resolve(parsed("--data coco:/coco"), {"data"})[0].eval_images == 400
+    line, typed = "--data coco:/coco --method natural --eps 0", {"data", "method", "eps"}
+    config, remarks = resolve(parsed(line), typed)
+    assert config.eval_images == 400
+    assert "no GPU: evaluating at most 400 validation images" in "".join(remarks)
+    classifier = parse(["--method", "natural", "--eps", "0"], "free", "cifar")[0].run
+    assert resolve(dataclasses.replace(classifier, eval_images=None), typed)[0].eval_images is None

@@ -88,7 +88,7 @@ def test_attacks_ascend_the_loss_or_a_part_of_it(detector, attack_loss, parts):
     anchors = anchors_of(detector)
     outputs, targets = random_outputs(anchors, torch.float64), crafted(anchors).packed()
     task = Detection(detector, attack_loss)
-    ours = task.attack_loss_sum(outputs, targets, smoothed=True)
+    (ours,) = task.attack_losses(outputs, targets, smoothed=True)
     theirs = torchvisions(detector, outputs, targets)
     torch.testing.assert_close(ours, sum(theirs[part] for part in parts))
 
@@ -115,7 +115,7 @@ def test_what_an_empty_place_holds_does_not_matter(detector):
     filled.boxes[~objects.is_object] = torch.tensor([0.0, 0, 64, 64])
     losses = []
     for one in (objects, filled):
-        loss = Detection(detector).attack_loss_sum(outputs, one.packed(), smoothed=False)
+        (loss,) = Detection(detector).attack_losses(outputs, one.packed(), smoothed=False)
         losses.append((loss, *torch.autograd.grad(loss, outputs[:2])))
     assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
 
@@ -157,7 +157,7 @@ def test_the_network_sees_zero_for_padding_and_padding_has_no_gradient(detector)
     x = torch.randn(6, 3, 64, 64).contiguous(memory_format=torch.channels_last).requires_grad_()
     seen = task.seen(x, targets)
     assert seen.is_contiguous(memory_format=torch.channels_last)
-    loss = task.attack_loss_sum(detector(seen), targets, smoothed=False)
+    (loss,) = task.attack_losses(detector(seen), targets, smoothed=False)
     (gradient,) = torch.autograd.grad(loss, x)
     assert gradient.is_contiguous(memory_format=torch.channels_last)
     for image, (height, width) in enumerate(SIZES):

@@ -19,8 +19,9 @@ from freeadv_fast.config.file import config_to_yaml
 from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.data.loader import Batch
 from freeadv_fast.errors import UserError
+from freeadv_fast.evaluation.detection.corruptions import CORRUPTIONS
 from freeadv_fast.evaluation.detection.evaluate import DetectionEvaluation
-from freeadv_fast.evaluation.page import write_comparison, write_page
+from freeadv_fast.evaluation.page import detection_comparison, write_comparison, write_page
 from freeadv_fast.evaluation.pictures import boxes, panels
 from freeadv_fast.evaluation.pictures.corruptions import plot_corruptions
 from freeadv_fast.evaluation.pictures.panels import Panel, plot_boxes
@@ -50,10 +51,17 @@ def detection(ap=0.612):
         },
         "mean_corrupted": 0.4,
         "relative": 0.4 / ap,
+        "is_benchmark": False,
         "num_images": 200,
         "seconds": 12.0,
         "seed": 0,
     }
+
+
+def under_coco_c(severities=(1, 2, 3, 4, 5)):
+    """AP under all corruptions; under fog at all severities though others be fewer."""
+    row = {str(severity): 0.5 - severity / 20 for severity in severities}
+    return dict.fromkeys(CORRUPTIONS, row) | {"fog": dict.fromkeys("12345", 0.35)}
 
 
 def write(path, record):
@@ -110,14 +118,14 @@ def test_the_page_says_what_the_files_say(finished):
     for said in (
         "Fast AdvProp training of retinanet_resnet10_fpn_64 on synthetic shapes",
         "The last weights reach an average precision (AP) of 61.2% on 200 clean validation images, "
-        "40.0% on corrupted ones (mPC, 65.4% of it), and 21.4% under the strongest attack that was "
+        "40.0% under 2 corruptions (65.4% of it), and 21.4% under the strongest attack that was "
         "made, pgd-10 within 1/255, after 5,588 image passes in 5.8 s on AMD EPYC.",
         "images AP AP50 AP75 small medium large recall "
         "clean 61.2% 71.2% 61.2% 61.2% 61.2% – 61.2% pgd-10 21.4%",
         "class AP square <b> 71.2% circle 51.2% star –",
         "corruption severity 1 severity 3 mean gaussian noise 50.0% 30.0% 40.0% JPEG compression "
-        "60.0% 20.0% 40.0% all (mPC) rPC, of the clean AP: 65.4% 40.0%",
-        "here it is over fewer",
+        "60.0% 20.0% 40.0% mean under 2 corruptions of the clean AP: 65.4% 40.0%",
+        "over 4 of the benchmark's 75 (corruption, severity) pairs and compares with no published",
         "evaluation 25.5% 2.0 s measured: precision at the end",
         "python launch/coco_retinanet.py --config config.yaml --output-dir FOLDER",
         "Training loss of classes and boxes, an image",
@@ -125,12 +133,28 @@ def test_the_page_says_what_the_files_say(finished):
         "Validation images, their objects, and what is found on them",
     ):
         assert said in text, said
-    for word in ("Accuracy", "held-out", "Guard", "Wilson", "Something is left out"):
+    for word in ("Accuracy", "held-out", "Guard", "Wilson", "Something is left out", "rPC"):
         assert word not in text, word
     source = page.read_text()
     assert source.index("plots/boxes.png") < source.index("plots/corruptions.png")
     assert source.count('class="chart"') == 3  # loss, rate, speed
     assert "square <b>" not in source
+
+
+def test_mpc_is_named_where_it_is_of_the_whole_benchmark_alone(finished):
+    whole = detection() | {"corruptions": under_coco_c(), "is_benchmark": True}
+    folder = finished(detection=whole)
+    write(folder / "evaluation-x.json", {"detection": whole})
+    text = text_of(write_page(folder))
+    assert "40.0% on corrupted ones (mPC, 65.4% of it)" in text
+    assert "mPC rPC, of the clean AP: 65.4% 40.0% As in Michaelis et al. 2019: mPC is" in text
+    assert "40.0% mPC; rPC, of the clean AP: 65.4%" in text
+    assert "no published" not in text
+    part = detection() | {"corruptions": under_coco_c([3])}
+    text = text_of(write_page(finished("part", detection=part)))
+    assert "40.0% under 15 corruptions (65.4% of it)" in text
+    assert "over 19 of the benchmark's 75 (corruption, severity) pairs" in text
+    assert "rPC" not in text
 
 
 def test_averaged_weights_and_the_paper_stand_beside(finished):
@@ -160,8 +184,11 @@ def test_later_evaluations_are_shown(finished):
     write(folder / "evaluation-last-n10.json", record | {"detection": detection(0.55)})
     write(folder / "evaluation-x.json", record | {"detection": {"attacks": 3}})
     text = text_of(write_page(folder))
-    assert "clean coco:/elsewhere last – 200 55.0% 40.0% 72.7%" in text
-    assert "pgd-10 coco:/elsewhere last 4/255 200 21.4%" in text
+    assert (
+        "clean coco:/elsewhere last – 200 55.0% 40.0% mean under 2 corruptions; of the clean AP: "
+        "72.7%"
+    ) in text
+    assert "pgd-10 coco:/elsewhere last 4/255 200 21.4% –" in text
     assert "evaluation-x.json cannot be read" in text
 
 
@@ -178,9 +205,10 @@ def test_detectors_are_compared(finished, tmp_path):
     page = write_comparison([first, second])
     text = text_of(page)
     for said in (
-        "On corrupted images one stands highest with an mPC of 50.0% , with 61.2% on clean ones; "
-        "two follows with 40.0% .",
-        "run AP AP50 AP75 pgd-10 mPC rPC passes training",
+        "Under 2 corruptions one stands highest with a mean AP of 50.0% , with 61.2% on clean "
+        "images; two follows with 40.0% .",
+        "run AP AP50 AP75 pgd-10 corrupted of clean passes training",
+        "compares with no published mPC",
         "200 images 61.2% 71.2% 61.2% 21.4% 50.0% 80.0% 5,588 + 1,000 attack 5.8 s",
         "corruption one two gaussian noise 40.0% 40.0% JPEG compression 40.0% 40.0%",
         "Average precision against cost",
@@ -191,10 +219,34 @@ def test_detectors_are_compared(finished, tmp_path):
     source = page.read_text()
     assert source.count("data:image/png;base64,") == 1
     assert "<title>one: 50.0% under corruption</title>" in source
+    assert "rPC" not in text
     other = detection() | {"num_images": 100}
     text = text_of(write_comparison([first, finished("three", detection=other)]))
     assert "their figures do not compare" in text
     assert "stands highest" not in text
+
+
+def test_a_comparison_says_whose_radius_and_which_mean_it_is_of(finished, monkeypatch):
+    monkeypatch.setattr(detection_comparison, "corruption_picture", lambda *_: None)
+    whole = detection() | {"corruptions": under_coco_c(), "is_benchmark": True}
+    first = finished("one", detection=whole)
+    second = finished("two", detection=whole | {"mean_corrupted": 0.3}, eps="4/255")
+    text = text_of(write_comparison([first, second]))
+    for said in (
+        "On corrupted images one stands highest with an mPC of 40.0% ,",
+        "run AP AP50 AP75 pgd-10 mPC rPC passes training",
+        "Last weights on validation images, which chose nothing, attacked each at its own radius.",
+        "retinanet_resnet10_fpn_64; 1/255;",
+        "retinanet_resnet10_fpn_64; 4/255;",
+    ):
+        assert said in text, said
+    part = detection() | {"corruptions": under_coco_c([3]), "attacks": {}}
+    text = text_of(write_comparison([first, finished("three", detection=part)]))
+    assert "AP75 pgd-10 corrupted of clean passes" in text
+    assert "stands highest" not in text
+    text = text_of(write_comparison([finished(name, detection=part) for name in ("four", "five")]))
+    assert "Under 15 corruptions" in text
+    assert "radius" not in text
 
 
 def test_a_mixture_is_refused(finished, tmp_path):
@@ -286,10 +338,13 @@ def test_bars_are_as_high_as_the_precision(tmp_path, drawn):
     assert [bar.get_height() for bar in one.patches] == pytest.approx([0.5, 0.3, 0.6, 0.2])
     assert [bar.get_height() for bar in several.patches] == pytest.approx([0.3, 0.1])
     words = texts_of(drawn[0])
-    assert "AP under corruption: mPC 40.0%, rPC 65.4%" in words
+    assert "AP under 2 corruptions: mean 40.0%, 65.4% of the clean AP" in words
     assert "clean 61.2%" in words
     assert "JPEG compression" in words
     assert "$2_$" in texts_of(drawn[1])
+    whole = detection() | {"corruptions": under_coco_c(), "is_benchmark": True}
+    plot_corruptions({"": whole}, tmp_path / "z.png")
+    assert "AP under corruption: mPC 40.0%, rPC 65.4%" in texts_of(drawn[2])
 
 
 def test_a_detector_s_curves_have_no_accuracies(tmp_path, drawn):
@@ -305,8 +360,11 @@ def test_a_detector_s_curves_have_no_accuracies(tmp_path, drawn):
 class FewImages:
     """Four images of 64 x 64, two of them lower, the first without objects."""
 
+    classes = ("a", "b")
+    objects = ((-1, -1), (1, -1), (0, -1), (1, -1))
+
     def __init__(self, level=0, asked=None):
-        self.classes, self.level, self.asked = ["a", "b"], level, asked if asked is not None else []
+        self.level, self.asked = level, asked if asked is not None else []
 
     def epoch(self, epoch):
         images = torch.full((4, 64, 64, 3), 100 + self.level, dtype=torch.uint8)
@@ -314,8 +372,7 @@ class FewImages:
         for image, size in zip(images, sizes, strict=True):
             image[size[0] :] = 0
         boxes = torch.tensor([[[8.0, 4.0, 40.0, 44.0], [0, 0, 0, 0]]] * 4)
-        classes = torch.tensor([[-1, -1], [1, -1], [0, -1], [1, -1]])
-        targets = Objects(sizes, boxes, classes).packed()
+        targets = Objects(sizes, boxes, torch.tensor(self.objects)).packed()
         yield Batch(images, targets, 4, torch.arange(4))
 
     def corrupted(self, name, severity):
@@ -323,12 +380,18 @@ class FewImages:
         return FewImages(50, self.asked)
 
 
-def test_what_is_drawn_is_what_the_detector_is_shown(tmp_path, monkeypatch):
-    columns, loader = {}, FewImages()
-    monkeypatch.setattr(boxes, "plot_boxes", lambda own, *_, **__: columns.update(own))
+@pytest.fixture(scope="module")
+def model():
+    """A small detector that finds something."""
     torch.manual_seed(0)
     model = build_detector(RECIPES["shapes-natural"].arch, 2)
     torch.nn.init.zeros_(model.head.classification_head.cls_logits.bias)
+    return model
+
+
+def test_what_is_drawn_is_what_the_detector_is_shown(tmp_path, monkeypatch, model):
+    columns, loader = {}, FewImages()
+    monkeypatch.setattr(boxes, "plot_boxes", lambda own, *_, **__: columns.update(own))
     config = dataclasses.replace(RECIPES["shapes-fast-advprop"], eps=Perturbation.parse("4/255"))
     severities = {"fog": {1: 0.3, 3: 0.2, 5: 0.1}, "snow": {4: 0.1}, "frost": {2: 0.2}}
     measured = DetectionEvaluation(numbers(0.5), {}, {"pgd-1": numbers(0.1)}, severities, 4, 1.0)
@@ -336,8 +399,8 @@ def test_what_is_drawn_is_what_the_detector_is_shown(tmp_path, monkeypatch):
         tmp_path, model=model, loader=loader, config=config, evaluation=measured,
         world=lone_world(),
     )  # fmt: skip
-    assert [path.name for path in written] == ["boxes.png", "corruptions.png"]
-    assert written[1].is_file()
+    assert [path.name for path in written] == ["corruptions.png", "boxes.png"]
+    assert written[0].is_file()
     assert loader.asked == [("fog", 3), ("frost", 2)]
     truth, clean, fog, _, attacked = columns.values()
     assert list(columns)[1:] == [
@@ -353,3 +416,19 @@ def test_what_is_drawn_is_what_the_detector_is_shown(tmp_path, monkeypatch):
         assert 0 < len(own.boxes) <= boxes.MOST_BOXES
         assert (own.scores >= boxes.LOWEST_SCORE).all()
     assert model.training
+
+
+def test_images_without_objects_are_drawn(tmp_path, drawn, model):
+    loader = FewImages()
+    loader.objects = [[-1, -1]] * 4
+    config = dataclasses.replace(RECIPES["shapes-natural"], eps=Perturbation.parse("0/255"))
+    nothing = dict.fromkeys(NUMBERS)
+    measured = DetectionEvaluation(nothing, {"a": None}, {}, {"fog": {3: None}}, 4, 1.0)
+    boxes.draw_detection(
+        tmp_path, model=model, loader=loader, config=config, evaluation=measured,
+        world=lone_world(),
+    )  # fmt: skip
+    corruptions, pictures = drawn
+    assert "AP under 1 corruption" in texts_of(corruptions)
+    assert len(pictures.axes) == 4 * len(["truth", "clean", "fog"])
+    assert any("AP - on clean images" in text for text in texts_of(pictures))

@@ -59,7 +59,7 @@ def test_rows_say_what_is_trained_and_what_the_paper_reports():
     ]  # fmt: skip
     assert lines["coco-retinanet50-fast-advprop"][1:] == [
         "fast-advprop", "1/255", "24", "epochs", "retinanet_resnet50_fpn", "35.8", "-", "-",
-        "table", "7", "(AP;", "on", "COCO-C", "19.0)",
+        "table", "7", "(COCO-C:", "AP", "19.0)",
     ]  # fmt: skip
     assert lines["digits-free"][1:] == ["free", "32/255", "20", "epochs", "resnet18", *"----"]
 
@@ -90,6 +90,13 @@ def test_what_is_not_known_is_not_said():
     assert "# " not in recipe_page("digits-free").split("\n", 1)[1]
     head = recipe_page("imagenet-rn50-fgsm-rs-eps4").splitlines()[1]
     assert head == "# the paper, in percent: pgd-50-10 30.28"
+
+
+def test_what_is_reported_of_a_detector_is_its_average_precision():
+    assert recipe_page("coco-retinanet50-natural-2x").splitlines()[:2] == [
+        "# Fast AdvProp (Mei et al. 2022), detection",
+        "# table 7 (COCO-C: AP 17.6), in percent: AP 35.8",
+    ]
 
 
 def test_an_unknown_name_gets_the_nearest_ones(called):

@@ -240,8 +240,8 @@ def test_a_detectors_weights_are_taken_whole_and_its_classifier_where_it_fits():
 
 def test_of_another_kind_of_detector_the_backbone_is_taken():
     torch.manual_seed(1)
-    saved = Detector(feature_pyramid(torchvision.models.resnet18(), 64), 3).state_dict()
-    detector = build_detector("retinanet_resnet18_fpn", 3)
+    saved = Detector(feature_pyramid(ResNet(BasicBlock, [1, 1, 1, 1]), 32), 3).state_dict()
+    detector = build_detector(SMALL, 3)
     assert "the backbone's weights" in load(detector, saved)[0]
     body = detector.backbone.body.state_dict()
     assert all(torch.equal(value, saved[f"backbone.body.{key}"]) for key, value in body.items())

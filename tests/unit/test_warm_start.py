@@ -1,6 +1,7 @@
 """Free training's perturbation between minibatches of different shapes."""
 
 import pytest
+import recorded_training
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -8,7 +9,15 @@ from torch import nn
 import slow_steps as slow
 from freeadv_fast.config.threat import Perturbation, ThreatModel
 from freeadv_fast.methods.free import Free
+from freeadv_fast.step.graphs import GraphRunner
 from freeadv_fast.step.warm_start import WarmStart
+
+
+def pooling_network():
+    """Takes images of any size."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    )
 
 
 def images_of(height, width, count=3):
@@ -53,10 +62,7 @@ def test_a_saved_perturbation_of_another_shape_goes_on():
 
 def test_free_training_carries_its_perturbation_over():
     """From 8 x 8 to 8 x 12: where the second minibatch starts is where the first one ended."""
-    network = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
-    )
-    learner = slow.build_learner(network.double())
+    learner = slow.build_learner(pooling_network().double())
     threat = ThreatModel(Perturbation.parse("8/255"), Perturbation.parse("4/255"))
     method = Free(learner, threat, m=1, minibatch_shape=(4, 8, 8, 3), device=torch.device("cpu"))
     labels = torch.tensor([0, 1, 2, 3])
@@ -78,3 +84,30 @@ def test_free_training_carries_its_perturbation_over():
     again = Free(learner, threat, m=1, minibatch_shape=(4, 8, 8, 3), device=torch.device("cpu"))
     again.load_state_dict(state)
     assert torch.equal(again.delta, method.delta)
+
+
+def test_recordings_of_several_shapes_share_one_perturbation():
+    """Each launch writes to the tensor of its shape, into which the last one's was carried."""
+    torch.manual_seed(0)
+    networks, results = [pooling_network() for _ in range(2)], []
+    networks[1].load_state_dict(networks[0].state_dict())
+    generator = torch.Generator().manual_seed(1)
+    sizes = [(8, 8), (8, 12), (8, 8), (8, 12), (8, 8)]
+    batches = [
+        torch.randint(0, 256, (6, *size, 3), generator=generator).to(torch.uint8) for size in sizes
+    ]
+    recorder = recorded_training.Recorder()
+    for network, is_recorded in zip(networks, (False, True), strict=True):
+        learner = recorded_training.build_learner(network)
+        method = recorded_training.build_method("free", learner)
+        if is_recorded:
+            recorder.learner = learner
+            learner.record_with(GraphRunner(print, recorder, warm_up=1))
+        for images in batches:
+            method.train_minibatch(images, torch.arange(6) % 5, 6)
+        results.append((torch.cat([p.flatten() for p in network.parameters()]), method.delta))
+    assert recorder.num_recordings == 2
+    assert recorder.num_launches > 10
+    for eager, recorded in zip(*results, strict=True):
+        assert torch.equal(eager, recorded)
+    assert results[0][1].any()

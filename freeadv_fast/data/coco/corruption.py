@@ -15,7 +15,6 @@ import numpy as np
 from freeadv_fast.data.workers import Pixels
 from freeadv_fast.errors import UserError
 
-SEVERITIES = (1, 2, 3, 4, 5)
 # The package refuses smaller ones.
 SMALLEST_SIDE = 32
 # These take a seed of their own: they draw from other generators.
@@ -26,18 +25,12 @@ def corrupted(pixels: Pixels, key: int, corruption: str, severity: int) -> Pixel
     """An image (H, W, 3) of bytes, corrupted: a pure function of its arguments.
 
     Args:
-        pixels: As stored. key: 64 bits that stand for the image.
+        pixels: As stored, 32 a side at least. key: 64 bits that stand for the image.
         corruption: The package's name of it. severity: 1..5.
 
     Raises:
-        UserError: a side is below 32 pixels, or the package is missing.
+        UserError: the package is missing.
     """
-    height, width = pixels.shape[:2]
-    if min(height, width) < SMALLEST_SIDE:
-        raise UserError(
-            f"--eval-corruptions {corruption}: an image has {width} x {height} pixels, and the "
-            f"corruptions need {SMALLEST_SIDE}; leave it out"
-        )
     seed = (key % 2**32, key >> 32, zlib.crc32(corruption.encode()), severity)
     extra = {"seed": zlib.crc32(repr(seed).encode())} if corruption in SEEDED else {}
     state = np.random.get_state()  # noqa: NPY002 (the package draws from it)

@@ -18,7 +18,7 @@ from torch import Tensor
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.data.coco.annotations import Annotations
 from freeadv_fast.data.coco.canvas import build_canvases, resized_sizes, smallest_canvases
-from freeadv_fast.data.coco.corruption import corrupted, load_corruption
+from freeadv_fast.data.coco.corruption import SMALLEST_SIDE, corrupted, load_corruption
 from freeadv_fast.data.loader import Batch
 from freeadv_fast.data.pixels import read_rgb
 from freeadv_fast.data.prefetch import prefetched
@@ -91,11 +91,23 @@ class DetectionLoader:
             corruption: A name of the package imagecorruptions. severity: 1..5.
 
         Raises:
-            UserError: the package is missing or does not know the name.
+            UserError: the package is missing or does not know the name, or an image is too small.
         """
         load_corruption(corruption)
+        self._refuse_small(corruption)
         pair = (corruption, severity)
         return DetectionLoader(self.annotations, self.stream, self.config, self.device, pair)
+
+    def _refuse_small(self, corruption: str) -> None:
+        """Raises UserError where one of the images is too small for a corruption."""
+        rows = self.stream.rows
+        small = rows[self.annotations.sizes[rows].min(axis=1) < SMALLEST_SIDE]
+        if len(small):
+            height, width = self.annotations.sizes[small[0]]
+            raise UserError(
+                f"--eval-corruptions {corruption}: {self.annotations.path(small[0])} has {width} x "
+                f"{height} pixels, and the corruptions need {SMALLEST_SIDE} a side; leave them out"
+            )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yields the minibatches of `epoch` from position `start` on, decoded ahead."""

@@ -35,6 +35,11 @@ class DetectionSplit:
         self.config, self.world = config, world
         annotations = read_annotations(_folder(config.data), split)
         self.annotations = annotations.with_objects() if split == "train" else annotations
+        if not self.annotations.files:
+            raise UserError(
+                f"--data {config.data}: no image of {split} holds an object to learn; crowds and "
+                "boxes thinner than a pixel are none"
+            )
         self.classes = self.annotations.classes
         # An image has no class of its own by which a subset could be balanced.
         self.labels: Ints = np.zeros(len(self.annotations.files), np.int64)

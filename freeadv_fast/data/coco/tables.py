@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,11 +23,12 @@ def read_categories(path: str, entries: list[Any]) -> tuple[Ints, list[str]]:
     """Ids and names of the categories, in order of id.
 
     Raises:
-        UserError: an entry without them, or an id twice.
+        UserError: an entry without them, or an id or a name twice.
     """
     ids = _integers(path, "categories", entries, "id")
     _refuse_twice(path, "categories", ids)
     names = [str(name) for name in _column(path, "categories", entries, "name")]
+    _refuse_twice(path, "categories", names)
     order = np.argsort(ids)
     return ids[order], [names[place] for place in order]
 
@@ -94,13 +97,16 @@ class ObjectTable:
         labels = _places(path, categories, category_ids, "category")
         boxes = _read_boxes(path, entries)
         _refuse_outside(path, boxes, images, rows)
-        is_crowd = np.array([bool(entry.get("iscrowd", 0)) for entry in entries])
+        crowds = _optional(path, entries, "iscrowd", [0] * len(boxes), _is_flag, "0 or 1")
+        box_areas = boxes[:, 2:].prod(axis=1).tolist()
+        areas = _optional(path, entries, "area", box_areas, _is_number, "a number")
+        columns = zip(entries, boxes.tolist(), areas, crowds, strict=True)
         # COCO's evaluation takes an annotation whose id is 0 for none.
         records = [
-            {"iscrowd": 0, "area": float(box[2] * box[3])} | entry | {"id": number}
-            for number, (entry, box) in enumerate(zip(entries, boxes, strict=True), 1)
+            entry | {"id": number, "bbox": box, "area": float(area), "iscrowd": int(crowd)}
+            for number, (entry, box, area, crowd) in enumerate(columns, 1)
         ]
-        return cls(rows, labels, boxes, is_crowd, records)
+        return cls(rows, labels, boxes, np.array(crowds, np.bool_), records)
 
     def cut_boxes(self, sizes: Ints) -> Floats:
         """(M, 4) float64 x1, y1, x2, y2, cut at the borders of images of `sizes`, (N, 2)."""
@@ -137,24 +143,42 @@ def _integers(path: str, part: str, entries: list[Any], key: str) -> Ints:
 def _read_boxes(path: str, entries: list[Any]) -> Floats:
     """(M, 4) float64 x, y, width, height; UserError where they are no four numbers."""
     values = _column(path, "annotations", entries, "bbox")
-    try:
-        boxes = np.array(values, np.float64)
-    except (TypeError, ValueError):
-        boxes = np.empty(0)
-    if boxes.shape == (len(values), 4) and np.isfinite(boxes).all():
-        return boxes
-    number = next(number for number, box in enumerate(values) if not _is_box(box))
-    raise UserError(
-        f"--data: {path}: the bbox of annotation {number + 1:,} is {values[number]!r}, not four "
-        "numbers: x, y, width, height in pixels"
-    )
+    for number, box in enumerate(values, 1):
+        if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
+            raise UserError(
+                f"--data: {path}: the bbox of annotation {number:,} is {box!r}, not four numbers: "
+                "x, y, width, height in pixels"
+            )
+    return np.array(values, np.float64)
 
 
-def _is_box(value: Any) -> bool:
-    """Whether it is a list of four finite numbers."""
-    if not isinstance(value, list) or len(value) != 4:
-        return False
-    return all(isinstance(number, int | float) and np.isfinite(number) for number in value)
+def _optional(
+    path: str,
+    entries: list[Any],
+    key: str,
+    usual: Sequence[float],
+    is_fit: Callable[[Any], bool],
+    wanted: str,
+) -> list[Any]:
+    """A value of each annotation, what is usual of those without; UserError where one is unfit."""
+    values = [entry.get(key, value) for entry, value in zip(entries, usual, strict=True)]
+    for number, value in enumerate(values, 1):
+        if not is_fit(value):
+            raise UserError(
+                f'--data: {path}: "{key}" of annotation {number:,} is {value!r}, not {wanted}; '
+                "correct it, or take it out"
+            )
+    return values
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number of JSON's."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_flag(value: Any) -> bool:
+    """Whether it is 0 or 1, or one of JSON's truth values."""
+    return type(value) in (int, bool) and value in (0, 1)
 
 
 def _places(path: str, ids: Ints, known: Ints, kind: str) -> Ints:

@@ -158,7 +158,7 @@ def _as_annotations(detections: Mapping[int, Detections]) -> list[dict[str, Any]
 
 def _by_class(record: Mapping[str, Any], evaluation: Any) -> dict[str, float | None]:
     """AP of each class, by its name, in the order of the categories' ids."""
-    names = {category["id"]: category["name"] for category in record["categories"]}
+    names = {category["id"]: str(category["name"]) for category in record["categories"]}
     precision = evaluation.eval["precision"]  # IoU thresholds, recalls, classes, areas, detections
     per_class = {}
     for row, category_id in enumerate(evaluation.params.catIds):

@@ -19,7 +19,7 @@ CORRUPTIONS = (
     "jpeg_compression",
 )  # fmt: skip
 SEVERITIES = (1, 2, 3, 4, 5)
-ALL = "all"
+ALL, NONE = "all", "none"
 
 
 def listed_names(names: Sequence[str] | str) -> tuple[str, ...]:
@@ -32,6 +32,8 @@ def parse_corruptions(
 ) -> dict[str, tuple[int, ...]]:
     """Reads names such as ``fog`` (all severities), ``fog-3`` (one of them), ``all`` or ``all-3``.
 
+    ``none`` alone is none.
+
     Args:
         names: What the user wrote.
         flag: The flag to name when a name is refused.
@@ -42,6 +44,8 @@ def parse_corruptions(
     Raises:
         UserError: no such corruption or severity; the message names the nearest corruption.
     """
+    if tuple(names) == (NONE,):
+        return {}
     chosen: dict[str, set[int]] = {}
     for text in names:
         match = re.fullmatch(r"([a-z_]+?)(?:-([1-5]))?", text)

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from freeadv_fast.config.attack import Attack
 from freeadv_fast.config.threat import AnyThreatModel
-from freeadv_fast.data.coco.corruption import load_corruption
 from freeadv_fast.data.coco.loader import DetectionLoader
 from freeadv_fast.distributed.world import World
 from freeadv_fast.evaluation.detection.attack import parse_attacks, perturb
@@ -145,8 +144,8 @@ def evaluate_detector(
         The same numbers on every rank.
 
     Raises:
-        ValueError: no images. As a `UserError` also an attack that detectors do not take, or no
-            package that computes average precision.
+        ValueError: no images. As a `UserError` also an attack that detectors do not take, no
+            package that computes average precision, or an image too small to be corrupted.
     """
     started = time.perf_counter()
     parsed = parse_attacks(attacks, threat)
@@ -162,7 +161,7 @@ def evaluate_detector(
             attacked[str(attack)] = trial.measure(loader, str(attack), change).precision.numbers
         path = None
         if folder is not None and corruptions and world.is_main:
-            digest = digest_of(model, mean, std, loader.annotations.record, clean.image_ids)
+            digest = digest_of(model, mean, std, loader, clean.image_ids)
             path = folder / f"corruptions-{digest}.json"
         precisions = trial.measure_corrupted(corrupted, path)
     return DetectionEvaluation(
@@ -177,18 +176,20 @@ def evaluate_detector(
     )
 
 
-def refuse_unmeasurable(corruptions: Sequence[str]) -> None:
+def refuse_unmeasurable(corruptions: Sequence[str], loader: DetectionLoader) -> None:
     """Refuses what a detector's evaluation could not do, before it is trained for hours.
 
     Args:
         corruptions: As --eval-corruptions names them.
+        loader: Of the images that will be evaluated.
 
     Raises:
-        UserError: no such corruption, or a package that measures or corrupts is missing.
+        UserError: no such corruption, an image too small for it, or a package that measures or
+            corrupts is missing.
     """
     find_package()
-    for name in list(parse_corruptions(corruptions))[:1]:
-        load_corruption(name)
+    for name, severities in list(parse_corruptions(corruptions).items())[:1]:
+        loader.corrupted(name, severities[0])
 
 
 def corrupted_loaders(
@@ -200,7 +201,7 @@ def corrupted_loaders(
         loader: Of clean images. corruptions: Name to severities.
 
     Raises:
-        UserError: the package that corrupts them is missing.
+        UserError: the package that corrupts them is missing, or an image is too small.
     """
     return {
         name: {severity: loader.corrupted(name, severity) for severity in severities}

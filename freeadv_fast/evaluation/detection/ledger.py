@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
+from freeadv_fast.data.coco.loader import DetectionLoader
 from freeadv_fast.models.digest import digest_weights
 from freeadv_fast.runs.log import read_json, write_json
 
@@ -25,19 +25,24 @@ def digest_of(
     model: nn.Module,
     mean: Sequence[float],
     std: Sequence[float],
-    record: Mapping[str, Any],
+    loader: DetectionLoader,
     image_ids: Iterable[int],
 ) -> str:
     """Stands for all but the corruption that a precision hangs on.
 
     Args:
         model: The detector, without its normaliser. mean: Of the latter. std: Likewise.
-        record: COCO's, of the whole split.
-        image_ids: Those of its images that are evaluated.
+        loader: Of the clean images: says what is in the whole split, and how large it is seen.
+        image_ids: Those of its images that are evaluated, by all ranks.
     """
-    said = repr(model), str((*mean, *std)), str(sorted(image_ids)), json.dumps(record)
+    annotations = loader.annotations
+    objects = json.dumps(annotations.record)
+    said = (
+        repr(model), str((*mean, *std)), str(sorted(image_ids)), objects, annotations.roll.digest
+    )  # fmt: skip
     hashed = hashlib.blake2b("\0".join(said).encode())
-    hashed.update(digest_weights(model))
+    for part in (loader.sizes.tobytes(), loader.canvases.tobytes(), digest_weights(model)):
+        hashed.update(part)
     return hashed.hexdigest()[:DIGEST_LENGTH]
 
 

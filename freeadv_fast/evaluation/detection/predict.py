@@ -52,7 +52,8 @@ class PixelDetector:
     def loss_sum(self, images: Tensor, targets: Tensor) -> Tensor:
         """Class and box loss, summed over the images: what an attack ascends."""
         outputs = self.outputs(images, targets)
-        return self.task.attack_loss_sum(outputs, targets, smoothed=False)
+        (loss,) = self.task.attack_losses(outputs, targets, smoothed=False)
+        return loss
 
     @torch.no_grad()
     def predictions(self, images: Tensor, targets: Tensor) -> list[dict[str, Tensor]]:
@@ -100,18 +101,42 @@ def detect(
         others nothing.
     """
 
+    def detect_in(batch: Batch) -> dict[int, Detections]:
+        images = unit_images(batch.images)
+        images = images if change is None else change(images, batch)
+        return in_stored_pixels(network.predictions(images, batch.labels), batch, annotations)
+
     def detect_own() -> dict[int, Detections]:
         found: dict[int, Detections] = {}
         for batch in batches:
-            images = unit_images(batch.images)
-            images = images if change is None else change(images, batch)
-            predictions = network.predictions(images, batch.labels)
-            found |= in_stored_pixels(predictions, batch, annotations)
+            found |= in_halves(batch, detect_in)
         return found
 
     found: dict[int, Detections] = {}
     for own in world.gather_on_host(world.together(detect_own)):
         found = own | found  # type: ignore[operator]
+    return found
+
+
+def in_halves(
+    batch: Batch, detect_in: Callable[[Batch], dict[int, Detections]]
+) -> dict[int, Detections]:
+    """What is found in a minibatch; in its halves, and theirs, where memory is short.
+
+    An evaluation in float32, with an attack's backward pass, takes more than training did. (An
+    attack's start hangs on a part's first image.)
+    """
+    try:
+        return detect_in(batch)
+    except torch.OutOfMemoryError:
+        if len(batch.labels) == 1:
+            raise
+    half = len(batch.labels) // 2
+    found: dict[int, Detections] = {}
+    for rows in (slice(half), slice(half, None)):
+        images, labels, indices = batch.images[rows], batch.labels[rows], batch.indices[rows]
+        part = Batch(images, labels, batch.global_size, indices)
+        found |= in_halves(part, detect_in)
     return found
 
 

@@ -103,6 +103,7 @@ def of_detectors(
         "precisions": precisions,
         "corruptions": detectors.corrupted_rows(precisions),
         "picture": attempt("picture", lambda: detectors.corruption_picture(names, runs), notes),
+        "is_benchmark": detectors.is_benchmark(precisions),
         "is_same_test": attempt("same", lambda: detectors.is_same_test(runs), notes),
         "leader": attempt("leader", lambda: detectors.leader(names, runs, precisions), notes),
         "costs": attempt("cost", lambda: costs("AP", unit, names, runs, heights, highest), notes),

@@ -48,13 +48,17 @@ class CorruptionTable:
     Attributes:
         severities: Titles of the columns.
         rows: Corruption's name, AP at each severity, and their mean.
-        mean: mPC. relative: rPC.
+        mean: Mean of these means. relative: It as a share of the clean AP.
+        is_benchmark: Whether this is all of COCO-C, so that `mean` is mPC and `relative` rPC.
+        num_pairs: Corruptions at a severity; 75 in COCO-C.
     """
 
     severities: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Precision, ...], Precision], ...]
     mean: Precision
     relative: Precision
+    is_benchmark: bool
+    num_pairs: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +88,7 @@ class LaterDetection:
     Attributes:
         file: Its name. weights: ``last``. eps: The radius of its attacks. data: What --data named.
         name: ``clean``, or the attack's name. images: How many. precision: AP.
-        mean: mPC, where corruptions were evaluated; of the clean line. relative: rPC, likewise.
+        corrupted: Where corruptions were evaluated; of the clean line.
     """
 
     file: str
@@ -94,8 +98,7 @@ class LaterDetection:
     name: str
     images: int | None
     precision: Precision
-    mean: Precision = None
-    relative: Precision = None
+    corrupted: CorruptionTable | None = None
 
 
 def detection_tables(files: RunFiles) -> DetectionTables | None:
@@ -148,6 +151,8 @@ def corruption_table(record: Mapping[str, Any]) -> CorruptionTable | None:
         ),
         number(record.get("mean_corrupted")),
         number(record.get("relative")),
+        bool(record.get("is_benchmark")),
+        sum(map(len, corruptions.values())),
     )
 
 
@@ -181,13 +186,13 @@ def lines_of(file: str, record: Mapping[str, Any]) -> Iterator[LaterDetection]:
     weights = str(record.get("checkpoint")).removesuffix(".pt")
     eps, data = str(record.get("eps")), str(record.get("dataset"))
     for row in precision_rows(found, weights):
-        line = LaterDetection(
-            file, weights, eps, data, row.name, found.get("num_images"), row.cells[0]
+        yield LaterDetection(
+            file,
+            weights,
+            eps,
+            data,
+            row.name,
+            found.get("num_images"),
+            row.cells[0],
+            corruption_table(found) if row.name == "clean" else None,
         )
-        if row.name == "clean":
-            line = dataclasses.replace(
-                line,
-                mean=number(found.get("mean_corrupted")),
-                relative=number(found.get("relative")),
-            )
-        yield line

@@ -24,7 +24,8 @@ class Precisions:
 
     Attributes:
         clean: Those of `CLEAN`. attacked: AP under each attack that any run met, in their order.
-        mean: mPC. relative: rPC.
+        mean: Mean AP under corruption. relative: It as a share of the clean AP.
+        is_benchmark: Whether it is under all of COCO-C, so that `mean` is mPC and `relative` rPC.
         images: Validation images. corrupted: Corruption's name to the mean AP over its severities.
     """
 
@@ -32,6 +33,7 @@ class Precisions:
     attacked: tuple[Precision, ...]
     mean: Precision
     relative: Precision
+    is_benchmark: bool
     images: int | None
     corrupted: Mapping[str, Precision]
 
@@ -41,8 +43,8 @@ class CorruptedLeader:
     """The run that keeps most under corruption, and the next one.
 
     Attributes:
-        first: The run. mean: Its mPC. clean: Its clean AP.
-        second: The next run. next_mean: Its mPC.
+        first: The run. mean: Its mean AP under corruption. clean: Its clean AP.
+        second: The next run. next_mean: Its mean AP under corruption.
     """
 
     first: str
@@ -81,6 +83,7 @@ def precisions_of(run: RunFiles, attacks: Sequence[str]) -> Precisions:
         tuple(number((attacked.get(name) or {}).get("AP")) for name in attacks),
         number(record.get("mean_corrupted")),
         number(record.get("relative")),
+        bool(record.get("is_benchmark")),
         record.get("num_images"),
         {name: mean_of(row) for name, row in (record.get("corruptions") or {}).items()},
     )
@@ -116,6 +119,11 @@ def is_same_test(runs: Sequence[RunFiles]) -> bool:
         for run in runs
     }
     return len(seen) == 1
+
+
+def is_benchmark(precisions: Sequence[Precisions | None]) -> bool:
+    """Whether no run was evaluated on a part of COCO-C."""
+    return all(own.is_benchmark for own in precisions if own is not None and own.corrupted)
 
 
 def leader(

@@ -18,6 +18,7 @@ from freeadv_fast.distributed.world import World
 from freeadv_fast.evaluation.detection.attack import perturb
 from freeadv_fast.evaluation.detection.evaluate import DetectionEvaluation
 from freeadv_fast.evaluation.detection.predict import PixelDetector
+from freeadv_fast.evaluation.detection.table import percent
 from freeadv_fast.evaluation.evaluate import eval_mode, exact_arithmetic
 from freeadv_fast.evaluation.page.wording import corruption_title
 from freeadv_fast.evaluation.pictures.corruptions import plot_corruptions
@@ -43,7 +44,7 @@ def draw_detection(
     evaluation: DetectionEvaluation,
     world: World,
 ) -> list[Path]:
-    """Draws ``boxes.png``, and ``corruptions.png`` where corruptions were evaluated.
+    """Draws ``corruptions.png`` where corruptions were evaluated, and ``boxes.png``.
 
     Args:
         plots_folder: Of the run.
@@ -56,23 +57,29 @@ def draw_detection(
     Returns:
         The files written.
     """
-    boxes, corruptions = plots_folder / "boxes.png", plots_folder / "corruptions.png"
+    boxes, written = plots_folder / "boxes.png", []
+    if evaluation.corruptions:
+        written.append(plots_folder / "corruptions.png")
+        plot_corruptions({"": evaluation.record()}, written[0])
     with eval_mode(model), exact_arithmetic(world.device):
         network = PixelDetector(model, config.pixel_mean, config.pixel_std, world.device)
         columns = look(network, loader, config, evaluation)
     plot_boxes(columns, loader.classes, boxes, title=title_of(config, evaluation))
-    if not evaluation.corruptions:
-        return [boxes]
-    plot_corruptions({"": evaluation.record()}, corruptions)
-    return [boxes, corruptions]
+    return [*written, boxes]
 
 
 def look(
     network: PixelDetector, loader: Any, config: TrainConfig, evaluation: DetectionEvaluation
 ) -> dict[str, list[Panel]]:
-    """The first images that hold an object, and what is found on them, by what was done to them."""
+    """What is found on the first images that hold an object, by what was done to them.
+
+    Where none of the first minibatch does, on its first images.
+    """
     batch = next(iter(loader.epoch(0)))
-    rows = Objects.of(batch.labels).is_object.any(1).nonzero()[:NUM_IMAGES, 0]
+    has_objects = Objects.of(batch.labels).is_object.any(1)
+    if not has_objects.any():
+        has_objects = ~has_objects
+    rows = has_objects.nonzero()[:NUM_IMAGES, 0]
     clean = rows_of(batch, rows)
     images = unit_images(clean.images)
     columns = {
@@ -112,7 +119,7 @@ def title_of(config: TrainConfig, evaluation: DetectionEvaluation) -> str:
     """What the pictures are."""
     return (
         f"{config.arch}, {config.method}: boxes with a score of at least {LOWEST_SCORE:g}. "
-        f"AP {evaluation.clean['AP'] or 0:.1%} on clean images."
+        f"AP {percent(evaluation.clean['AP'])} on clean images."
     )
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from freeadv_fast.evaluation.page.wording import corruption_title
+from freeadv_fast.evaluation.page.wording import corruption_title, plural
 from freeadv_fast.evaluation.report import (
     INK,
     LONGEST_LABEL,
@@ -53,7 +53,7 @@ def plot_corruptions(runs: Mapping[str, Mapping[str, Any]], path: str | Path) ->
         if len(runs) == 1:
             (own,) = rows.values()
             handles = severity_bars(axes, own)
-            title = "AP under corruption" + benchmark_words(next(iter(runs.values())))
+            title = title_of(next(iter(runs.values())))
         else:
             handles = run_bars(axes, rows)
             title = "AP under corruption, mean over severities"
@@ -64,14 +64,23 @@ def plot_corruptions(runs: Mapping[str, Mapping[str, Any]], path: str | Path) ->
         save(figure, path)
 
 
-def benchmark_words(run: Mapping[str, Any]) -> str:
-    """``: mPC 17.6%, rPC 49.2%``; nothing where they are not known."""
-    words = [
-        f"{name} {run[key]:.1%}"
-        for name, key in (("mPC", "mean_corrupted"), ("rPC", "relative"))
+def title_of(run: Mapping[str, Any]) -> str:
+    """What is drawn, and the means that are known; they are mPC and rPC of all of COCO-C alone.
+
+    ``AP under corruption: mPC 17.6%, rPC 49.2%``, or ``AP under 2 corruptions: mean 40.0%, 65.4% of
+    the clean AP``.
+    """
+    if run.get("is_benchmark"):
+        what, mean, relative = "corruption", "mPC {:.1%}", "rPC {:.1%}"
+    else:
+        what = plural(len(run["corruptions"]), "corruption")
+        mean, relative = "mean {:.1%}", "{:.1%} of the clean AP"
+    known = [
+        words.format(run[key])
+        for words, key in ((mean, "mean_corrupted"), (relative, "relative"))
         if run.get(key) is not None
     ]
-    return f": {', '.join(words)}" if words else ""
+    return f"AP under {what}" + (f": {', '.join(known)}" if known else "")
 
 
 def by_severity(corruptions: Precisions, names: Sequence[str]) -> dict[str, dict[int, float]]:

@@ -10,7 +10,9 @@ from freeadv_fast.runs.export import hub, onnx, robustbench
 from freeadv_fast.runs.export.card import LICENSE_TODO
 from freeadv_fast.runs.export.claims import read_claims, read_record
 from freeadv_fast.runs.export.detector import export_detector
+from freeadv_fast.runs.export.network import CONFIG
 from freeadv_fast.runs.export.trained import CARD, card_left_alone, export_trained
+from freeadv_fast.runs.log import read_json
 from freeadv_fast.runs.saved import SavedRun, load_run, refuse_detector
 
 
@@ -58,6 +60,7 @@ def export_saved(run: SavedRun, output_dir: str | Path | None, with_onnx: bool) 
             classes=run.classes,
             record=read_record(run.folder),
             weights=weights_named(run),
+            category_ids=known_category_ids(run),
         )
     return export_trained(
         run.model,
@@ -126,6 +129,14 @@ def submission_for(run: SavedRun, name: str) -> robustbench.Submission:
     weights, root = weights_named(run), run.folder.root
     claims = read_claims(record, weights, run.config, run.classes, root)
     return robustbench.submission_of(name, run, claims, has_result=record is not None)
+
+
+def known_category_ids(run: SavedRun) -> list[int] | None:
+    """COCO's ids of a detector's classes, which only its first export says; None without it."""
+    path = run.folder.export / CONFIG
+    exported = read_json(path) if path.is_file() else {}
+    ids: list[int] | None = exported.get("category_ids")
+    return ids if exported.get("class_names") == run.classes else None
 
 
 def weights_named(run: SavedRun) -> str:

@@ -35,7 +35,7 @@ _KNOWN = {
     "digits": Dataset("scikit-learn's handwritten digits"),
     "synthetic": Dataset("random pixels"),
     "shapes": Dataset("synthetic shapes with boxes"),
-    "coco": Dataset("COCO", "detection-datasets/coco"),
+    "coco": Dataset("images with COCO's 80 classes"),
     "imagenet": Dataset("ImageNet", "ILSVRC/imagenet-1k", "imagenet", 5_000),
 }
 
@@ -45,7 +45,8 @@ def dataset_of(data: str, classes: Sequence[str]) -> Dataset:
 
     Args:
         data: What `--data` was. Folders are known by their classes: CIFAR-10's ten, ImageNet's
-            thousand, in the order that everyone numbers them in, and COCO's eighty.
+            thousand, in the order that everyone numbers them in. COCO's eighty have other images
+            too, of which nothing here tells COCO's own.
         classes: Class names in the order of the logits.
     """
     kind = data.partition(":")[0]

@@ -76,7 +76,7 @@ def describe_detector(
         "input_layout": "a list of (3, H, W) float32, RGB",
         "image_size": config.image_size,
         "longest_side": config.longest_side,
-        "interpolation": "bilinear",
+        "interpolation": "bilinear, antialiased (PIL)",
         "method": config.method,
         "eps": str(config.eps),
         "files": {

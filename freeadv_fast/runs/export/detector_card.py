@@ -27,8 +27,6 @@ PRECISIONS = {
     "APl": "AP large",
     "AR100": "AR100",
 }
-# Of the benchmark: so many corruptions, each at so many severities.
-NUM_CORRUPTIONS, NUM_SEVERITIES = 15, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +106,13 @@ def summary(subject: DetectorSubject) -> str:
     if not measured:
         return f"{what}. **These weights were not evaluated.**"
     worth = f"AP {percent(measured['clean']['AP'])} on {measured['num_images']:,} images"
-    if measured.get("corruptions"):
-        worth += f", mPC {percent(measured['mean_corrupted'])} on corrupted ones"
+    if corruptions := measured.get("corruptions"):
+        mean = percent(measured["mean_corrupted"])
+        worth += (
+            f", mPC {mean} on corrupted ones"
+            if measured["is_benchmark"]
+            else f", {mean} under {counted(corruptions)}"
+        )
     return f"{what}: {worth}."
 
 
@@ -159,7 +162,7 @@ def average_precision(subject: DetectorSubject) -> str:
 
 
 def corrupted(subject: DetectorSubject) -> str:
-    """AP by corruption and severity, mPC and rPC; empty where none was evaluated."""
+    """AP by corruption and severity, and what it comes to; empty where none was evaluated."""
     measured = subject.measured
     corruptions = measured.get("corruptions") or {}
     if not corruptions:
@@ -167,15 +170,29 @@ def corrupted(subject: DetectorSubject) -> str:
     severities = sorted({severity for row in corruptions.values() for severity in row}, key=int)
     table = [("corruption", *(f"severity {severity}" for severity in severities), "mean")]
     for name, row in corruptions.items():
-        known = [value for value in row.values() if value is not None]
         cells = (percent(row.get(severity)) for severity in severities)
-        mean = sum(known) / len(known) if known else None
-        table.append((name.replace("_", " "), *cells, percent(mean)))
-    return (
-        f"mPC {percent(measured['mean_corrupted'])}, rPC {percent(measured['relative'])} % of the "
-        "clean AP: mean AP over corruptions and severities, as in [Benchmarking Robustness in "
-        f"Object Detection]({COCO_C.url}) ({COCO_C.short}).\n\n{as_table(table)}"
+        table.append((name.replace("_", " "), *cells, percent(mean_of(row))))
+    mean, relative = percent(measured["mean_corrupted"]), percent(measured["relative"])
+    means = (
+        f"mPC {mean}, rPC {relative} % of the clean AP"
+        if measured["is_benchmark"]
+        else f"Mean under {counted(corruptions)} {mean}, {relative} % of the clean AP"
     )
+    return (
+        f"{means}: AP's mean over corruptions of its mean over severities, as in [Benchmarking "
+        f"Robustness in Object Detection]({COCO_C.url}) ({COCO_C.short}).\n\n{as_table(table)}"
+    )
+
+
+def mean_of(row: Mapping[Any, float | None]) -> float | None:
+    """The mean over the severities of a corruption; None where one of them is undefined."""
+    known = [value for value in row.values() if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(row) else None
+
+
+def counted(corruptions: Mapping[str, Any]) -> str:
+    """``1 corruption``, ``2 corruptions``."""
+    return f"{len(corruptions)} corruption" + "s" * (len(corruptions) != 1)
 
 
 def training(subject: DetectorSubject) -> str:
@@ -197,29 +214,35 @@ def limits(subject: DetectorSubject) -> str:
     measured, lines = subject.measured, []
     if not measured:
         lines.append("These weights were not evaluated: nothing is known of their precision.")
-    elif measured["num_images"] < FEW_IMAGES:
+    else:
+        if measured["num_images"] < FEW_IMAGES:
+            lines.append(
+                f"Measured on {measured['num_images']:,} images only: other images may say "
+                "otherwise."
+            )
         lines.append(
-            f"Measured on {measured['num_images']:,} images only: other images may say otherwise."
+            "Measured on images that PIL resized, averaging over pixels where it reduces; "
+            "torchvision's own resize in the lines below does not, and can score differently."
         )
     if not measured.get("attacks"):
         lines.append("It was not attacked: nothing is known of what an adversary can do to it.")
     else:
         lines.append("Attacks that were made bound its robustness from above; others may do more.")
-    lines.append(untested_corruptions(measured.get("corruptions") or {}))
+    lines.append(untested_corruptions(measured))
     lines.append("One training run, one seed: how much another would differ is not known.")
     return "\n".join(f"- {line}" for line in lines if line)
 
 
-def untested_corruptions(corruptions: Mapping[str, Mapping[str, Any]]) -> str:
-    """What mPC leaves out of the benchmark that it is named after; empty of the whole."""
+def untested_corruptions(measured: Mapping[str, Any]) -> str:
+    """How much of the benchmark the mean under corruption is over; empty of the whole."""
+    corruptions = measured.get("corruptions") or {}
     if not corruptions:
         return "It was not evaluated on corrupted images."
-    num_severities = min(map(len, corruptions.values()))
-    if len(corruptions) >= NUM_CORRUPTIONS and num_severities >= NUM_SEVERITIES:
+    if measured["is_benchmark"]:
         return ""
     return (
-        f"mPC is over {len(corruptions)} of the benchmark's {NUM_CORRUPTIONS} corruptions, "
-        f"{num_severities} of {NUM_SEVERITIES} severities each: it compares with no published one."
+        f"The mean under corruption is over {sum(map(len, corruptions.values()))} of the "
+        "benchmark's 75 (corruption, severity) pairs: it compares with no published mPC."
     )
 
 
