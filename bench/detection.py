@@ -116,7 +116,8 @@ def draw(rows: list[dict[str, Any]], title: str) -> Figure:
     axes.set_yticks([group * step + middle for group in range(len(names))], names)
     axes.invert_yaxis()
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set(title=title, xlabel="average precision", xlim=(0, None))
+    figure.suptitle(title)
+    axes.set(xlabel="average precision", xlim=(0, None))
     axes.grid(axis="x", alpha=0.25)
     axes.legend()
     return figure

@@ -47,8 +47,6 @@ FAST_ADVPROP: dict[str, Any] = {
     "batch_size": 20,
     "aux_bn_group": 4,
 }
-# Of `free_detection` and of the embedded shapes.
-FREE: dict[str, Any] = {"method": "free", "m": 4, "eps": Perturbation.parse("4/255")}
 
 
 def rows() -> dict[str, TrainConfig]:

@@ -9,9 +9,13 @@ whose perturbation ascends its head's losses alone, in a pass of its own.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from freeadv_fast.config.run import TrainConfig
-from freeadv_fast.recipes.detection import COCO, FREE
+from freeadv_fast.config.threat import Perturbation
+from freeadv_fast.recipes.detection import COCO
+
+FREE: dict[str, Any] = {"method": "free", "m": 4, "eps": Perturbation.parse("4/255")}
 
 
 def rows() -> dict[str, TrainConfig]:

@@ -7,7 +7,8 @@ from dataclasses import replace
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.schedule import Schedule
 from freeadv_fast.config.threat import Perturbation
-from freeadv_fast.recipes.detection import COCO, FAST_ADVPROP, FREE
+from freeadv_fast.recipes.detection import COCO, FAST_ADVPROP
+from freeadv_fast.recipes.free_detection import FREE
 
 SHAPES = replace(
     COCO,
