@@ -51,6 +51,7 @@ USUAL = {
     "epochs": st.sampled_from([1, 2, 2.5, 4]),
     "eval_attacks": st.sampled_from(ATTACKS),
     "eval_images": st.integers(1, 6),
+    "eval_corruptions": st.sampled_from([(), ("none",), ("fog-3",)]),
     "schedule": st.sampled_from(SCHEDULES),
     "phases": st.sampled_from(PHASES),
     "phase_data": st.sampled_from([(), (), ("folder",), ("folder", "folder")]),

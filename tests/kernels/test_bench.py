@@ -361,7 +361,7 @@ def test_the_detection_study_reads_compares_and_draws(bench, run_main, monkeypat
             },
         }  # fmt: skip
 
-    def run(method, seed, folder):
+    def run(method, seed, folder, num_threads):
         made.append((method, seed))
         return study.row_of(method, seed, result(method, seed))
 
