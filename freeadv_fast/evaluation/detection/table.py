@@ -65,8 +65,13 @@ def corruption_lines(
     ]
     mean = mean_precision(precisions)
     relative = relative_precision(mean, clean)
-    over = f"{num_images:,} images, {len(precisions)} of {len(CORRUPTIONS)} corruptions"
-    if not is_benchmark(precisions):
-        over += ", not the benchmark's mean"
-    means = f"mPC {percent(mean)}, rPC {percent(relative)} of the clean AP ({over})"
+    if is_benchmark(precisions):
+        means = f"mPC {percent(mean)}, rPC {percent(relative)} of the clean AP"
+    else:
+        pairs, all_pairs = sum(map(len, precisions.values())), len(CORRUPTIONS) * len(SEVERITIES)
+        means = (
+            f"mean {percent(mean)}, {percent(relative)} of the clean AP, over {pairs} of the "
+            f"{all_pairs} pairs of mPC"
+        )
+    means += f" ({num_images:,} images)"
     return [*results_table(rows).splitlines(), means]
