@@ -5,15 +5,12 @@ The embedded set: no download, and the whole path from JPEG bytes on is the one 
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from freeadv_fast.data.cache import cache_folder
+from freeadv_fast.data.cache import embedded_folder
 from freeadv_fast.data.split import stratified_rows
 from freeadv_fast.errors import UserError
 
@@ -30,30 +27,7 @@ def digits_folder() -> str:
     Raises:
         UserError: scikit-learn is not installed, or the cache folder cannot be written.
     """
-    folder = cache_folder() / FOLDER_NAME
-    if not folder.is_dir():
-        try:
-            _write_once(folder)
-        except OSError as error:
-            raise UserError(
-                f"--data digits: {folder} cannot be written ({error.strerror}); "
-                "set XDG_CACHE_HOME to a folder that can"
-            ) from None
-    return str(folder)
-
-
-def _write_once(folder: Path) -> None:
-    """Writes into a temporary folder and renames it; of two that start at once, one wins."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.mkdtemp(dir=folder.parent, prefix=f".{FOLDER_NAME}-")
-    try:
-        _write_digits(Path(temporary))
-        os.rename(temporary, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return embedded_folder(FOLDER_NAME, "--data digits", _write_digits)
 
 
 def _write_digits(folder: Path) -> None:

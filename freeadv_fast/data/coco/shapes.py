@@ -7,9 +7,6 @@ works and nothing about photographs. It lies there in COCO's layout and is read 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageStat
 
-from freeadv_fast.data.cache import cache_folder
-from freeadv_fast.errors import UserError
+from freeadv_fast.data.cache import embedded_folder
 
 NUM_IMAGES = {"train": 1200, "val": 200}
 CLASSES = ("disc", "square", "triangle")
@@ -52,31 +48,13 @@ def shapes_folder() -> str:
     Raises:
         UserError: the cache folder cannot be written.
     """
-    folder = cache_folder() / FOLDER_NAME
-    if not folder.is_dir():
-        try:
-            _write_once(folder)
-        except OSError as error:
-            raise UserError(
-                f"--data shapes: {folder} cannot be written ({error.strerror}); "
-                "set XDG_CACHE_HOME to a folder that can"
-            ) from None
-    return str(folder)
+    return embedded_folder(FOLDER_NAME, "--data shapes", _write_splits)
 
 
-def _write_once(folder: Path) -> None:
-    """Writes into a temporary folder and renames it; of two that start at once, one wins."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.mkdtemp(dir=folder.parent, prefix=f".{FOLDER_NAME}-")
-    try:
-        for split in NUM_IMAGES:
-            _write_split(Path(temporary), split)
-        os.rename(temporary, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _write_splits(folder: Path) -> None:
+    """Writes train and val, the same for ever."""
+    for split in NUM_IMAGES:
+        _write_split(folder, split)
 
 
 def _write_split(folder: Path, split: str) -> None:
