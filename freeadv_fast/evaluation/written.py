@@ -38,6 +38,29 @@ def describe(view: View) -> list[str]:
     return lines
 
 
+def evaluation_name(config: TrainConfig, stem: str, counts: str, seen: str) -> str:
+    """The name of an evaluation's file, without its ending.
+
+    Args:
+        config: Says attacks and ball.
+        stem: What it says of the subject. counts: And of the images.
+        seen: What makes images and weights others than the folder's own, in words; empty for none.
+    """
+    attacks = "_".join(config.eval_attacks) or "clean"
+    eps, step = (f"{float(p.levels):g}" for p in (config.eps, config.eval_step))
+    name = f"evaluation-{stem}-{attacks}-eps{eps}-step{step}-{counts}"
+    return f"{name}-{hashlib.sha256(seen.encode()).hexdigest()[:8]}" if seen else name
+
+
+def ball_of(config: TrainConfig) -> dict[str, str]:
+    """What an evaluation's record says of its attacks' ball and step."""
+    return {
+        "eps": str(config.eps),
+        "norm": config.norm,
+        "attack_step": str(config.eval_step),
+    }
+
+
 def write_evaluation(
     folder: Path,
     subject: dict[str, Any],
@@ -62,20 +85,14 @@ def write_evaluation(
     Returns:
         The file.
     """
-    attacks = "_".join(config.eval_attacks) or "clean"
-    eps, step = (f"{float(p.levels):g}" for p in (config.eps, config.eval_step))
-    name = f"evaluation-{stem}-{attacks}-eps{eps}-step{step}-n{measured.num_images}"
     seen = origin or ""
     if view != AS_CONFIGURED:
         seen += f" {view.preprocessing} {view.image_list and view.image_list.digest}"
-    if seen:
-        name += f"-{hashlib.sha256(seen.encode()).hexdigest()[:8]}"
+    name = evaluation_name(config, stem, f"n{measured.num_images}", seen)
     path = folder / f"{name}.json"
     record = {
         **subject,
-        "eps": str(config.eps),
-        "norm": config.norm,
-        "attack_step": str(config.eval_step),
+        **ball_of(config),
         "clean_accuracy": measured.clean_accuracy,
         "clean_top5_accuracy": measured.clean_top5,
         "robust_accuracy": measured.robust_accuracy,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from typing import get_args
 
 import pytest
 import safetensors.torch
@@ -12,6 +13,7 @@ import torch
 import torchvision
 
 import freeadv_fast.models.retinanet
+from freeadv_fast.config.choices import AttackLoss
 from freeadv_fast.config.file import config_to_yaml
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.audit.run import audit_run
@@ -23,6 +25,7 @@ from freeadv_fast.models.retinanet import build_detector
 from freeadv_fast.recipes.catalogue import RECIPES
 from freeadv_fast.runs.export.again import export_for, export_run
 from freeadv_fast.runs.export.detector import builder_lines, export_detector
+from freeadv_fast.runs.export.detector_card import threat_model
 from freeadv_fast.runs.export.network import load_export
 from freeadv_fast.runs.export.trained import withdraw
 from freeadv_fast.runs.saved import load_run
@@ -150,6 +153,15 @@ def test_the_card_says_what_was_measured(tmp_path, detector):
     assert "These weights were not evaluated" in card
     assert "Trained on clean images: not made to withstand any attack." in card
     assert "adversarial-training" not in card
+
+
+@pytest.mark.parametrize("attack_loss", get_args(AttackLoss))
+def test_the_card_says_what_attacks_ascended(attack_loss):
+    config = dataclasses.replace(RECIPES["shapes-pgd"], attack_loss=attack_loss)
+    said = threat_model(config)
+    assert "the perturbation raises" in said
+    assert ("sum" in said) is (attack_loss in ("sum", "stronger"))
+    assert ("boxes" in said) is (attack_loss != "classification")
 
 
 def test_the_card_says_mpc_of_the_whole_benchmark_alone(tmp_path, detector):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from freeadv_fast.evaluation.detection.attack import parse_attacks
 from freeadv_fast.evaluation.detection.corruptions import parse_corruptions
 from freeadv_fast.evaluation.detection.evaluate import DetectionEvaluation, evaluate_detector
 from freeadv_fast.evaluation.images import open_val, other_classes
+from freeadv_fast.evaluation.written import ball_of, evaluation_name
 from freeadv_fast.runs.environment import versions
 from freeadv_fast.runs.log import write_json
 from freeadv_fast.runs.saved import SavedRun
@@ -106,20 +106,14 @@ def write_precision(
     Returns:
         The file.
     """
-    attacks = "_".join(config.eval_attacks) or "clean"
-    eps, step = (f"{float(p.levels):g}" for p in (config.eps, config.eval_step))
-    name = f"evaluation-{stem}-{attacks}-eps{eps}-step{step}-n{measured.num_images}"
+    counts = f"n{measured.num_images}"
     if measured.corruptions:
-        name += f"-corruptions{len(measured.corruptions)}"
+        counts += f"-corruptions{len(measured.corruptions)}"
     seen = " ".join(filter(None, (origin, *config.eval_corruptions)))
-    if seen:
-        name += f"-{hashlib.sha256(seen.encode()).hexdigest()[:8]}"
-    path = folder / f"{name}.json"
+    path = folder / f"{evaluation_name(config, stem, counts, seen)}.json"
     record = {
         **subject,
-        "eps": str(config.eps),
-        "norm": config.norm,
-        "attack_step": str(config.eval_step),
+        **ball_of(config),
         "clean_accuracy": None,
         "robust_accuracy": {},
         "detection": measured.record(),

@@ -128,6 +128,8 @@ def threat_model(config: TrainConfig) -> str:
             "sum": "the sum of the losses of classes and boxes",
             "classification": "the loss of classes",
             "box": "the loss of boxes",
+            "stronger": "of each image the one of the losses of classes and boxes along which "
+            "their sum rises faster",
         }[config.attack_loss],
     ]
     if config.method in DUAL:
