@@ -48,7 +48,7 @@ BENCH = Path(__file__).resolve().parent
 SHORTEST_SECTION_S = 20
 
 # How the trainer's lines begin that tell of a recording or a fusion which did not happen.
-SAID = ("graphs: off", "fused batch norm: left")
+SAID = ("graphs: off", "fused batch norm: left", "decoding")
 
 EAGER = ["--fuse", "off", "--graphs", "off"]
 FUSED = ["--fuse", "on", "--graphs", "off"]
@@ -167,6 +167,7 @@ def essentials(flags: argparse.Namespace) -> list[Section]:
     )
     if flags.data:
         sections.append(run_section_of("free_run", "imagenet_free.py", ["--m", "4"], flags))
+        sections.append(run_section_of("natural_run", "imagenet_natural.py", [], flags))
     return sections
 
 
@@ -359,6 +360,8 @@ def run_section_of(name: str, script: str, more: list[str], flags: argparse.Name
         command += ["--arch", "resnet18", "--image-size", "32", "--batch-size", "10"]
         command += ["--workers", "2", "--holdout-images", "0"]
         command += ["--aux-bn-group", "2"] if "advprop" in script else []
+    else:
+        command += ["--workers", str(max((os.cpu_count() or 1) - 2, 1))]
     return Section(name, command, 90, writes_out=False)
 
 

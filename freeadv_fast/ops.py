@@ -22,14 +22,17 @@ from freeadv_fast.kernels import averaging as _averaging
 from freeadv_fast.kernels import batch_norm as _batch_norm
 from freeadv_fast.kernels import batch_norm_statistics as _statistics
 from freeadv_fast.kernels import cross_entropy as _cross_entropy
+from freeadv_fast.kernels import global_average as _global_average
 from freeadv_fast.kernels import joined_norms as _joined_norms
 from freeadv_fast.kernels import lalr as _lalr
 from freeadv_fast.kernels import norm_pool as _norm_pool
 from freeadv_fast.kernels import perturb_normalize as _perturb_normalize
+from freeadv_fast.kernels import product_norm as _product_norm
 from freeadv_fast.kernels import sgd as _sgd
 from freeadv_fast.kernels import sign_ascent as _sign_ascent
 from freeadv_fast.kernels import stem_convolution as _stem_convolution
 from freeadv_fast.kernels.batch_norm_statistics import Norm as Norm
+from freeadv_fast.kernels.product_norm import Product as Product
 
 Backend = Literal["triton", "eager"]
 
@@ -44,6 +47,8 @@ FAST_PATHS = {
     "stem",  # the stem's convolution on packed images in kernels of our own
     "norm-pool",  # batch norm, ReLU and max pooling as one
     "joined-norms",  # the two norms at the end of a projection block as one
+    "global-average",  # the last pooling's gradient in the memory format of its input
+    "product-norm",  # a widening 1x1 convolution and its norm, whose backward skips what is wide
     "cross-entropy",  # cross-entropy and the metrics of a pass as one
     "half-weights",  # the optimizer writes the half-precision weights that convolutions read
 }
@@ -414,6 +419,51 @@ def _normalized(
     )
 
 
+def product_norm(
+    product: Product, shortcut: Tensor | Product, *, num_groups: int, fork: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``relu(norm(conv(x)) + shortcut)`` in training: the end of a bottleneck block.
+
+    Where the convolutions widen, the kernels take bfloat16 and all images as one group; they are
+    differentiable once. All else is convolutions and `batch_norm_act` or `joined_norms`.
+
+    Args:
+        product: (N, K, H, W) activations, for the kernels copied unless channels_last; (C, K, 1, 1)
+            weights, of any float dtype under autocast, else of the activations'; and the norm, its
+            tensors as in `batch_norm_act`, running statistics updated in place.
+        shortcut: (N, C, H, W) that is added; or what it is a product of, likewise.
+        num_groups: Groups of consecutive images with statistics of their own.
+        fork: Return the output twice, for two readers whose gradients the kernels then sum.
+
+    Returns:
+        As from `batch_norm_act` behind ReLU and a residual.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices disagree, or a group would hold fewer than two
+            values of a channel; from the kernels, also of a second derivative.
+
+    Source: He et al. 2015, section 4.1; Ioffe & Szegedy 2015, algorithm 1.
+    """
+    x, weight, norm = product
+    products = [product] if isinstance(shortcut, Tensor) else [product, shortcut]
+    if backend(x.device) == "triton" and num_groups == 1 and torch.is_grad_enabled():
+        is_cast = torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if is_cast else weight.dtype
+        cast = [one._replace(w=one.w.to(dtype)) for one in products]
+        is_right = not isinstance(shortcut, Tensor) or shortcut.dtype == dtype
+        if is_right and all(one.x.dtype == dtype and _product_norm.supports(one) for one in cast):
+            first, *second = cast
+            y: Tensor | tuple[Tensor, Tensor] = _product_norm.product_norm(
+                first, second[0] if second else shortcut, fork=fork
+            )
+            return y
+    y = F.conv2d(x, weight)
+    if isinstance(shortcut, Tensor):
+        return _normalized(y, norm, num_groups, relu=True, residual=shortcut, fork=fork)
+    other = F.conv2d(shortcut.x, shortcut.w)
+    return joined_norms(y, norm, other, shortcut.norm, num_groups=num_groups, fork=fork)
+
+
 def batch_norm_relu_pool(
     x: Tensor,
     weight: Tensor | None,
@@ -425,8 +475,9 @@ def batch_norm_relu_pool(
     momentum: float,
     eps: float,
     num_groups: int = 1,
+    fork: bool = False,
     num_batches_tracked: Tensor | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Batch norm in groups, then ReLU, then 3x3 max pooling with stride 2 and padding 1.
 
     Where the kernels of `batch_norm_act` take channels_last activations, those of this op do; they
@@ -442,10 +493,13 @@ def batch_norm_relu_pool(
         momentum: Weight of the minibatch in the running statistics.
         eps: Added to the variance.
         num_groups: Groups of consecutive images with statistics of their own, in training.
+        fork: Return the output twice, for two readers whose gradients the kernels then sum.
         num_batches_tracked: () int64, one is added in training; None for none.
 
     Returns:
-        (N, C, ceil(H / 2), ceil(W / 2)) of x's dtype and in its memory format.
+        (N, C, ceil(H / 2), ceil(W / 2)) of x's dtype and in its memory format. With `fork` it and
+        the same once more: one object, or from the kernels, where gradients are recorded, two for
+        the same memory, each with the gradient of its own readers.
 
     Raises:
         RuntimeError: shapes, dtypes or devices disagree, or a group would hold fewer than two
@@ -455,30 +509,50 @@ def batch_norm_relu_pool(
     """
     norm = Norm(weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
     inputs = (x, weight, bias, running_mean, running_var)
-    y: Tensor
     if backend(x.device) == "triton" and _norm_pool.supports(x, norm):
-        y = _norm_pool.batch_norm_relu_pool(
+        pooled: Tensor | tuple[Tensor, Tensor] = _norm_pool.batch_norm_relu_pool(
             *inputs,
             training=training,
             momentum=momentum,
             eps=eps,
             num_groups=num_groups,
+            fork=fork,
             num_batches_tracked=num_batches_tracked,
         )
-    else:
-        activated = batch_norm_act(
-            *inputs,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            num_groups=num_groups,
-            relu=True,
-            residual=None,
-            fork=False,
-            num_batches_tracked=num_batches_tracked,
-        )
-        assert isinstance(activated, Tensor)  # not forked
-        y = F.max_pool2d(activated, _norm_pool.KERNEL, _norm_pool.STRIDE, _norm_pool.PADDING)
+        return pooled
+    activated = batch_norm_act(
+        *inputs,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        num_groups=num_groups,
+        relu=True,
+        residual=None,
+        fork=False,
+        num_batches_tracked=num_batches_tracked,
+    )
+    assert isinstance(activated, Tensor)  # not forked
+    y = F.max_pool2d(activated, _norm_pool.KERNEL, _norm_pool.STRIDE, _norm_pool.PADDING)
+    return (y, y) if fork else y
+
+
+def global_average(x: Tensor) -> Tensor:
+    """The mean over each channel's pixels, ``x.mean(dim=(2, 3))``.
+
+    On a GPU x's gradient is written in x's memory format; the gradient's bits are PyTorch's.
+    Differentiable as often as wanted.
+
+    Args:
+        x: (N, C, H, W) of a floating dtype.
+
+    Returns:
+        (N, C) of x's dtype.
+
+    Source: Lin et al. 2014, section 3.2.
+    """
+    is_ours = "global-average" in FAST_PATHS and backend(x.device) == "triton"
+    function = _global_average.global_average if is_ours else _global_average.global_average_ref
+    y: Tensor = function(x)
     return y
 
 

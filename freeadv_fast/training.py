@@ -109,12 +109,15 @@ def train_epoch(run: Run, stop: StopRequests) -> bool:
         # minibatch, which may be smaller than the others. (The only one of an epoch is whole.)
         is_last = progress.minibatch + 1 == loader.num_batches > 1
         torch.backends.cudnn.benchmark = not is_last
-        passes = run.method.train_minibatch(batch.images, batch.labels, batch.global_size)
+        with run.decoding.watching(run.phase, batch, run.learner.is_warm):
+            passes = run.method.train_minibatch(batch.images, batch.labels, batch.global_size)
         progress.minibatch += 1
         arrive(f"epoch {progress.epoch}, minibatch {progress.minibatch}")
         progress.passes += passes.weights
         progress.attack_passes += passes.attack
         progress.warm_up_seconds += run.clock.cold_seconds(run.learner.is_warm)
+        for line in run.decoding.decide(run.phase, progress.epoch, progress.minibatch):
+            run.log.say(line)
         run.guard.advance(passes)
         run.log.advance(passes.weights)
         if progress.minibatch == loader.num_batches or run.is_budget_spent:
@@ -291,6 +294,7 @@ def save(run: Run) -> None:
             "progress": dataclasses.asdict(run.progress),
             "guard": run.guard.history.state_dict(),
             "good": good,
+            "decoding": run.decoding.state_dict(),
             "log_bytes": run.log.settle(),
             "data": run.phase_loaders[-1].state,
             "ranks": rank_states,

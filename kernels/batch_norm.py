@@ -207,6 +207,13 @@ def _grouped(
 
 
 @jit
+def pack(is_closed, BM: tl.constexpr, BC: tl.constexpr):
+    """[BM, BC] booleans, of what ReLU lets not through, to [BM, BC/8] bytes of what it does."""
+    keep = tl.reshape(tl.where(is_closed, 0, 1), [BM, BC // 8, 8])
+    return tl.sum(keep << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
+
+
+@jit
 def unpack(bits, BM: tl.constexpr, BC: tl.constexpr):
     """[BM, BC/8] bytes to [BM, BC] booleans."""
     shifts = tl.arange(0, 8)[None, None, :]
@@ -273,9 +280,8 @@ def _batch_norm_forward_kernel(
             z += residual.to(tl.float32)
             residual = residual_next
         if WRITE_BITS:
-            keep = tl.reshape(tl.where(z <= 0.0, 0, 1), [BM, BC // 8, 8])
-            packed = tl.sum(keep << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
             at_bits = rows[:, None] * channels8 + (block * (BC // 8) + tl.arange(0, BC // 8))
+            packed = pack(z <= 0.0, BM, BC)
             tl.store(bits_ptr + row * channels8 + at_bits, packed, mask=inside)
         if RELU and SLOPE == 0.0:  # one instruction
             z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -556,26 +562,42 @@ def _forward(
     x: Tensor, norm: Norm, residual: Tensor | None, mode: Mode, wants_bits: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, the coefficients, and ReLU's bits if wanted. x and residual are channels_last."""
+    with torch.cuda.device_of(x):
+        coefficients = statistics.coefficients(x, norm, mode.rows(x), mode.training)
+        y, bits = normalized(x, coefficients, residual, mode, wants_bits)
+    return y, coefficients, bits
+
+
+def normalized(
+    x: Tensor, coefficients: Tensor, residual: Tensor | None, mode: Mode, wants_bits: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y, and ReLU's bits if wanted.
+
+    Args:
+        x: (N, C, H, W), channels_last, as `supports` takes it.
+        coefficients: (4, G, C) float32: a, b, mean, rstd.
+        residual: Likewise, of x's shape and dtype; None for nothing.
+        mode: What is computed.
+        wants_bits: Whether backward is to take ReLU's mask from bits.
+    """
     rows = mode.rows(x)
     grid, options = elementwise(rows)
-    with torch.cuda.device_of(x):
-        coefficients = statistics.coefficients(x, norm, rows, mode.training)
-        y = torch.empty_like(x, memory_format=torch.channels_last)
-        bits = x.new_empty(x.numel() // 8, dtype=torch.uint8) if wants_bits else None
-        _batch_norm_forward_kernel[grid](
-            y,
-            y if bits is None else bits,
-            x,
-            x if residual is None else residual,
-            coefficients,
-            *rows.shape,
-            HAS_RESIDUAL=residual is not None,
-            RELU=mode.relu,
-            SLOPE=mode.negative_slope,
-            WRITE_BITS=wants_bits,
-            **options,
-        )
-    return y, coefficients, bits
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    bits = x.new_empty(x.numel() // 8, dtype=torch.uint8) if wants_bits else None
+    _batch_norm_forward_kernel[grid](
+        y,
+        y if bits is None else bits,
+        x,
+        x if residual is None else residual,
+        coefficients,
+        *rows.shape,
+        HAS_RESIDUAL=residual is not None,
+        RELU=mode.relu,
+        SLOPE=mode.negative_slope,
+        WRITE_BITS=wants_bits,
+        **options,
+    )
+    return y, bits
 
 
 class Sums(NamedTuple):
@@ -600,7 +622,7 @@ def reduced(
 
     Args:
         dy: (N, C, H, W), channels_last, like x.
-        shortcut_dy: Is added to dy; ReLU's bits are there.
+        shortcut_dy: Is added to dy; None for nothing.
         x: (N, C, H, W), channels_last, as `supports` takes it.
         coefficients: (4, G, C), of the forward pass.
         bits: ReLU's mask; None where it is recomputed, or where there is no ReLU.

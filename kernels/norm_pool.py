@@ -15,11 +15,15 @@ gathers: in a block of 2x2 pixels the first lies in one window, two lie in two, 
 Bytes per element of x, 16-bit activations, statistics' 2 apart, forward + backward:
 
     here            3.25 + 5.75       y, peak and tap are .5, .5 and .25
+      read twice    3.25 + 6.75       with a sum by autograd 3.25 + 7.25
     one by one      8.5  + 16.5       PyTorch's pooling: 8-byte indices, a gradient zeroed, then
                                       written
 
 At 4.3 TB/s 256 images of 112x112x64 take .16 + .28 ms. An H200 took .20 + .49 ms for batch norm
 with ReLU and .83 + 1.96 ms for PyTorch's pooling.
+
+A first block and its shortcut both read y. With `fork` there is an output for each, as in
+batch_norm.py: both kernels of backward read both gradients and sum them.
 
 A program walks down a strip of windows. Its next row of windows starts with the row of pixels on
 which the last one ended, whose winners stay in registers: memory is read once, and a pixel met 1.5
@@ -211,10 +215,13 @@ def _norm_pool_forward_kernel(
 
 
 @jit
-def _gradient(dy_ptr, tap_ptr, at, there, CLOSED: tl.constexpr):
+def _gradient(dy_ptr, shortcut_dy_ptr, tap_ptr, at, there, CLOSED: tl.constexpr):
     """Gradients of windows and the taps that get them: none of windows that are not there."""
     tap = tl.load(tap_ptr + at, mask=there, other=CLOSED)
-    return tl.load(dy_ptr + at, mask=there).to(tl.float32), tap
+    dy = tl.load(dy_ptr + at, mask=there).to(tl.float32)
+    if shortcut_dy_ptr is not None:
+        dy += tl.load(shortcut_dy_ptr + at, mask=there).to(tl.float32)
+    return dy, tap
 
 
 @jit
@@ -230,6 +237,7 @@ def _shift(x_ptr, there, k1, k2, TRAINING: tl.constexpr):
 def _norm_pool_backward_kernel(
     dx_ptr,  # [N, H, W, C] bf16 | fp16 | fp32, output
     dy_ptr,  # [N, OH, OW, C] like dx; OH = ceil(H / 2), OW = ceil(W / 2)
+    shortcut_dy_ptr,  # [N, OH, OW, C] like dx, added to dy; or None
     tap_ptr,  # [N, OH, OW, C] u8
     x_ptr,  # [N, H, W, C] like dx; unused without TRAINING
     coefficients_ptr,  # [4, G, C] fp32: a, b, mean, rstd
@@ -269,11 +277,17 @@ def _norm_pool_backward_kernel(
     while row < end:
         is_next = row + 1 < OH
         window = windows + row.to(tl.int64) * (OW * C)
-        dy, tap = _gradient(dy_ptr, tap_ptr, window, inside, CLOSED)
-        right_dy, right_tap = _gradient(dy_ptr, tap_ptr, window + C, has_right, CLOSED)
+        dy, tap = _gradient(dy_ptr, shortcut_dy_ptr, tap_ptr, window, inside, CLOSED)
+        right_dy, right_tap = _gradient(
+            dy_ptr, shortcut_dy_ptr, tap_ptr, window + C, has_right, CLOSED
+        )
         window += OW * C
-        next_dy, next_tap = _gradient(dy_ptr, tap_ptr, window, inside & is_next, CLOSED)
-        last_dy, last_tap = _gradient(dy_ptr, tap_ptr, window + C, has_right & is_next, CLOSED)
+        next_dy, next_tap = _gradient(
+            dy_ptr, shortcut_dy_ptr, tap_ptr, window, inside & is_next, CLOSED
+        )
+        last_dy, last_tap = _gradient(
+            dy_ptr, shortcut_dy_ptr, tap_ptr, window + C, has_right & is_next, CLOSED
+        )
         below = inside
         corner = pixel_right
         if HEIGHT % 2 == 1:
@@ -364,6 +378,7 @@ def _forward(
 
 def _backward(
     dy: Tensor,
+    shortcut_dy: Tensor | None,
     x: Tensor,
     coefficients: Tensor,
     peak: Tensor,
@@ -372,13 +387,16 @@ def _backward(
     wants_dx: bool,
     wants_affine: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dweight and dbias; None where not wanted. dy and x are channels_last."""
+    """dx, dweight and dbias; None where not wanted.
+
+    dy, shortcut_dy and x are channels_last. A shortcut_dy is added to dy.
+    """
     dx = dweight = dbias = k = None
     with torch.cuda.device_of(dy):
         if wants_affine or mode.training:
             pixels = x.shape[2] * x.shape[3]
             k, dweight, dbias, _ = batch_norm.reduced(
-                dy, None, peak, coefficients, None, mode, pixels
+                dy, shortcut_dy, peak, coefficients, None, mode, pixels
             )
         if wants_dx:
             dx = torch.empty_like(x)
@@ -389,6 +407,7 @@ def _backward(
                 mode.rows(x),
                 dx,
                 dy,
+                shortcut_dy,
                 tap,
                 x,
                 coefficients,
@@ -399,37 +418,44 @@ def _backward(
 
 
 class _NormPool(torch.autograd.Function):
-    """y, and its gradients."""
+    """y, and its gradients; forked, y twice."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, norm, mode):
+    def forward(ctx, x, weight, bias, norm, mode, fork):
         """Keeps x, the coefficients, peak and taps; never y."""
         y, *kept = _forward(x, norm, mode, keeps=True)
         ctx.save_for_backward(x, weight, *kept)
         ctx.mode = mode
-        return y
+        ctx.set_materialize_grads(False)
+        return (y, y.detach()) if fork else y  # as in batch_norm.py
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, *gradients):
         """Only what some input needs."""
         x, weight, *kept = ctx.saved_tensors
         wants_dx, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        dy = dy.contiguous(memory_format=torch.channels_last)
+        # An output that nothing reads has none.
+        given = [
+            g.contiguous(memory_format=torch.channels_last) for g in gradients if g is not None
+        ]
+        if not given:
+            return (None,) * len(ctx.needs_input_grad)
+        dy, shortcut_dy = given if len(given) > 1 else (*given, None)
         wants_affine = wants_weight or wants_bias
         dx, dweight, dbias = _Gradients.apply(
-            dy, x, weight, *kept, ctx.mode, wants_dx, wants_affine
+            dy, shortcut_dy, x, weight, *kept, ctx.mode, wants_dx, wants_affine
         )
         dweight = dweight if wants_weight else None
-        return dx, dweight, dbias if wants_bias else None, None, None
+        return dx, dweight, dbias if wants_bias else None, None, None, None
 
 
 class _Gradients(torch.autograd.Function):
     """`_backward` as a node of its own, whose own derivative is an error that says what to do."""
 
     @staticmethod
-    def forward(ctx, dy, x, weight, *arguments):
+    def forward(ctx, dy, shortcut_dy, x, weight, *arguments):
         """The weight is named only so that its second derivative is an error too."""
-        return _backward(dy, x, *arguments)
+        return _backward(dy, shortcut_dy, x, *arguments)
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -456,8 +482,9 @@ def batch_norm_relu_pool(
     momentum: float,
     eps: float,
     num_groups: int = 1,
+    fork: bool = False,
     num_batches_tracked: Tensor | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Normalises, rectifies and pools, by the kernels; differentiable once.
 
     Args:
@@ -471,10 +498,12 @@ def batch_norm_relu_pool(
         momentum: Weight of the minibatch in the running statistics.
         eps: Added to the variance.
         num_groups: Groups of consecutive images with statistics of their own, in training.
+        fork: Whether the output is returned twice, for two readers.
         num_batches_tracked: () int64, one is added in training; None for none.
 
     Returns:
-        (N, C, ceil(H / 2), ceil(W / 2)) of x's dtype, channels_last.
+        (N, C, ceil(H / 2), ceil(W / 2)) of x's dtype, channels_last. With `fork` it and an alias of
+        it, as from `batch_norm_act`, in eval mode, too; without gradients the same object twice.
 
     Raises:
         RuntimeError: shapes, dtypes or devices disagree, or a group would hold fewer than two
@@ -487,6 +516,6 @@ def batch_norm_relu_pool(
     norm = Norm(weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps)
     mode = Mode(training, num_groups, relu=True, negative_slope=0.0)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _NormPool.apply(*inputs, norm, mode)
+        return _NormPool.apply(*inputs, norm, mode, fork)
     y, *_ = _forward(inputs[0], norm, mode, keeps=False)
-    return y
+    return (y, y) if fork else y

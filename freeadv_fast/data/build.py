@@ -30,6 +30,7 @@ from freeadv_fast.data.folder import (
     FolderLoader,
     available_backend,
     build_decoder,
+    first_decoder,
     refuse_other_classes,
     roll_of_files,
     split_folder,
@@ -291,6 +292,8 @@ def _phase_loaders(
     if unlabelled is not None:
         mixed = SemiSupervisedLoader(labelled, unlabelled, config, world)
     lines = train.lines + val.lines + opened.lines + ((mixed.describe(),) if mixed else ())
+    if isinstance(labelled, FolderLoader) and labelled.later is not None:
+        lines += ("training images are decoded on the CPU instead, as long as its threads keep up",)
     return Loaders(
         train=mixed or labelled,
         holdout=train.loader(_stream(config, world, evaluated)) if num_held else None,
@@ -416,7 +419,11 @@ class _Split(Protocol):
 
 
 class _FolderSplit:
-    """A split of image files; its loaders share one decoder."""
+    """A split of image files; its loaders share one decoder.
+
+    The training loader begins with another one where there is a choice. Evaluations do not take
+    part in it: nothing is trained meanwhile, and what they see depends on no clock.
+    """
 
     def __init__(
         self, config: TrainConfig, world: World, index: ImageIndex, view: View = AS_CONFIGURED
@@ -426,6 +433,7 @@ class _FolderSplit:
         self.classes, self.labels = index.classes, index.labels
         backend: Backend = available_backend() if self.way is None else "torchvision"
         self.decoder = build_decoder(backend, index, config, world.device, self.way)
+        self.first = first_decoder(backend, index, config, world.device)
         self.lines: tuple[str, ...] = (f"images are decoded by {self.decoder}",)
         if backend == "torchvision" and self.way is None and world.is_main:
             _announce_once(NO_DALI)
@@ -461,8 +469,11 @@ class _FolderSplit:
 
     def loader(self, stream: Stream) -> FolderLoader:
         """A loader for some of its rows."""
+        decoder, later = self.decoder, None
+        if stream.seed is not None and self.first is not None:
+            decoder, later = self.first, self.decoder
         return FolderLoader(
-            self.index, stream, self.decoder, self.config, self.world.device, self.way
+            self.index, stream, decoder, self.config, self.world.device, self.way, later
         )
 
 

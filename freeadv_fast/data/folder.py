@@ -6,8 +6,10 @@ import collections
 import contextlib
 import glob
 import importlib.util
+import itertools
 import os
 import shlex
+import time
 from collections.abc import Generator, Iterator
 from typing import Literal, Protocol
 
@@ -17,11 +19,12 @@ from torch import Tensor
 
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.data.crop import pad_images, random_crop_flip
+from freeadv_fast.data.decoding import QUEUE_DEPTH, Place
 from freeadv_fast.data.index import ImageIndex, image_name, is_image_name, shortened
 from freeadv_fast.data.loader import Batch
 from freeadv_fast.data.names import class_folders
 from freeadv_fast.data.plan import Plan, plan_evaluation, plan_random_resized_crop
-from freeadv_fast.data.prefetch import prefetched
+from freeadv_fast.data.prefetch import DEPTH, prefetched
 from freeadv_fast.data.preprocessing import BILINEAR, Preprocessing
 from freeadv_fast.data.roll import Roll, Stamps
 from freeadv_fast.data.stream import Share, Stream
@@ -33,6 +36,13 @@ NO_DALI = (
     "NVIDIA DALI is not installed: images are decoded by torchvision, more slowly "
     "(pip install nvidia-dali-cuda130)"
 )
+
+# Minibatches behind those in training whose plans may be drawn already: ready ones, those that DALI
+# decodes, the one that the thread is about to hand over, the one that it asks for.
+AHEAD = DEPTH + QUEUE_DEPTH + 2
+
+# Minibatches after which a decoder is timed, its buffers grown and its queue full; and those timed.
+UNTIMED, TIMED = QUEUE_DEPTH + 1, 4
 
 
 # Tiny-ImageNet's val/ has all images in one folder, and this beside it: file, class, box.
@@ -59,6 +69,7 @@ def build_decoder(
     config: TrainConfig,
     device: torch.device,
     preprocessing: Preprocessing | None = None,
+    place: Place = "GPU",
 ) -> Decoder:
     """The decoder of a split.
 
@@ -68,6 +79,7 @@ def build_decoder(
         config: Gives image size, batch size and workers.
         device: Where the minibatches live.
         preprocessing: Whose filter resizes, where it is torchvision that decodes.
+        place: What decodes, where it is DALI with minibatches on a GPU.
     """
     if backend == "dali":
         from freeadv_fast.data.folder_dali import DaliDecoder
@@ -78,6 +90,7 @@ def build_decoder(
             batch_size=config.batch_size,
             num_workers=config.workers,
             device=device,
+            place=place,
         )
     from freeadv_fast.data.folder_torchvision import TorchvisionDecoder
 
@@ -91,8 +104,31 @@ def build_decoder(
     )
 
 
+def first_decoder(
+    backend: Backend, index: ImageIndex, config: TrainConfig, device: torch.device
+) -> Decoder | None:
+    """What decodes training images until it is known whether it is fast enough: the CPU.
+
+    Args:
+        backend: Which library decodes.
+        index: The split.
+        config: Gives image size, batch size and workers.
+        device: Where the minibatches live.
+
+    Returns:
+        None where there is nothing to choose from, the split's decoder decoding on the CPU itself.
+    """
+    if backend != "dali" or device.type != "cuda":
+        return None
+    return build_decoder(backend, index, config, device, place="CPU")
+
+
 class FolderLoader:
-    """A split of an ImageFolder, see `loader.Loader`."""
+    """A split of an ImageFolder, see `loader.Loader`.
+
+    Attributes:
+        moves_at: Epoch and minibatch from which on `later` executes the plans; None for never.
+    """
 
     def __init__(
         self,
@@ -102,6 +138,7 @@ class FolderLoader:
         config: TrainConfig,
         device: torch.device,
         preprocessing: Preprocessing | None = None,
+        later: Decoder | None = None,
     ) -> None:
         """Reads the rows of `stream`.
 
@@ -112,10 +149,13 @@ class FolderLoader:
             config: Gives augmentation, sizes and seed.
             device: Where the minibatches live.
             preprocessing: Of an evaluation, in place of the config's resize and central crop.
+            later: A decoder that may take over, see `move`.
         """
         self.index = index
         self.stream = stream
         self.decoder = decoder
+        self.later = later
+        self.moves_at: tuple[int, int] | None = None
         self.config = config
         self.device = device
         self.preprocessing = preprocessing
@@ -128,19 +168,73 @@ class FolderLoader:
         """Yields the minibatches of `epoch` from position `start` on, decoded ahead."""
         return prefetched(self._batches(epoch, start), self.device)
 
+    def move(self, epoch: int, minibatch: int) -> None:
+        """Has `later` execute the plans from a position on.
+
+        Where no plan from there on has been drawn, a minibatch's pixels depend on this position
+        and its own alone.
+
+        Args:
+            epoch: Data epoch. minibatch: Position in it; behind its end it is the next one's start.
+        """
+        self.moves_at = epoch, minibatch
+
+    def decoding_rate(self, epoch: int) -> float:
+        """Images a second that `decoder` decodes with nothing else to do, from an epoch on.
+
+        Raises:
+            UserError: a file that cannot be decoded.
+        """
+        drawn: list[int] = []  # images in each plan
+
+        def plans() -> Iterator[Plan]:
+            for number in itertools.count(epoch):
+                for share in self.stream.shares(number):
+                    for part in share.parts(self.stream.batch_size):
+                        drawn.append(len(part.rows))
+                        yield self._plan(part, number)
+
+        with contextlib.closing(self.decoder.decode(plans())) as decoded:
+            for _ in range(UNTIMED):
+                next(decoded)
+            started = time.perf_counter()
+            for _ in range(TIMED):
+                next(decoded)
+            seconds = time.perf_counter() - started
+        return sum(drawn[UNTIMED : UNTIMED + TIMED]) / seconds
+
     def _batches(self, epoch: int, start: int) -> Generator[Batch, None, None]:
-        """The minibatches on the current stream."""
+        """The minibatches on the current stream, from one decoder after the other."""
+        position = start
+        for decoder in (self.decoder, self.later):
+            if decoder is None or decoder is not self._decoder_at(epoch, position):
+                continue
+            with contextlib.closing(self._decoded(decoder, epoch, position)) as batches:
+                for batch in batches:
+                    position += 1
+                    yield batch
+
+    def _decoder_at(self, epoch: int, position: int) -> Decoder:
+        """What executes the plans of a minibatch."""
+        if self.later is None or self.moves_at is None or (epoch, position) < self.moves_at:
+            return self.decoder
+        return self.later
+
+    def _decoded(self, decoder: Decoder, epoch: int, start: int) -> Generator[Batch, None, None]:
+        """The minibatches up to the first one of another decoder."""
         dealt: collections.deque[Share] = collections.deque()
         decoding: collections.deque[Share] = collections.deque()
 
         def plans() -> Iterator[Plan]:
-            for share in self.stream.shares(epoch, start):
+            for position, share in enumerate(self.stream.shares(epoch, start), start):
+                if self._decoder_at(epoch, position) is not decoder:
+                    return
                 dealt.append(share)
                 for part in share.parts(self.stream.batch_size):
                     decoding.append(part)
                     yield self._plan(part, epoch)
 
-        with contextlib.closing(self.decoder.decode(plans())) as decoded:
+        with contextlib.closing(decoder.decode(plans())) as decoded:
             parts = (self._augmented(images, decoding.popleft(), epoch) for images in decoded)
             for first in parts:
                 share = dealt.popleft()

@@ -1,4 +1,8 @@
-"""Decoding by NVIDIA DALI: on the GPU (hardware decoder where there is one) or on the CPU."""
+"""Decoding by NVIDIA DALI: on the GPU (hardware decoder where there is one) or on the CPU.
+
+On a machine with a GPU only decoding moves: windows are resized on the GPU in either case. On the
+CPU that would take 0.7 times as long as decoding once more (224 px, ImageNet's photographs).
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,10 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from freeadv_fast.data.decoding import QUEUE_DEPTH, Place
 from freeadv_fast.data.index import ImageIndex
 from freeadv_fast.data.plan import Plan
 from freeadv_fast.data.verdict import name_undecodable
-
-# Minibatches that DALI decodes ahead.
-QUEUE_DEPTH = 2
 
 
 class DaliDecoder:
@@ -36,6 +38,7 @@ class DaliDecoder:
         batch_size: int,
         num_workers: int,
         device: torch.device,
+        place: Place = "GPU",
     ) -> None:
         """Decodes the images of `index`.
 
@@ -45,18 +48,19 @@ class DaliDecoder:
             batch_size: Largest number of images in a plan.
             num_workers: CPU threads that read and decode.
             device: Where the output lives.
+            place: What decodes, where that is a GPU.
         """
         self.index = index
         self.image_size = image_size
         self.batch_size = batch_size
         self.num_threads = max(num_workers, 1)
         self.device = device
+        self.place: Place = place if device.type == "cuda" else "CPU"
         self._idle: list[_PlanPipeline] = []
 
     def __str__(self) -> str:
         """What the user reads of it."""
-        where = "GPU" if self.device.type == "cuda" else "CPU"
-        return f"NVIDIA DALI on the {where}, {self.num_threads} threads"
+        return f"NVIDIA DALI on the {self.place}, {self.num_threads} threads"
 
     def decode(self, plans: Iterator[Plan]) -> Generator[Tensor, None, None]:
         """Yields one (n, image_size, image_size, 3) uint8 tensor a plan, in order.
@@ -174,8 +178,10 @@ class _PlanPipeline:
                 axis_names="HW",
                 adjust_orientation=False,
                 output_type=types.RGB,
-                device="mixed" if on_gpu else "cpu",
+                device="mixed" if decoder.place == "GPU" else "cpu",
             )
+            if on_gpu and decoder.place == "CPU":
+                windows = windows.gpu()
             images = fn.resize(
                 windows,
                 size=(decoder.image_size, decoder.image_size),

@@ -12,11 +12,19 @@ shortcut. On a GPU in training twins read it as two tensors in the same memory, 
 and not autograd sum the two gradients. `torch.autograd.grad` with respect to such an output gives
 the convolution's alone; a forward hook that calls `retain_grad` or `register_hook` gets the sum.
 
+Where a block ends in a 1x1 convolution, `ops.product_norm` takes it together with its norm, the
+addition and ReLU: on a GPU in training backward then never reads the convolution's output. The same
+of a projection beside it, a 1x1 convolution with a norm of its own.
+
 Where a block's shortcut ends in a batch norm of its own, that one joins the block's last: on a GPU
 in training `ops.joined_norms` normalises both, and the normalised shortcut is never written.
 
 The stem's batch norm takes over the max pooling behind its ReLU, too, and `nn.Identity` stands in
-the pooling's place: `ops.batch_norm_relu_pool` never writes the activation between them.
+the pooling's place: `ops.batch_norm_relu_pool` never writes the activation between them. Its output
+is read twice as a block's is.
+
+The last pooling, a mean over all pixels, is that of `ops.global_average`, whose gradient comes in
+the memory format that the last block's kernels take.
 
 A layer or block is left alone unless its class, its activations and its optional parts are known:
 the table at the end says which are.
@@ -36,6 +44,9 @@ from torch.nn.modules.utils import _pair
 
 from freeadv_fast import ops
 from freeadv_fast.models.batch_norm import AUXILIARY, GhostBatchNorm2d, GhostBatchNormAct2d
+from freeadv_fast.models.global_average import GlobalAverage2d
+from freeadv_fast.models.half_weights import HalfWeightConv2d, under_autocast
+from freeadv_fast.models.twins import class_path, twin_of
 from freeadv_fast.models.wide_resnet import LEAKINESS
 
 
@@ -105,7 +116,8 @@ class FusedBatchNorm2d(GhostBatchNorm2d):
             return self._unfused(input, residual)
         self._check_input_dim(input)
         if self.pool:
-            return ops.batch_norm_relu_pool(
+            # The end of a stem, whose output the first block and its shortcut read.
+            pooled = ops.batch_norm_relu_pool(
                 input,
                 norm.weight,
                 norm.bias,
@@ -115,8 +127,10 @@ class FusedBatchNorm2d(GhostBatchNorm2d):
                 momentum=norm.momentum,
                 eps=norm.eps,
                 num_groups=self._num_groups(input),
+                fork=True,
                 num_batches_tracked=norm.num_batches_tracked,
             )
+            return pooled if isinstance(pooled, Tensor) else _with_shortcut(*pooled)
         # A residual marks the end of a block: the next block reads its output twice.
         output = ops.batch_norm_act(
             input,
@@ -135,6 +149,36 @@ class FusedBatchNorm2d(GhostBatchNorm2d):
             num_batches_tracked=norm.num_batches_tracked,
         )
         return output if isinstance(output, Tensor) else _with_shortcut(*output)
+
+    def of_product(
+        self, layer: nn.Module, input: Tensor, shortcut: Tensor, projection: list[nn.Module] | None
+    ) -> Tensor | None:
+        """This norm of a convolution, plus a shortcut, where all can be one call, else None.
+
+        Args:
+            layer: The convolution.
+            input: (N, K, H, W), what it reads.
+            shortcut: What is added; with a projection, what that reads.
+            projection: The shortcut's layers, a fused norm the last of them; None for no layers.
+        """
+        if "product-norm" not in ops.FAST_PATHS or not self.relu or self.negative_slope:
+            return None
+        product = _product(layer, self, input)
+        added = shortcut if projection is None else self._projected(shortcut, projection)
+        if product is None or added is None:
+            return None
+        num_groups = self._num_groups(input)
+        output = ops.product_norm(product, added, num_groups=num_groups, fork=True)
+        return output if isinstance(output, Tensor) else _with_shortcut(*output)
+
+    def _projected(self, shortcut: Tensor, projection: list[nn.Module]) -> ops.Product | None:
+        """A shortcut's convolution and norm where they can join this norm's, else None."""
+        *layers, norm = projection
+        assert isinstance(norm, FusedBatchNorm2d)
+        if "joined-norms" not in ops.FAST_PATHS or len(layers) != 1:
+            return None
+        is_alike = not norm.relu and norm.group == self.group
+        return _product(layers[0], norm, shortcut) if is_alike else None
 
     def _norm(self) -> ops.Norm | None:
         """The tensors and numbers of a norm that the fused operations take, else None."""
@@ -206,7 +250,8 @@ def fuse_batch_norms(model: nn.Module) -> tuple[nn.Module, list[str]]:
     ReLU or no activation, and a batch norm followed by ReLU in any `nn.Sequential`, which has to
     run as a whole: its ReLU becomes `nn.Identity`. So does the max pooling behind a stem's ReLU.
     Where a layer has a hook on it, or its ReLU has, the layer is left, for the hook would see
-    another tensor, and a pooling that is hooked stays; a block's own hooks go on working.
+    another tensor, and a pooling that is hooked stays; a block's own hooks go on working. Every
+    `nn.AdaptiveAvgPool2d` to one pixel becomes a `GlobalAverage2d`.
 
     Args:
         model: The network; parameters and buffers stay the same objects under the same keys.
@@ -224,24 +269,6 @@ def fuse_batch_norms(model: nn.Module) -> tuple[nn.Module, list[str]]:
         and not name.endswith(f".{AUXILIARY}")  # the main one stands for both
     ]
     return fused, left
-
-
-def class_path(module: nn.Module) -> str:
-    """The full name of a module's class: known without importing the library that defines it."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def twin_of(module: nn.Module, twin_class: type[nn.Module]) -> Any:
-    """An object of another class with the same attributes: tensors, children and hooks are shared.
-
-    Args:
-        module: Stays as it is.
-        twin_class: A class that adds no attributes to those of `module`, or whose own are set by
-            the caller.
-    """
-    twin = twin_class.__new__(twin_class)
-    twin.__dict__.update(module.__dict__)
-    return twin
 
 
 class _Pattern(NamedTuple):
@@ -278,8 +305,12 @@ class _Pattern(NamedTuple):
 def _fuse(module: nn.Module, done: dict[nn.Module, nn.Module]) -> nn.Module:
     """The module or its twin; `done` holds those of modules that stand at several places."""
     if module not in done:
-        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-        done[module] = _fuse_own_activation(module) if is_norm else _fuse_children(module, done)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            done[module] = _fuse_own_activation(module)
+        elif _is_global_average(module):
+            done[module] = twin_of(module, GlobalAverage2d)
+        else:
+            done[module] = _fuse_children(module, done)
     return done[module]
 
 
@@ -386,6 +417,28 @@ def _is_pooling(layer: nn.Module | None) -> bool:
     return plain and [_pair(size) for size in sizes] == [(3, 3), (2, 2), (1, 1), (1, 1)]
 
 
+def _product(layer: nn.Module, norm: FusedBatchNorm2d, x: Tensor) -> ops.Product | None:
+    """An unhooked convolution of single pixels and its unhooked norm in training, else None."""
+    stock = _is_stock(layer, nn.Conv2d, HalfWeightConv2d) and _is_stock(norm, FusedBatchNorm2d)
+    known = norm._norm()
+    if not stock or known is None or norm.pool or not norm.training:
+        return None
+    assert isinstance(layer, nn.Conv2d)
+    sizes = [_pair(size) for size in (layer.kernel_size, layer.stride, layer.dilation)]
+    is_padded = _pair(layer.padding) != (0, 0)
+    if sizes != [(1, 1)] * 3 or is_padded or layer.groups > 1 or layer.bias is not None:
+        return None
+    return ops.Product(x, under_autocast(layer.weight), known)
+
+
+def _is_global_average(layer: nn.Module) -> bool:
+    """Whether a layer is the average over all pixels, as a pooling to one of them."""
+    if not _is_stock(layer, nn.AdaptiveAvgPool2d):
+        return False
+    assert isinstance(layer, nn.AdaptiveAvgPool2d)
+    return [*_pair(layer.output_size)] == [1, 1]
+
+
 def _is_stock(module: nn.Module | None, *classes: type[nn.Module]) -> bool:
     """Whether a module is of one of these classes, not of a subclass, and nothing hooks it."""
     return type(module) in classes and not any(
@@ -429,18 +482,30 @@ def _shortcut(x: Tensor) -> Tensor:
     return alias
 
 
-def _block_end(norm: Any, x: Tensor, downsample: nn.Module | None, shortcut: Tensor) -> Tensor:
-    """A block's last norm, addition and ReLU, and before them what its shortcut goes through."""
-    residual_norm = None
-    if _is_stock(downsample, nn.Sequential) and downsample._modules:  # type: ignore[union-attr]
-        *layers, last = downsample._modules.values()  # type: ignore[union-attr]
-        if type(last) is FusedBatchNorm2d:
-            for layer in layers:
-                shortcut = layer(shortcut)  # type: ignore[misc]
-            downsample, residual_norm = None, last
-    if downsample is not None:
+def _block_end(
+    norm: Any, layer: nn.Module, x: Tensor, downsample: nn.Module | None, shortcut: Tensor
+) -> Tensor:
+    """A block's last convolution, norm, addition and ReLU, and what its shortcut goes through."""
+    projection, residual_norm = _projection(downsample), None
+    if downsample is not None and projection is None:
         shortcut = downsample(shortcut)
-    return norm(x, shortcut, residual_norm)  # type: ignore[no-any-return]
+    if type(norm) is FusedBatchNorm2d:
+        output = norm.of_product(layer, x, shortcut, projection)
+        if output is not None:
+            return output
+    if projection is not None:
+        *layers, residual_norm = projection
+        for other in layers:
+            shortcut = other(shortcut)
+    return norm(layer(x), shortcut, residual_norm)  # type: ignore[no-any-return]
+
+
+def _projection(downsample: nn.Module | None) -> list[nn.Module] | None:
+    """A shortcut's layers where the last of them is a fused norm, else None."""
+    if not _is_stock(downsample, nn.Sequential):
+        return None
+    layers = [layer for layer in downsample._modules.values() if layer is not None]  # type: ignore[union-attr]
+    return layers if layers and type(layers[-1]) is FusedBatchNorm2d else None
 
 
 # The forward passes of the twins: the original's computation, in its order.
@@ -449,49 +514,45 @@ def _block_end(norm: Any, x: Tensor, downsample: nn.Module | None, shortcut: Ten
 def _torchvision_basic_block(self: Any, x: Tensor) -> Tensor:
     """3x3 and 3x3 convolution."""
     out = self.bn1(self.conv1(x))
-    out = self.conv2(out)
-    return _block_end(self.bn2, out, self.downsample, _shortcut(x))
+    return _block_end(self.bn2, self.conv2, out, self.downsample, _shortcut(x))
 
 
 def _torchvision_bottleneck(self: Any, x: Tensor) -> Tensor:
     """1x1, 3x3 and 1x1 convolution."""
     out = self.bn1(self.conv1(x))
     out = self.bn2(self.conv2(out))
-    out = self.conv3(out)
-    return _block_end(self.bn3, out, self.downsample, _shortcut(x))
+    return _block_end(self.bn3, self.conv3, out, self.downsample, _shortcut(x))
 
 
 def _timm_basic_block(self: Any, x: Tensor) -> Tensor:
     """torchvision's, with room for anti-aliasing."""
     out = self.aa(self.bn1(self.conv1(x)))
-    out = self.conv2(out)
-    return _block_end(self.bn2, out, self.downsample, _shortcut(x))
+    return _block_end(self.bn2, self.conv2, out, self.downsample, _shortcut(x))
 
 
 def _timm_bottleneck(self: Any, x: Tensor) -> Tensor:
     """torchvision's, with room for anti-aliasing."""
     out = self.bn1(self.conv1(x))
     out = self.aa(self.bn2(self.conv2(out)))
-    out = self.conv3(out)
-    return _block_end(self.bn3, out, self.downsample, _shortcut(x))
+    return _block_end(self.bn3, self.conv3, out, self.downsample, _shortcut(x))
 
 
 def _cifar_block(self: Any, x: Tensor) -> Tensor:
     """torchvision's under other names."""
-    out = self.conv2(self.bn1(self.conv1(x)))
-    return _block_end(self.bn2, out, self.shortcut, _shortcut(x))
+    out = self.bn1(self.conv1(x))
+    return _block_end(self.bn2, self.conv2, out, self.shortcut, _shortcut(x))
 
 
 def _cifar_bottleneck(self: Any, x: Tensor) -> Tensor:
     """torchvision's under other names."""
-    out = self.conv3(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
-    return _block_end(self.bn3, out, self.shortcut, _shortcut(x))
+    out = self.bn2(self.conv2(self.bn1(self.conv1(x))))
+    return _block_end(self.bn3, self.conv3, out, self.shortcut, _shortcut(x))
 
 
 def _cifar_resnet(self: Any, x: Tensor) -> Tensor:
     """A stem without pooling, stages, global average."""
     x = self.layer4(self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x))))))
-    return self.linear(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+    return self.linear(ops.global_average(x))  # type: ignore[no-any-return]
 
 
 def _preact_block(self: Any, x: Tensor) -> Tensor:
@@ -507,7 +568,7 @@ def _preact_block(self: Any, x: Tensor) -> Tensor:
 def _preact_resnet18(self: Any, x: Tensor) -> Tensor:
     """The variant with a last batch norm; the other has no ReLU of its own."""
     x = self.bn(self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x))))))
-    return self.linear(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+    return self.linear(ops.global_average(x))  # type: ignore[no-any-return]
 
 
 def _wide_block(self: Any, x: Tensor) -> Tensor:
@@ -521,7 +582,7 @@ def _wide_block(self: Any, x: Tensor) -> Tensor:
 def _wide_resnet(self: Any, x: Tensor) -> Tensor:
     """Stages, batch norm with ReLU, global average."""
     x = self.bn1(self.block3(self.block2(self.block1(self.conv1(x)))))
-    return self.fc(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+    return self.fc(ops.global_average(x))  # type: ignore[no-any-return]
 
 
 def _madry_block(self: Any, x: Tensor) -> Tensor:
@@ -540,7 +601,7 @@ def _madry_block(self: Any, x: Tensor) -> Tensor:
 def _madry_wide_resnet(self: Any, x: Tensor) -> Tensor:
     """Stages, batch norm with leaky ReLU, global average."""
     x = self.bn(self.block3(self.block2(self.block1(self.conv1(x)))))
-    return self.fc(x.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+    return self.fc(ops.global_average(x))  # type: ignore[no-any-return]
 
 
 _TIMM_NORM = "timm.layers.norm_act.BatchNormAct2d"

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from freeadv_fast.models.fused import twin_of
+from freeadv_fast.models.twins import twin_of
 
 # On a weight: its `HalfCopy`. An attribute, for all trees of modules share the parameters, and
 # neither state dicts nor deep copies take attributes along.
@@ -116,7 +116,7 @@ class _ReadCopy(torch.autograd.Function):
         return grads[0], None
 
 
-def _under_autocast(weight: Tensor) -> Tensor:
+def under_autocast(weight: Tensor) -> Tensor:
     """A weight as a layer hands it to an operation that autocast casts for."""
     device = weight.device.type
     if half_copy(weight) is None or not torch.is_autocast_enabled(device):
@@ -131,8 +131,8 @@ class HalfWeightConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """What `nn.Conv2d` computes."""
-        bias = None if self.bias is None else _under_autocast(self.bias)
-        output: Tensor = self._conv_forward(input, _under_autocast(self.weight), bias)
+        bias = None if self.bias is None else under_autocast(self.bias)
+        output: Tensor = self._conv_forward(input, under_autocast(self.weight), bias)
         return output
 
 
@@ -143,8 +143,8 @@ class HalfWeightLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """What `nn.Linear` computes."""
-        bias = None if self.bias is None else _under_autocast(self.bias)
-        return F.linear(input, _under_autocast(self.weight), bias)
+        bias = None if self.bias is None else under_autocast(self.bias)
+        return F.linear(input, under_autocast(self.weight), bias)
 
 
 _TWINS: dict[type[nn.Module], type[nn.Module]] = {

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from freeadv_fast import ops
-from freeadv_fast.models.fused import class_path, twin_of
+from freeadv_fast.models.twins import class_path, twin_of
 
 KERNEL = 7
 PACKED_CHANNELS = 16

@@ -258,6 +258,7 @@ def describe(
         best=best,
         average=of_average(average),
         gradients=gradient_traffic(run),
+        decoding=run.decoding.record(run.phase),
         exported=config.export if best else "last",
         collapse=next(reversed(run.guard.history.collapses), None),
         folder=run.folder.root,

@@ -39,6 +39,7 @@ from freeadv_fast.session.changes import (
     refuse_fixed,
 )
 from freeadv_fast.session.cost import costs_of, until
+from freeadv_fast.session.decoding import Decoding
 from freeadv_fast.session.guard import History
 from freeadv_fast.session.method import (
     build_guard,
@@ -145,19 +146,23 @@ def build_run(
         progress = restore(state, config, world, model, learner, method)
         log_bytes = int(state["log_bytes"])
         guard.good = state["good"]
+    decoding = Decoding([loaders.train for loaders in phase_loaders], world, config.workers)
+    decoding.load_state_dict(state.get("decoding", {}) if state else {})
     record = environment(ranks=world.size)
     if state is not None:
         warn_about_changes(folder, record, world)
     world.on_main(lambda: write_description(folder, recorded, record))
     for line in start_lines(config, world, phase_loaders, budget, learner, record):
         say(world, line)
+    for line in decoding.lines(phase):
+        say(world, line)
     costs = until(config.max_passes, costs_of(config, budget, phase_loaders, world.size))
     forecast = Forecast([(cost.passes.weights, cost.config.image_size**2) for cost in costs])
     log = RunLog(folder, forecast, log_bytes, progress.passes, world.is_main)
     clock = Clock(progress.train_seconds, progress.passes)
     run = Run(
-        config, world, folder, phase_loaders, budget, model, learner, method, guard, progress,
-        clock, log, lock, recorded, made_for, saved_at=time.monotonic(), own_model=own_model,
+        config, world, folder, phase_loaders, budget, model, learner, method, guard, decoding,
+        progress, clock, log, lock, recorded, made_for, time.monotonic(), own_model,
     )  # fmt: skip
     if state is not None and guard.is_on and guard.good is None:
         guard.good = snapshot(run)  # a finished run, or one of other ranks, has left none

@@ -52,6 +52,9 @@ class Result:
             (more than 1: within each, float32 is averaged first, whose bytes are not counted),
             ``bytes_sent`` (by rank 0, in all sessions), ``bytes_an_update`` (of those that were
             compressed), ``float32_bytes_an_update`` (what a ring of float32 all-reduces sends).
+        decoding: Null, or where the last phase's training images were decoded, where a GPU could as
+            well: ``place`` (CPU or GPU), ``threads`` of a rank, ``cpu_images_per_second`` that they
+            decode, ``asked_images_per_second`` that a rank's training takes.
         exported: Which weights are in export/, ``last`` or ``best``.
         collapse: Null, or the last collapse that the guard saw: ``detected_at_passes``, ``epoch``
             (with its fraction), ``robust_accuracy_before`` and ``_after`` (held-out images under
@@ -88,6 +91,7 @@ class Result:
     best: dict[str, Any] | None = None
     average: dict[str, Any] | None = None
     gradients: dict[str, Any] | None = None
+    decoding: dict[str, Any] | None = None
     exported: str | None = None
     collapse: dict[str, Any] | None
     seed: int

@@ -17,6 +17,7 @@ from freeadv_fast.distributed.world import World
 from freeadv_fast.methods.build import TrainingMethod
 from freeadv_fast.runs.lock import FolderLock
 from freeadv_fast.runs.log import RunFolder, RunLog
+from freeadv_fast.session.decoding import Decoding
 from freeadv_fast.session.guard import Guard
 from freeadv_fast.step.learner import Learner
 
@@ -107,6 +108,7 @@ class Run:
     learner: Learner
     method: TrainingMethod
     guard: Guard
+    decoding: Decoding
     progress: Progress
     clock: Clock
     log: RunLog

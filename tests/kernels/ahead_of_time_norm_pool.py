@@ -14,9 +14,10 @@ TYPES = {"tap_ptr": "u8", "coefficients_ptr": "fp32", "k_ptr": "fp32"}
 CHANNELS = 64
 
 
-def build(name, tile, dtype, sides, architecture, **switches):
+def build(name, tile, dtype, sides, architecture, *, fork=False, **switches):
     """PTX and registers of a kernel as the launcher compiles it."""
     function = getattr(kernel, name)
+    switches = switches if fork else {**switches, "shortcut_dy_ptr": None}
     constants = {
         **dict(zip(("HEIGHT", "WIDTH"), sides, strict=True)),
         **{"C": CHANNELS, "BC": CHANNELS, "BM": tile.size // BYTES[dtype] // CHANNELS},
@@ -66,11 +67,27 @@ def test_forward(dtype, sides, architecture, training):
 @CASES
 def test_backward(dtype, sides, architecture, training):
     """Four windows and their taps, four pixels read in training; at least 4 programs."""
+    assert_backward(dtype, sides, architecture, training, fork=False, registers_at_most=128)
+
+
+def test_backward_of_two_gradients():
+    """At least 3 programs, which have more bytes under way than 4 with one gradient."""
+    assert_backward("bf16", (112, 112), 90, True, fork=True, registers_at_most=168)
+
+
+def assert_backward(dtype, sides, architecture, training, *, fork, registers_at_most):
+    """What the kernel loads and stores, and how many of it fit on an SM."""
     ptx, registers = build(
-        "_norm_pool_backward_kernel", kernel.BACKWARD, dtype, sides, architecture, TRAINING=training
+        "_norm_pool_backward_kernel",
+        kernel.BACKWARD,
+        dtype,
+        sides,
+        architecture,
+        fork=fork,
+        TRAINING=training,
     )
-    assert accesses(ptx, "ld").count(16) >= 4 + 4 * training
+    assert accesses(ptx, "ld").count(16) >= 4 + 4 * fork + 4 * training
     assert accesses(ptx, "ld").count(16 // BYTES[dtype]) >= 4
     assert accesses(ptx, "st") == [16] * 4
     assert "bar.sync" not in ptx
-    assert registers <= 128
+    assert registers <= registers_at_most

@@ -59,11 +59,12 @@ def fused(tensors, **options):
     return kernel.batch_norm_relu_pool(*[tensors[n] for n in NAMES], **{**OPTIONS, **options})
 
 
-def eager(tensors, *, training=True, num_groups=1):
+def eager(tensors, *, training=True, num_groups=1, fork=False):
     """PyTorch's own operations."""
-    return kernel.batch_norm_relu_pool_ref(
+    y = kernel.batch_norm_relu_pool_ref(
         *[tensors[n] for n in NAMES], training, 0.1, 1e-5, num_groups
     )
+    return (y, y) if fork else y
 
 
 def outcome(function, tensors, dy, *, dtype=None, **options):
@@ -71,9 +72,12 @@ def outcome(function, tensors, dy, *, dtype=None, **options):
     inputs = {n: t.detach().to(dtype or t.dtype, copy=True) for n, t in tensors.items()}
     wanted = [inputs[n].requires_grad_() for n in NAMES[:3]]
     y = function(inputs, **options)
+    outputs, dys = (y, dy) if isinstance(dy, tuple) else ((y,), (dy,))  # of a fork, or of one
+    y = outputs[0]
     assert y.dtype is (dtype or tensors["x"].dtype)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    gradients = torch.autograd.grad(y, wanted, dy.to(y.dtype))
+    given = [(t, d.to(t.dtype)) for t, d in zip(outputs, dys, strict=True) if d is not None]
+    gradients = torch.autograd.grad([t for t, _ in given], wanted, [d for _, d in given])
     found = {"y": y, **dict(zip(("dx", "dweight", "dbias"), gradients, strict=True))}
     found |= {n: inputs[n] for n in NAMES[3:]}
     return {n: t.detach().double().cpu() for n, t in found.items()}
@@ -107,6 +111,86 @@ def assert_near_double(tensors, dy, **options):
 @pytest.mark.usefixtures("_small_tiles")
 def test_equals_double_precision(shape, dtype, options):
     assert_near_double(*example(shape, dtype), **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"),
+    [
+        ((2, 8, 5, 6), torch.float32, {}),
+        ((3, 8, 3, 4), torch.float16, {"num_groups": 2}),
+        ((2, 8, 5, 5), torch.float32, {"training": False}),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("_small_tiles")
+def test_two_gradients(shape, dtype, options):
+    tensors, dy = example(shape, dtype)
+    assert_near_double(tensors, (dy, 2 * dy.flip(0)), fork=True, **options)
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_one_gradient_of_two(given):
+    tensors, dy = example((2, 8, 3, 3), torch.float32)
+    dys = (dy, None) if given == 0 else (None, dy)
+    forked, single = outcome(fused, tensors, dys, fork=True), outcome(fused, tensors, dy)
+    assert all(torch.equal(forked[name], single[name]) for name in single)
+
+
+class NoGradient(torch.autograd.Function):
+    """A reader that gives none."""
+
+    @staticmethod
+    def forward(ctx, y, shortcut):
+        return y + shortcut
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, None
+
+
+@pytest.mark.parametrize("fork", [False, True])
+def test_no_gradient_at_all(fork):
+    tensors, dy = example((2, 8, 3, 3), torch.float32)
+    tensors["x"].requires_grad_()
+    y = fused(tensors, fork=fork)
+    NoGradient.apply(*(y if fork else (y, y))).backward(dy)
+    assert tensors["x"].grad is None
+
+
+def test_two_gradients_are_summed_before_rounding():
+    """Their sum is beyond float16; both kernels take it, and a quarter of it is dx."""
+    tensors, _ = example((1, 8, 1, 1), torch.float16)
+    for name, value in {"weight": 0.25, "bias": 10, "running_mean": 0, "running_var": 1}.items():
+        tensors[name].fill_(value)
+    x, bias = tensors["x"].requires_grad_(), tensors["bias"].requires_grad_()
+    outputs = fused(tensors, fork=True, training=False, eps=0.0)
+    largest = torch.full_like(x, 65504)
+    dx, dbias = torch.autograd.grad(outputs, (x, bias), (largest, largest))
+    assert (dx == 65504 / 2).all()
+    assert (dbias == 2 * 65504).all()
+
+
+def test_a_fork_copies_nothing():
+    tensors, _ = example((2, 8, 5, 6), torch.float16)
+    same, shortcut = fused(tensors, fork=True)  # without gradients
+    assert same is shortcut
+    tensors["x"].requires_grad_()
+    for training in (True, False):
+        y, shortcut = fused(tensors, fork=True, training=training)
+        assert shortcut is not y
+        assert shortcut.data_ptr() == y.data_ptr()
+        assert shortcut.stride() == y.stride()
+
+
+@pytest.mark.parametrize("saved", [0, 1])
+def test_a_fork_notices_in_place_operations(saved):
+    tensors, _ = example((2, 8, 3, 4), torch.float32)
+    tensors["x"].requires_grad_()
+    outputs = fused(tensors, fork=True)
+    square = outputs[saved].square()
+    outputs[1 - saved].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -202,10 +286,13 @@ def test_keeps_a_quarter_of_the_input_and_a_byte():
     assert all(t.data_ptr() != y.data_ptr() for t in saved)
 
 
-def test_a_second_derivative_says_what_to_do():
+@pytest.mark.parametrize("fork", [False, True])
+def test_a_second_derivative_says_what_to_do(fork):
     tensors, dy = example((2, 8, 3, 3), torch.float32)
     tensors["x"].requires_grad_()
-    (dx,) = torch.autograd.grad(fused(tensors), tensors["x"], dy, create_graph=True)
+    y = fused(tensors, fork=fork)
+    y = y[1] if fork else y
+    (dx,) = torch.autograd.grad(y, tensors["x"], dy, create_graph=True)
     with pytest.raises(RuntimeError, match=r"differentiated twice.*train with unfused batch norm"):
         dx.square().sum().backward()
 
@@ -229,6 +316,7 @@ def test_sizes_of_a_network(shape, dtype, num_groups):
     tensors, dy = example(shape, dtype)
     dy = where_relu_is_clear(tensors, dy, num_groups)
     assert_near_double(tensors, dy, num_groups=num_groups)
+    assert_near_double(tensors, (dy, dy / 2), num_groups=num_groups, fork=True)
 
 
 @on_gpu

@@ -117,13 +117,14 @@ class Additions(TorchDispatchMode):
 
 
 def test_gradients_of_blocks_are_summed_by_the_kernels(monkeypatch):
-    """An identity and a downsample shortcut; nothing but the first block's input is read twice."""
+    """Behind a stem that pools, an identity and a downsample shortcut."""
     monkeypatch.setattr(ops, "backend", lambda device: "triton")
     torch.manual_seed(0)
     downsample = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    stem = nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
     blocks = BasicBlock(8, 8), BasicBlock(8, 8), BasicBlock(8, 16, 2, downsample)
-    plain = nn.Sequential(*blocks).to(DEVICE, memory_format=torch.channels_last)
-    x = torch.randn(3, 8, 6, 6, device=DEVICE).to(memory_format=torch.channels_last)
+    plain = nn.Sequential(*stem, *blocks).to(DEVICE, memory_format=torch.channels_last)
+    x = torch.randn(3, 8, 12, 12, device=DEVICE).to(memory_format=torch.channels_last)
     dy = torch.randn(3, 16, 3, 3, device=DEVICE)
     exact, (fused, _) = copy.deepcopy(plain).double(), fuse_batch_norms(copy.deepcopy(plain))
     results = []
@@ -136,7 +137,7 @@ def test_gradients_of_blocks_are_summed_by_the_kernels(monkeypatch):
         gradients = [rows.grad, *(p.grad for p in network.parameters())]
         results.append((additions.num, [g.double() for g in gradients]))
     (_, exact), (num_eager, theirs), (num_fused, ours) = results
-    assert (num_eager, num_fused) == (3, 1)
+    assert (num_eager, num_fused) == (3, 0)
     for value, their, our in zip(exact, theirs, ours, strict=True):
         error, allowed = ((g - value).abs().max() for g in (our, their))
         assert error <= 4 * allowed + 2**-20 * value.abs().max()

@@ -21,7 +21,7 @@ BY_VALUE = pytest.mark.parametrize(
     "files",
     [
         # Small ones together, for a process takes seconds to start.
-        "compiled_kernels.py compiled_stem_convolution.py",
+        "compiled_kernels.py compiled_stem_convolution.py compiled_product_norm.py",
         "compiled_batch_norm.py compiled_norm_pool.py",
         "compiled_training.py",
         "compiled_lalr.py compiled_sgd.py compiled_averaging.py compiled_cross_entropy.py",
@@ -56,7 +56,7 @@ def test_interpreted_kernels_equal_the_references(files, tmp_path):
 @pytest.mark.parametrize(
     "files",
     [
-        "ahead_of_time.py ahead_of_time_cross_entropy.py",
+        "ahead_of_time.py ahead_of_time_cross_entropy.py ahead_of_time_product_norm.py",
         "ahead_of_time_batch_norm.py ahead_of_time_norm_pool.py",
         "ahead_of_time_optimizers.py ahead_of_time_stem_convolution.py",
     ],

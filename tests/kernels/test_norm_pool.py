@@ -48,6 +48,12 @@ def test_equals_batch_norm_act_and_pooling(dtype, training, num_groups, last):
     assert reference.stride() == results[0][0].stride()
 
 
+def test_a_fork_is_one_object():
+    y, shortcut = ops.batch_norm_relu_pool(*tensors(), **OPTIONS, fork=True)
+    assert y is shortcut
+    assert torch.equal(y, ops.batch_norm_relu_pool(*tensors(), **OPTIONS))
+
+
 class HostReads(TorchDispatchMode):
     """Counts reads of a tensor's value by the host."""
 
@@ -90,9 +96,11 @@ def test_a_gpu_runs_the_kernels_where_they_apply(monkeypatch):
     monkeypatch.setattr(ops, "backend", lambda device: "triton")
     monkeypatch.setattr(kernel, "batch_norm_relu_pool", lambda *_, **given: called.append(given))
     monkeypatch.setattr(ops, "batch_norm_act", lambda x, *_, **given: x)
-    options = {**OPTIONS, "num_groups": 2, "num_batches_tracked": None}
+    options = {**OPTIONS, "num_groups": 2, "fork": True, "num_batches_tracked": None}
     ops.batch_norm_relu_pool(*tensors(), **options)
     assert called == [options]
     for norm in (tensors(last=False), tensors(torch.float64)):
-        assert ops.batch_norm_relu_pool(*norm, **options).shape == (7, 8, 3, 2)
+        y, shortcut = ops.batch_norm_relu_pool(*norm, **options)
+        assert y.shape == (7, 8, 3, 2)
+        assert y is shortcut
     assert called == [options]

@@ -128,6 +128,43 @@ def test_the_norm_that_ends_a_shortcut_joins_the_blocks_last(monkeypatch):
     assert num_joined() == 0
 
 
+def test_a_convolution_that_ends_a_block_joins_its_norm(monkeypatch):
+    """1x1 ones, in training, unhooked; with them what they project the shortcut by; same output."""
+    calls, fused = [], ops.product_norm
+
+    def watch(product, shortcut, **options):
+        calls.append((len(product.w), isinstance(shortcut, ops.Product), *options.values()))
+        return fused(product, shortcut, **options)
+
+    monkeypatch.setattr(ops, "product_norm", watch)
+    model, _ = fuse_batch_norms(build("resnet50"))
+    x = torch.randn(2, 3, 32, 32)
+
+    def num_joined():
+        calls.clear()
+        assert torch.equal(model(x), expected)
+        return len(calls)
+
+    expected = model(x)
+    blocks = [(256, True), *[(256, False)] * 2, *[(512, False)] * 3, *[(1024, False)] * 5]
+    assert calls == [(*block, 1, True) for block in (*blocks, *[(2048, False)] * 2)]
+    block = model.layer1[1]
+    for layer in (block.conv3, block.bn3, model.layer1[0].conv3, model.layer1[0].downsample[1]):
+        hook = layer.register_forward_hook(lambda *_: None)
+        assert num_joined() == len(blocks) + 1
+        hook.remove()
+    block.bn3.momentum = None
+    assert num_joined() == len(blocks) + 1
+    block.bn3.momentum = 0.1
+    monkeypatch.setattr(ops, "FAST_PATHS", ops.FAST_PATHS - {"joined-norms"})
+    assert num_joined() == len(blocks) + 1
+    monkeypatch.setattr(ops, "FAST_PATHS", ops.FAST_PATHS - {"product-norm"})
+    assert num_joined() == 0
+    monkeypatch.setattr(ops, "FAST_PATHS", ops.FAST_PATHS | {"product-norm", "joined-norms"})
+    expected = model.eval()(x)
+    assert num_joined() == 0
+
+
 @pytest.mark.parametrize(
     "make",
     [lambda: build("resnet18"), small_wide, small_madry],

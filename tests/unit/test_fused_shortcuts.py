@@ -1,4 +1,4 @@
-"""A residual block's output under two names: who reads which, and that no gradient is lost."""
+"""A block's or a stem's output under two names: who reads which; that no gradient is lost."""
 
 from __future__ import annotations
 
@@ -46,16 +46,23 @@ class Split(torch.autograd.Function):
 
 @pytest.fixture
 def given(monkeypatch):
-    """Which of a fork's two gradients were given, block by block, the last block first."""
-    log, reference = [], ops.batch_norm_act
+    """Which of a fork's two gradients were given, block by block, the last block first.
 
-    def forking(*tensors, fork, **options):
-        y = reference(*tensors, **options)
-        if fork:
-            return Split.apply(y, log) if y.requires_grad else (y, y)
-        return y
+    A stem that pools comes after the first block.
+    """
+    log = []
 
-    monkeypatch.setattr(ops, "batch_norm_act", forking)
+    def forking(reference):
+        def call(*tensors, fork, **options):
+            y = reference(*tensors, fork=False, **options)
+            if fork:
+                return Split.apply(y, log) if y.requires_grad else (y, y)
+            return y
+
+        return call
+
+    for name in ("batch_norm_act", "batch_norm_relu_pool"):
+        monkeypatch.setattr(ops, name, forking(getattr(ops, name)))
     return log
 
 
@@ -63,14 +70,15 @@ BOTH, OUTPUT = (True, True), (True, False)
 
 
 @pytest.mark.parametrize(
-    ("name", "num_blocks"),
-    [("resnet18", 8), ("resnet50", 16), ("timm/resnet18", 8), ("timm-deep-stem", 4)],
+    ("name", "num_forks"),
+    [("resnet18", 9), ("resnet50", 17), ("timm/resnet18", 9), ("timm-deep-stem", 4)],
 )
-def test_shortcuts_read_the_alias(name, num_blocks, given):
+def test_shortcuts_read_the_alias(name, num_forks, given):
+    """Of all blocks, and of the stem unless a convolution takes the pooling's place."""
     plain = FULLY_FUSED[name]()
     model, _ = fuse_batch_norms(copy.deepcopy(plain))
     assert_equal_training(model, plain, torch.randn(4, 3, 32, 32))
-    assert given == [OUTPUT] + [BOTH] * (num_blocks - 1)
+    assert given == [OUTPUT] + [BOTH] * (num_forks - 1)
 
 
 def test_shortcuts_of_both_branches_read_the_alias(given):
@@ -80,7 +88,7 @@ def test_shortcuts_of_both_branches_read_the_alias(given):
     for branch in ("main", "auxiliary"):
         given.clear()
         assert_equal_training(*duals, torch.randn(4, 3, 32, 32), branch)
-        assert given == [OUTPUT] + [BOTH] * 7
+        assert given == [OUTPUT] + [BOTH] * 8
 
 
 def test_other_blocks_read_the_output(given):
@@ -89,7 +97,7 @@ def test_other_blocks_read_the_output(given):
     model, left = fuse_batch_norms(copy.deepcopy(plain))
     assert left == [name.replace("0", "1", 1) for name in BLOCK]
     assert_equal_training(model, plain, torch.randn(4, 3, 32, 32))
-    assert given == [OUTPUT] + [BOTH] * 5 + [OUTPUT]
+    assert given == [OUTPUT] + [BOTH] * 5 + [OUTPUT, BOTH]
 
 
 def two_blocks(between):

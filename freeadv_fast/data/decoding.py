@@ -1,0 +1,79 @@
+"""Where JPEGs are decoded on a machine with a GPU: what decides it, in numbers and in words.
+
+A GPU that decodes has less time to train: with ResNet-50 at 224 px on an H200 an image cost 28 to
+36 microseconds of it, where a pass takes 107. The processor's threads take none of it, and free-m
+asks for an m-th of the images only. So they decode where they keep up with training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+Place = Literal["CPU", "GPU"]
+
+# Minibatches that DALI decodes ahead.
+QUEUE_DEPTH = 2
+
+# Images a second that the threads must be able to decode, in those that training asks for. They are
+# timed alone: in training other threads launch kernels, and minibatches take longer and shorter.
+MARGIN = 1.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Where a phase's training images are decoded, from which minibatch on, and why.
+
+    Attributes:
+        place: On the CPU, or on the GPU: by its JPEG engine where it has one, and its kernels.
+        threads: Of each rank, that decode on the CPU. ranks: How many ranks.
+        decoded: Images a second that a rank's threads decode, of the slowest rank.
+        asked: Images a second that a rank's training takes, of the fastest rank.
+        cores: Processors for each rank, of the machine that has fewest.
+        epoch: Data epoch of the first minibatch that is decoded there; those before it were decoded
+            on the CPU. minibatch: Its position in that epoch, which may lie behind the epoch's end.
+    """
+
+    place: Place
+    threads: int
+    ranks: int
+    decoded: int
+    asked: int
+    cores: int
+    epoch: int
+    minibatch: int
+
+    def __str__(self) -> str:
+        """Which, and why."""
+        threads = "1 thread decodes" if self.threads == 1 else f"{self.threads} threads decode"
+        threads = f"each rank's {threads}" if self.ranks > 1 else threads
+        if self.place == "CPU":
+            why = f"{threads} {self.decoded:,} images/s, training asks for {self.asked:,}"
+        else:
+            why = (
+                f"{threads} {self.decoded:,} images/s on the CPU, training asks for {self.asked:,} "
+                "and a quarter to spare"
+            )
+            enough = math.ceil(self.threads * MARGIN * self.asked / max(self.decoded, 1))
+            why += f" (--workers {enough} may do)" if enough <= self.cores else ""
+        return f"on the {self.place}: {why}"
+
+    def record(self) -> dict[str, Any]:
+        """What result.json holds."""
+        return {
+            "place": self.place,
+            "threads": self.threads,
+            "cpu_images_per_second": self.decoded,
+            "asked_images_per_second": self.asked,
+        }
+
+
+def place_for(decoded: float, asked: float) -> Place:
+    """Where to decode.
+
+    Args:
+        decoded: Images a second that the threads decode on the CPU.
+        asked: Images a second that training takes.
+    """
+    return "CPU" if decoded >= MARGIN * asked else "GPU"
