@@ -94,19 +94,21 @@ class Tile(NamedTuple):
 
     Attributes:
         rows: Of a tile: at least 64 for Hopper's warp groups.
+        columns: Of a tile, at most.
         num_warps: Of a program.
         num_stages: Tiles whose loads are under way, that at hand included.
         per_sm: Programs of an SM at once, where programs share all rows.
     """
 
     rows: int
+    columns: int
     num_warps: int
     num_stages: int
     per_sm: int = 0
 
     @property
     def options(self) -> dict[str, int]:
-        """The kernel's tile and the compiler's options."""
+        """The kernel's rows and the compiler's options."""
         return {"BM": self.rows, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
@@ -122,19 +124,18 @@ class Tiles(NamedTuple):
 # Ampere's fit into its shared memory.
 TILES = {
     9: Tiles(
-        {64: Tile(256, 4, 3, 2), 128: Tile(256, 8, 3, 1), 256: Tile(128, 8, 3, 1)},
-        {64: Tile(64, 4, 3), 128: Tile(64, 4, 3), 256: Tile(64, 4, 3)},
-        {64: Tile(128, 4, 3), 128: Tile(128, 8, 3), 256: Tile(128, 8, 3)},
+        {64: Tile(256, 64, 4, 3, 2), 128: Tile(256, 128, 8, 3, 1), 256: Tile(128, 128, 8, 3, 1)},
+        {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 64, 4, 3)},
+        {64: Tile(128, 64, 4, 3), 128: Tile(128, 128, 8, 3), 256: Tile(128, 128, 8, 3)},
     ),
     8: Tiles(
-        {64: Tile(128, 4, 3, 2), 128: Tile(64, 8, 3, 2), 256: Tile(64, 8, 3, 1)},
-        {64: Tile(64, 4, 3), 128: Tile(64, 4, 3), 256: Tile(64, 4, 3)},
-        {64: Tile(128, 8, 3), 128: Tile(128, 8, 3), 256: Tile(128, 8, 3)},
+        {64: Tile(128, 64, 4, 3, 2), 128: Tile(64, 128, 8, 3, 2), 256: Tile(64, 128, 8, 3, 1)},
+        {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 64, 4, 3)},
+        {64: Tile(128, 64, 8, 3), 128: Tile(128, 128, 8, 3), 256: Tile(128, 128, 8, 3)},
     ),
 }
-# Columns of a tile of x^T x and of dx, and the depth of a step of dx.
-COLUMNS, DEPTH = 128, 64
-FORWARD_COLUMNS = 64
+# Depth of a step of a product, at most.
+DEPTH = 64
 FUSES_FORWARD = True
 RECTIFY = Schedule(columns=128, num_warps=8, per_sm=2, depth=2, turn=2)
 
@@ -554,7 +555,7 @@ def _rows(t: Tensor) -> Tensor:
 def _tiles(device: torch.device) -> Tiles:
     """How kernels are launched on a device; small tiles for the interpreter."""
     if device.type != "cuda":
-        small = dict.fromkeys((64, 128, 256), Tile(32, 4, 1, 3))
+        small = {64: Tile(32, 16, 4, 1, 3)}
         return Tiles(small, small, small)
     return TILES[torch.cuda.get_device_capability(device)[0]]
 
@@ -571,7 +572,7 @@ def _moments(x: Tensor, w: Tensor, norm: Norm) -> Moments:
     """Of x, channels_last, and the weights; updates the running statistics."""
     rows, (wide, narrow) = _rows(x), w.shape[:2]
     num_rows, tile = len(rows), _tiles(x.device).moments[max(narrow, 64)]
-    block = min(narrow, COLUMNS)
+    block = min(narrow, tile.columns)
     pairs = 1 if block == narrow else 3
     num_tiles = triton.cdiv(num_rows, tile.rows)
     wanted = max(tile.per_sm * num_multiprocessors(x.device) // pairs, 1)
@@ -616,7 +617,7 @@ def _forward(
     """z and ReLU's bits, of one product and a residual or of two products, all channels_last."""
     (num, narrow, height, width), wide = xs[0].shape, ws[0].size(0)
     num_rows, tile = num * height * width, _tiles(xs[0].device).forward[max(narrow, 64)]
-    columns = min(wide & -wide, FORWARD_COLUMNS)
+    columns = min(wide & -wide, tile.columns)
     z = xs[0].new_empty((num, height, width, wide)).permute(0, 3, 1, 2)
     bits = z.new_empty(z.numel() // 8, dtype=torch.uint8)
     shortcut, projection, shortcut_known = residual, None, known[0]
@@ -716,8 +717,8 @@ def _gradients(
         BT=side,
         BN=CHANNELS,
     )
-    dx, columns = torch.empty_like(x), min(narrow, COLUMNS)
-    tile = _tiles(x.device).input_gradient[max(narrow, 64)]
+    dx, tile = torch.empty_like(x), _tiles(x.device).input_gradient[max(narrow, 64)]
+    columns = min(narrow, tile.columns)
     _input_gradient_kernel[(triton.cdiv(num_rows, tile.rows) * (narrow // columns),)](
         dx,
         dz,

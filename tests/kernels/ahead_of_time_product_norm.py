@@ -61,15 +61,15 @@ def num_products(ptx):
 def test_products_of_activations(architecture, narrow):
     tiles = kernel.TILES[architecture // 10]
     moments, input_gradient = tiles.moments[narrow], tiles.input_gradient[narrow]
-    columns = min(narrow, kernel.COLUMNS)
-    constants = {"K": narrow, "BK": columns, "PAIRS": 1 if columns == narrow else 3}
+    constants = {"K": narrow, "BK": moments.columns, "PAIRS": narrow // moments.columns * 2 - 1}
     options = moments.options
     constants["BM"] = options.pop("BM")
     assert num_products(
         build("_moments_kernel", architecture, constants, moments.per_sm, **options)
     )
     options = input_gradient.options
-    constants = {"N": 4 * narrow, "K": narrow, "BC": columns, "BD": kernel.DEPTH}
+    constants = {"N": 4 * narrow, "K": narrow, "BD": kernel.DEPTH}
+    constants["BC"] = input_gradient.columns
     constants["BM"] = options.pop("BM")
     assert num_products(build("_input_gradient_kernel", architecture, constants, **options))
 
@@ -81,7 +81,7 @@ def test_forward(architecture, narrow, projection):
     tile = kernel.TILES[architecture // 10].forward[narrow]
     options = tile.options
     constants = {"N": 4 * narrow, "K": narrow, "L": narrow, "BM": options.pop("BM")}
-    constants |= {"BN": kernel.FORWARD_COLUMNS, "BD": kernel.DEPTH, "BL": kernel.DEPTH}
+    constants |= {"BN": tile.columns, "BD": kernel.DEPTH, "BL": kernel.DEPTH}
     assert num_products(build("_forward_kernel", architecture, constants | projection, **options))
 
 
@@ -93,8 +93,8 @@ def test_small_kernels(architecture, narrow):
     build("_coefficients_kernel", architecture, channels | {"BK": 32}, num_warps=warps)
     build("_weights_kernel", architecture, channels | {"BP": kernel.ADDED}, num_warps=warps)
     build("_square_kernel", architecture, channels | {"BT": 32})
-    columns = min(narrow, kernel.COLUMNS)
-    constants = {"K": narrow, "BK": columns, "PAIRS": 1 if columns == narrow else 3}
+    columns = kernel.TILES[architecture // 10].moments[narrow].columns
+    constants = {"K": narrow, "BK": columns, "PAIRS": narrow // columns * 2 - 1}
     build("_merge_kernel", architecture, constants | {"BP": kernel.ADDED, "BN": 32})
 
 

@@ -19,7 +19,8 @@ from freeadv_fast.kernels.product_norm import Product
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
-# (N, H, W, K, K of the projection or 0, C); rows end within a tile.
+# (N, H, W, K, K of the projection or 0, C); rows end within a tile. Interpreted, 32 columns are two
+# tiles, as 256 are on a GPU.
 SHAPES = [(2, 5, 7, 16, 0, 64), (3, 4, 5, 32, 16, 96)]
 LARGE_SHAPES = [
     (3, 56, 56, 64, 64, 256),
@@ -36,10 +37,9 @@ SMALL, DTYPE = (2, 4, 5, 16, 0, 32), torch.float32 if IS_INTERPRETED else torch.
 
 @pytest.fixture(autouse=True)
 def _interpreter(monkeypatch):
-    """Lets it count to bounds known at run time; a K of 32 is as wide as 256 is on a GPU."""
+    """Lets it count to bounds known at run time."""
     if not IS_INTERPRETED:
         return
-    monkeypatch.setattr(kernel, "COLUMNS", 16)
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
