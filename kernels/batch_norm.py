@@ -562,42 +562,26 @@ def _forward(
     x: Tensor, norm: Norm, residual: Tensor | None, mode: Mode, wants_bits: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """y, the coefficients, and ReLU's bits if wanted. x and residual are channels_last."""
-    with torch.cuda.device_of(x):
-        coefficients = statistics.coefficients(x, norm, mode.rows(x), mode.training)
-        y, bits = normalized(x, coefficients, residual, mode, wants_bits)
-    return y, coefficients, bits
-
-
-def normalized(
-    x: Tensor, coefficients: Tensor, residual: Tensor | None, mode: Mode, wants_bits: bool
-) -> tuple[Tensor, Tensor | None]:
-    """y, and ReLU's bits if wanted.
-
-    Args:
-        x: (N, C, H, W), channels_last, as `supports` takes it.
-        coefficients: (4, G, C) float32: a, b, mean, rstd.
-        residual: Likewise, of x's shape and dtype; None for nothing.
-        mode: What is computed.
-        wants_bits: Whether backward is to take ReLU's mask from bits.
-    """
     rows = mode.rows(x)
     grid, options = elementwise(rows)
-    y = torch.empty_like(x, memory_format=torch.channels_last)
-    bits = x.new_empty(x.numel() // 8, dtype=torch.uint8) if wants_bits else None
-    _batch_norm_forward_kernel[grid](
-        y,
-        y if bits is None else bits,
-        x,
-        x if residual is None else residual,
-        coefficients,
-        *rows.shape,
-        HAS_RESIDUAL=residual is not None,
-        RELU=mode.relu,
-        SLOPE=mode.negative_slope,
-        WRITE_BITS=wants_bits,
-        **options,
-    )
-    return y, bits
+    with torch.cuda.device_of(x):
+        coefficients = statistics.coefficients(x, norm, rows, mode.training)
+        y = torch.empty_like(x, memory_format=torch.channels_last)
+        bits = x.new_empty(x.numel() // 8, dtype=torch.uint8) if wants_bits else None
+        _batch_norm_forward_kernel[grid](
+            y,
+            y if bits is None else bits,
+            x,
+            x if residual is None else residual,
+            coefficients,
+            *rows.shape,
+            HAS_RESIDUAL=residual is not None,
+            RELU=mode.relu,
+            SLOPE=mode.negative_slope,
+            WRITE_BITS=wants_bits,
+            **options,
+        )
+    return y, coefficients, bits
 
 
 class Sums(NamedTuple):

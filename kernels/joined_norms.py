@@ -32,7 +32,7 @@ from torch import Tensor
 
 from freeadv_fast.kernels import batch_norm
 from freeadv_fast.kernels import batch_norm_statistics as statistics
-from freeadv_fast.kernels.batch_norm import Mode, elementwise, merge_sums, pack
+from freeadv_fast.kernels.batch_norm import Mode, elementwise, merge_sums
 from freeadv_fast.kernels.batch_norm_statistics import (
     Norm,
     Schedule,
@@ -56,7 +56,6 @@ REDUCTION = Schedule(columns=128, num_warps=8, per_sm=2, depth=1, turn=1)
 @jit
 def _joined_norms_forward_kernel(
     y_ptr,  # [M, C] bf16 | fp16 | fp32, output
-    bits_ptr,  # [M, C/8] u8, output: not z <= 0; or None
     x_ptr,  # [M, C] like y
     shortcut_ptr,  # [M, C] like y
     coefficients_ptr,  # [4, G, C] fp32: a, b, mean, rstd
@@ -74,13 +73,10 @@ def _joined_norms_forward_kernel(
     plane = num_groups.to(tl.int64) * C
     blocks = channels8 // (BC // 8)
     group = tl.program_id(1)
-    block = tl.program_id(0) % blocks
-    cols = block * BC + tl.arange(0, BC)
+    cols = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
     rows = tl.arange(0, BM)
     first, count = group_rows(group, num_images, image_rows, num_groups)
     y_ptr += first * C
-    if bits_ptr is not None:
-        bits_ptr += first * channels8
     x_ptr += first * C
     shortcut_ptr += first * C
     start = (tl.program_id(0) // blocks).to(tl.int64) * (TILES * BM)
@@ -103,9 +99,6 @@ def _joined_norms_forward_kernel(
         x_next = tl.load(x_ptr + ahead + at, mask=is_next)
         shortcut_next = tl.load(shortcut_ptr + ahead + at, mask=is_next)
         z = tl.fma(x.to(tl.float32), a, tl.fma(shortcut.to(tl.float32), shortcut_a, b))
-        if bits_ptr is not None:
-            at_bits = rows[:, None] * channels8 + (block * (BC // 8) + tl.arange(0, BC // 8))
-            tl.store(bits_ptr + offset // 8 + at_bits, pack(z <= 0.0, BM, BC), mask=inside)
         y = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(y_ptr + offset + at, y.to(y_ptr.dtype.element_ty), mask=inside)
         inside, x, shortcut = is_next, x_next, shortcut_next
@@ -333,40 +326,15 @@ class Joint(NamedTuple):
 def _forward(x: Tensor, shortcut: Tensor, joint: Joint) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the coefficients of both norms. x and shortcut are channels_last."""
     rows = joint.mode.rows(x)
+    grid, options = elementwise(rows)
     with torch.cuda.device_of(x):
         shortcut_coefficients = statistics.coefficients(shortcut, joint.shortcut_norm, rows, True)
         coefficients = statistics.coefficients(x, joint.norm, rows, True)
-        known = coefficients, shortcut_coefficients
-        y, _ = normalized(x, shortcut, *known, joint.mode, wants_bits=False)
-    return y, *known
-
-
-def normalized(
-    x: Tensor,
-    shortcut: Tensor,
-    coefficients: Tensor,
-    shortcut_coefficients: Tensor,
-    mode: Mode,
-    wants_bits: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """y, and if wanted bits for those who do not keep x and shortcut to recompute ReLU's mask.
-
-    Args:
-        x: (N, C, H, W), channels_last, as `batch_norm_statistics.supports` takes it.
-        shortcut: Likewise, of x's shape and dtype.
-        coefficients: (4, G, C) float32: a, b, mean, rstd.
-        shortcut_coefficients: Likewise.
-        mode: How images are grouped.
-        wants_bits: Whether bits are written.
-    """
-    rows = mode.rows(x)
-    grid, options = elementwise(rows)
-    y = torch.empty_like(x)
-    bits = x.new_empty(x.numel() // 8, dtype=torch.uint8) if wants_bits else None
-    _joined_norms_forward_kernel[grid](
-        y, bits, x, shortcut, coefficients, shortcut_coefficients, *rows.shape, **options
-    )
-    return y, bits
+        y = torch.empty_like(x)
+        _joined_norms_forward_kernel[grid](
+            y, x, shortcut, coefficients, shortcut_coefficients, *rows.shape, **options
+        )
+    return y, coefficients, shortcut_coefficients
 
 
 def _backward(

@@ -5,9 +5,9 @@ Activations are rows of matrices: x [M, K] goes in, s [M, N] is the shortcut, M 
     y  = x w^T,   z = relu(a * y + b + s)       a = weight * rstd, b = bias - mean * a
     dz = dy where not z <= 0, else 0            ds = dz
 
-What is wide costs: N is 4 K in a ResNet, and batch norm by itself reads y once for its statistics
-and twice in backward, where it writes y's gradient besides. But y is a product, and what is asked
-about it can be asked of its narrow factor:
+What is wide costs: N is 4 K in a ResNet. Batch norm by itself reads y for its statistics, again to
+normalise it and twice in backward, where it writes y's gradient besides. But y is a product, and
+what is asked about it can be asked of its narrow factor:
 
     mean = w E[x],   M var_o = w_o . u_o        u = w C, C [K, K] the sum of x x^T, both centred
     p    = sum of x dz^T, x centred, [N, K]
@@ -16,27 +16,29 @@ about it can be asked of its narrow factor:
     dw_o = sum of x * dy_o = a_o * p_o + k1_o * u_o
     dx   = dy w = dz (a w) + x (w^T k1 w) + c,           c = -(dbias / M) (a w) - E[x] (w^T k1 w)
 
-so that backward neither reads y nor writes dy: the product that would have made dx of dy takes dz
-instead, and beside it x with a second factor, [K, K]; the one that makes dw takes dz as well. y is
-not kept. In training only, all images one group. The shortcut may be such a product itself, a
-block's projection: then s = a' * y' + b', and of dz both get their gradients.
+so that a and b are known before y is, and y becomes z where it is made; and backward neither reads
+y nor writes dy: the product that would have made dx of dy takes dz instead, and beside it x with a
+second factor, [K, K]; the one that makes dw takes dz as well. y is never in memory. In training
+only, all images one group. The shortcut may be such a product itself, a block's projection: then
+s = a' * y' + b', and of dz both get their gradients.
 
 Bytes per element of y, 16-bit activations, K = N / 4, forward + backward of a forked output, the
 convolution's own traffic included:
 
-    here                                9.1 + 11.6      of two products      12.1 + 17.1
+    here                                5.1 + 11.6      of two products       4.1 + 17.1
     batch_norm.py and convolutions     10.6 + 19.1      joined_norms.py      15.0 + 30.0
 
-On an H200, 256 images, 64 to 256 channels at 56 px (bench/results/h200/trials/product-norm.log):
-statistics and backward took 1.13 ms, and take 0.62.
+An H200 (bench/results/h200/trials/product-norm.log), 256 images, 64 to 256 channels at 56 px: .95
+ms, where convolutions and batch_norm.py take 1.57. dz moves 4.2 TB/s, dx 4.1; z, with its shortcut
+loaded beside a product, 3.0, and one tile after the other waits for its own loads there.
 
 Kernels: forward (1) partial sums of x and x x^T, (2) their sum, (3) mean, variance, u and running
-statistics, then cuDNN's and batch_norm.py's own; backward (4) dz and its sums, cuBLAS's x^T dz, (5)
-dbias, dweight, dw and a w, (6) w^T k1 w and c, (7) dx. (2), (3), (5), (6) are small.
+statistics, (4) z; backward (5) dz and its sums, cuBLAS's x^T dz, (6) dbias, dweight, dw and a w,
+(7) w^T k1 w and c, (8) dx. (2), (3), (6) and (7) are small.
 
-Numerics: sums, [K, K] and [N, K] in float32; the statistics are those of the product before y is
-rounded. a w and w^T k1 w are rounded to x's dtype, as dy would be, and c is made of what they are
-rounded to, so that dx keeps its mean. Sums have a fixed order: all runs give the same bits.
+Numerics: sums, [K, K] and [N, K] in float32; y is not rounded, and the statistics are of just that.
+a w and w^T k1 w are rounded to x's dtype, as dy would be, and c is made of what they are rounded
+to, so that dx keeps its mean. Sums have a fixed order: all runs give the same bits.
 
 Sources: Ioffe & Szegedy, "Batch Normalization", 2015; He et al., "Deep Residual Learning for Image
 Recognition", 2015, section 4.1 (bottlenecks).
@@ -53,7 +55,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freeadv_fast.kernels import batch_norm, joined_norms
+from freeadv_fast.kernels import batch_norm
 from freeadv_fast.kernels.batch_norm import Mode, pack, unpack
 from freeadv_fast.kernels.batch_norm_statistics import (
     Norm,
@@ -125,7 +127,7 @@ class Tiles(NamedTuple):
 TILES = {
     9: Tiles(
         {64: Tile(256, 64, 4, 3, 2), 128: Tile(256, 128, 8, 3, 1), 256: Tile(128, 128, 8, 3, 1)},
-        {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 64, 4, 3)},
+        {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 3), 256: Tile(128, 64, 8, 3)},
         {64: Tile(128, 64, 4, 3), 128: Tile(128, 128, 8, 3), 256: Tile(128, 128, 8, 3)},
     ),
     8: Tiles(
@@ -136,7 +138,6 @@ TILES = {
 }
 # Depth of a step of a product, at most.
 DEPTH = 64
-FUSES_FORWARD = True
 RECTIFY = Schedule(columns=128, num_warps=8, per_sm=2, depth=2, turn=2)
 
 
@@ -756,14 +757,7 @@ class _ProductNorm(torch.autograd.Function):
         with torch.cuda.device_of(xs[0]):
             moments = [_moments(*given) for given in zip(xs, ws, norms, strict=True)]
             known = [found.coefficients for found in moments]
-            if FUSES_FORWARD:
-                z, bits = _forward(xs, ws, known, residual)
-            else:
-                ys = [F.conv2d(x, w) for x, w in zip(xs, ws, strict=True)]
-                if residual is None:
-                    z, bits = joined_norms.normalized(*ys, *known, MODE, wants_bits=True)
-                else:
-                    z, bits = batch_norm.normalized(*ys, *known, residual, MODE, wants_bits=True)
+            z, bits = _forward(xs, ws, known, residual)
         # The norms' weights only so that their second derivatives are errors too.
         ctx.save_for_backward(bits, *tensors, *itertools.chain.from_iterable(moments))
         ctx.set_materialize_grads(False)

@@ -170,6 +170,8 @@ MASKS = (0xFF0000, 0xFF00, 0xFF)
 # by 12 levels at most. Decoders may differ among themselves by 2, see DECODERS.
 JPEG = 14
 DECODERS = 2
+# nvJPEG repeats colours where libjpeg interpolates them: off by 31 at most here, on an H200.
+JPEG_BY_GPU = 36
 
 ADMITTED = {
     "grey PNG": Kind(saved(GREY, "PNG"), grey_as_rgb(GREY), 0),
@@ -217,8 +219,8 @@ ADMITTED = {
     "progressive JPEG": Kind(saved(RGB, "JPEG", quality=95, progressive=True), RGB, JPEG),
     "grey JPEG": Kind(saved(GREY, "JPEG", quality=95), grey_as_rgb(GREY), JPEG),
     "JPEG to be turned": Kind(saved(RGB, "JPEG", quality=95, exif=TURNED), RGB, JPEG),
-    "RGB JPEG by Adobe": Kind(
-        with_adobe(saved(RGB, "JPEG", quality=95, keep_rgb=True), 0), RGB, JPEG
+    "YCbCr JPEG by Adobe": Kind(
+        with_adobe(without_segment(saved(RGB, "JPEG", quality=95), 0xE0), 1), RGB, JPEG
     ),
     "JPEG with a second picture": Kind(
         saved(RGB, "MPO", quality=95, save_all=True, append_images=[Image.fromarray(255 - RGB)]),
@@ -286,6 +288,11 @@ REFUSED = {
     "CMYK JPEG without a marker": (
         without_segment(saved(CMYK, "JPEG", "CMYK"), 0xEE),
         "does not say whether its inks are inverted",
+    ),
+    "RGB JPEG by Adobe": (saved(RGB, "JPEG", keep_rgb=True), "stores RGB and not YCbCr"),
+    "RGB JPEG by its components": (
+        without_segment(saved(RGB, "JPEG", keep_rgb=True), 0xEE),
+        "stores RGB and not YCbCr",
     ),
     "JPEG of two components": (
         saved(RGB, "JPEG").replace(
@@ -405,7 +412,8 @@ def test_a_gpu_decodes_alike(name, as_file, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     kind = ADMITTED[name]
     by_gpu = decoded(dali.DaliDecoder, as_file(kind.content), "cuda")
-    assert_near(by_gpu, kind.truth[:, :HEIGHT], kind.tolerance)
+    tolerance = JPEG_BY_GPU if kind.tolerance == JPEG else kind.tolerance
+    assert_near(by_gpu, kind.truth[:, :HEIGHT], tolerance)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -65,7 +65,9 @@ def scales_of(message, layout):
 
 
 def are_same_bits(first, second):
-    """NaN is equal to NaN here, and 0 is not to -0."""
+    """NaN is equal to NaN here, whichever the device makes of them, and 0 is not to -0."""
+    if first.is_floating_point():  # x86 hands an operand's NaN on, a GPU makes one of its own
+        first, second = (t.where(~t.isnan(), torch.nan) for t in (first, second))
     return torch.equal(first.view(torch.int32), second.view(torch.int32))
 
 

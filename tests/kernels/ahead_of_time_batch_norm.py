@@ -225,7 +225,6 @@ def test_joined_norms(dtype, channels, architecture):
     assert_wide(ptx, "st", 2 * kernel.TILES)
     assert_fits(registers, 4)
     constants = elementwise(channels, dtype)
-    constants["bits_ptr"] = None
     ptx, registers = build(joined._joined_norms_forward_kernel, dtype, architecture, constants)
     assert_wide(ptx, "ld", 4 * kernel.TILES)
     assert_wide(ptx, "st", 2 * kernel.TILES)

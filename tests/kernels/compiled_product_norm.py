@@ -26,7 +26,7 @@ LARGE_SHAPES = [
     (3, 56, 56, 64, 64, 256),
     (5, 28, 28, 128, 0, 512),
     (5, 14, 14, 256, 0, 1024),
-    (1, 1, 2, 64, 0, 256),
+    (1, 3, 5, 64, 0, 256),
     (64, 56, 56, 64, 0, 256),
 ]
 DTYPES = [torch.float32, torch.float16] if IS_INTERPRETED else [torch.bfloat16]

@@ -16,6 +16,7 @@ ALL_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # Markers without a length: TEM, the restarts and the start of the image.
 BARE_MARKERS = frozenset({0x01, *range(0xD0, 0xD9)})
 FILL_BYTE = 0xFF
+JFIF_MARKER = 0xE0
 ADOBE_MARKER = 0xEE
 ENDS_OF_HEADER = (0xD9, 0xDA)
 
@@ -37,6 +38,9 @@ def read_size(file: PictureFile) -> tuple[int, int]:
     if components == 4 and not _has_adobe_marker(file):
         # PIL takes such inks for inverted ones, as Adobe stores them; DALI does not.
         raise BadImage("CMYK JPEG that does not say whether its inks are inverted (Adobe's marker)")
+    if components == 3 and _stores_rgb(file, frame):
+        # libjpeg reads it; nvJPEG takes it for YCbCr: off by 77 levels on an H200.
+        raise BadImage("JPEG that stores RGB and not YCbCr, which a GPU decodes as other colours")
     if not file.holds_after(frame, END_OF_IMAGE):
         raise BadImage("truncated JPEG: no end-of-image marker")
     return height, width
@@ -62,7 +66,22 @@ def _segments(file: PictureFile) -> Iterator[tuple[int, int]]:
 
 def _has_adobe_marker(file: PictureFile) -> bool:
     """Whether a program that follows Adobe's rules wrote the file."""
-    return any(
-        code == ADOBE_MARKER and file.read(position + 4, 5) == b"Adobe"
-        for code, position in _segments(file)
-    )
+    return _adobe_transform(file) is not None
+
+
+def _adobe_transform(file: PictureFile) -> int | None:
+    """What Adobe's marker says of the colours: 0 as they are, 1 YCbCr, 2 YCCK; None for none."""
+    for code, position in _segments(file):
+        if code == ADOBE_MARKER and file.read(position + 4, 5) == b"Adobe":
+            (transform,) = file.unpack(">B", position + 15)
+            return int(transform)
+    return None
+
+
+def _stores_rgb(file: PictureFile, frame: int) -> bool:
+    """Whether three components are red, green and blue, by libjpeg's rules."""
+    if any(code == JFIF_MARKER for code, _ in _segments(file)):
+        return False
+    transform = _adobe_transform(file)
+    names = bytes(file.unpack(">B", frame + 10 + 3 * i)[0] for i in range(3))
+    return transform == 0 or (transform is None and names == b"RGB")
