@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -28,6 +29,7 @@ from freeadv_fast.data.roll import Changes
 from freeadv_fast.data.stream import Stream
 from freeadv_fast.errors import UserError
 from freeadv_fast.step.objects import NO_OBJECT, Objects
+from freeadv_fast.training import dry_run, train
 
 SIDE = 64
 
@@ -435,6 +437,91 @@ def test_files_that_are_no_images_or_other_ones_are_named(tmp_path, settings, wo
     )
 
 
+def cut_short(path):
+    """Lets a file's last tenth go: header and size are as they were."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 9 // 10])
+
+
+def transposed(path):
+    """Puts an image of the other format in its place."""
+    with Image.open(path) as image:
+        turned = image.transpose(Image.Transpose.ROTATE_90)
+    turned.save(path)
+
+
+DAMAGES = {
+    "000004.jpg (empty file)": lambda path: path.write_bytes(b""),
+    "000004.jpg (neither a JPEG nor": lambda path: path.write_bytes(b"no image"),
+    "000004.jpg (truncated JPEG: no end-of-image marker)": cut_short,
+    "000004.jpg (48 x 64 pixels, its annotations are for 64 x 48)": transposed,
+}
+
+
+@pytest.fixture
+def damaged(tmp_path, folder):
+    """A copy of `folder` with an image of a split damaged; returns it."""
+
+    def build(damage, split="val"):
+        copy = shutil.copytree(folder, tmp_path / "copy")
+        damage(copy / split / "000004.jpg")
+        return copy
+
+    return build
+
+
+@pytest.mark.parametrize("line", DAMAGES)
+def test_images_that_cannot_be_evaluated_on_are_told_at_the_start(damaged, settings, world, line):
+    data = damaged(DAMAGES[line])
+    told = refusal(build_loaders, settings(data), world)
+    assert told.startswith(f"--data: 1 of the images in {data / 'val'} that the evaluation reads")
+    assert line in told
+    assert told.endswith("; get them again, or take them out of the annotations")
+    assert refusal(build_val_loader, settings(data), world, None) == told
+    # Rows 0, 2 and 4 of the six are an evaluation's three, rows 0 and 3 its two.
+    assert refusal(build_val_loader, settings(data), world, 3) == told
+    assert build_val_loader(settings(data), world, 2).num_images == 2
+
+
+def test_neither_a_run_nor_a_dry_one_begins_with_a_damaged_image(damaged, settings, tmp_path):
+    config = settings(damaged(cut_short), output_dir=str(tmp_path / "run"))
+    assert "000004.jpg (truncated JPEG" in refusal(train, config)
+    assert not (tmp_path / "run").exists()
+    assert "000004.jpg (truncated JPEG" in refusal(dry_run, config)
+
+
+def test_each_rank_looks_at_the_images_that_it_evaluates_on(folder, settings, world_of, tmp_path):
+    config, worlds = settings(folder, batch_size=2), [world_of(rank, 2) for rank in (0, 1)]
+    shares = []
+    for world in worlds:
+        batches = build_val_loader(config, world, None).epoch(0)
+        shares.append([row for batch in batches for row in batch.indices.tolist()])
+    assert sorted(shares[0] + shares[1]) == list(range(6))
+    data = shutil.copytree(folder, tmp_path / "copy")
+    for row in shares[0]:
+        cut_short(data / "val" / f"{row:06d}.jpg")
+    config = settings(data, batch_size=2)
+    assert "3 of the images" in refusal(build_val_loader, config, worlds[0], None)
+    assert build_val_loader(config, worlds[1], None).num_images == 6
+
+
+def test_training_images_are_met_in_training(damaged, settings, world):
+    data = damaged(cut_short, "train")
+    loaders = build_loaders(settings(data), world)
+    assert "000004.jpg cannot be decoded" in refusal(lambda: list(loaders.train.epoch(0)))
+
+
+def test_what_pil_alone_reads_can_be_evaluated_on(tmp_path, settings, world):
+    """DALI and PIL do not agree on a GIF, for which a classifier's folder refuses it."""
+    data = crafted(tmp_path, [GOOD], split="val")
+    Image.new("RGB", (50, 40)).save(tmp_path / "val" / "9.png", format="GIF")
+    loader = build_val_loader(settings(data), world, None)
+    assert sum(len(batch.indices) for batch in loader.epoch(0)) == 2
+    Image.new("RGB", (40, 50)).save(tmp_path / "val" / "9.png", format="GIF")
+    told = refusal(build_val_loader, settings(data), world, None)
+    assert "9.png (40 x 50 pixels, its annotations are for 50 x 40)" in told
+
+
 def test_photographs_load(tmp_path, settings, world):
     loaders = build_loaders(settings(sample_folder(tmp_path), batch_size=8), world)
     assert loaders.train.num_images == 27
@@ -489,14 +576,14 @@ def test_each_image_has_noise_of_its_own(name, monkeypatch):
     assert np.array_equal(before, np.random.get_state()[1])  # noqa: NPY002
 
 
-def test_images_too_small_are_told_before_one_is_read(tmp_path, settings, world):
+def test_images_too_small_are_told_before_one_is_decoded(tmp_path, settings, world):
     """Those that are evaluated; with training's they need not be of one size."""
     pytest.importorskip("imagecorruptions")
     data = crafted(tmp_path, [GOOD], ids=(5, 7, 9), split="val")
     listed = json.loads((tmp_path / "annotations" / "instances_val.json").read_text())["images"]
     listed[1] |= {"height": 50, "width": 31}
     write_annotations(tmp_path, "val", listed, [GOOD])
-    (tmp_path / "val" / "5.png").write_bytes(b"unread")
+    Image.new("RGB", (31, 50)).save(tmp_path / "val" / "7.png")
     config = settings(data)
     line = "--eval-corruptions fog: .*7.png has 31 x 50 pixels, and the corruptions need 32 a side"
     with pytest.raises(UserError, match=line):

@@ -10,6 +10,7 @@ import numpy as np
 
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.data.coco.annotations import read_annotations
+from freeadv_fast.data.coco.inspection import refuse_unusable
 from freeadv_fast.data.coco.loader import DetectionLoader
 from freeadv_fast.data.coco.shapes import shapes_folder
 from freeadv_fast.data.roll import Roll
@@ -68,8 +69,17 @@ class DetectionSplit:
         return np.arange(len(self.labels))
 
     def loader(self, stream: Stream) -> DetectionLoader:
-        """A loader for some of its rows."""
-        return DetectionLoader(self.annotations, stream, self.config, self.world.device)
+        """A loader for some of its rows.
+
+        Raises:
+            UserError: it is an evaluation's, and images that this rank will read are damaged or
+                not those that were annotated. (Training meets its own within an epoch.)
+        """
+        loader = DetectionLoader(self.annotations, stream, self.config, self.world.device)
+        if stream.seed is None:
+            own = [row for share in loader.stream.shares(0) for row in share.rows.tolist()]
+            refuse_unusable(self.annotations, own)
+        return loader
 
 
 def _folder(data: str) -> str:
