@@ -18,8 +18,9 @@ export OMP_WAIT_POLICY = passive
 
 # Every test runs on one thread, so that workers do not fight for the cores.
 test: export OMP_NUM_THREADS = 1
+# They start some hundred processes, none of which should compile our modules again.
 test: venv
-	.venv/bin/python -m pytest -q -n $(TEST_WORKERS) $(ARGS)
+	env -u PYTHONDONTWRITEBYTECODE .venv/bin/python -m pytest -q -n $(TEST_WORKERS) $(ARGS)
 
 # Exports in the environments of those who load them; they are built in .cache/peers/.
 peers: venv

@@ -149,6 +149,74 @@ def test_a_full_disk_is_named_before_anything_is_installed(
     make_venv.check_space()
 
 
+@pytest.fixture
+def pip_is_told(make_venv, monkeypatch):
+    """Lets `pip config list` print these lines, and nothing be set for uv."""
+    for name in [n for n in os.environ if n.startswith("UV_") or n == "SSL_CERT_FILE"]:
+        monkeypatch.delenv(name)
+
+    def tell(*lines):
+        listing = types.SimpleNamespace(stdout="".join(f"{line}\n" for line in lines))
+        monkeypatch.setattr(make_venv.subprocess, "run", lambda *_, **__: listing)
+
+    return tell
+
+
+def test_uv_is_told_what_pip_is_told(make_venv, pip_is_told, monkeypatch):
+    """The environment wins over [install], that over [global], and over all what uv was told."""
+    pip_is_told(
+        ":env:.cert='/b.pem'", "install.index-url='https://d/simple'", "global.cert='/a.pem'",
+        "global.extra-index-url='\\nhttps://b\\nhttps://c'", "global.index-url='https://a/simple'",
+        "global.timeout='9'", "wheel.no-index='1'",
+    )  # fmt: skip
+    variables = make_venv.uv_variables()
+    assert variables["UV_DEFAULT_INDEX"] == "https://d/simple"
+    assert variables["UV_INDEX"] == "https://b https://c"
+    assert variables["SSL_CERT_FILE"] == "/b.pem"
+    assert variables["UV_INDEX_STRATEGY"] == "unsafe-best-match"
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "https://mine")
+    assert "UV_DEFAULT_INDEX" not in make_venv.uv_variables()
+
+
+def test_pip_installs_where_it_is_told_what_uv_cannot_be_told(make_venv, pip_is_told, capsys):
+    pip_is_told(":env:.proxy='http://name:secret@proxy'")
+    assert make_venv.uv_variables() is None
+    said = capsys.readouterr().out
+    assert "uv has nothing like its setting proxy" in said
+    assert "secret" not in said
+
+
+def test_no_failure_of_uv_ends_the_script(make_venv, monkeypatch, capsys):
+    """There may be no uv for this machine, none of its packages, or no DALI."""
+    monkeypatch.setattr(make_venv, "uv_variables", lambda: {})
+    for failing, num_commands in (("pip", 1), ("uv", 3), (make_venv.DALI, 3), (None, 2)):
+        commands = []
+
+        def run(command, failing=failing, commands=commands, **_):
+            commands.append([str(word) for word in command])
+            name = Path(command[0]).name
+            return types.SimpleNamespace(returncode=int(failing in [name, command[-1]]))
+
+        monkeypatch.setattr(make_venv.subprocess, "run", run)
+        make_venv.install_with_uv(["pip"])
+        assert len(commands) == num_commands
+        assert commands[0][-1] == make_venv.UV
+        said = capsys.readouterr().out
+        assert ("pip does" in said) == (failing == "uv")
+
+
+def test_what_cannot_be_imported_holds_up_no_build(make_venv, tmp_path, monkeypatch):
+    """Byte code is written although PYTHONDONTWRITEBYTECODE is set."""
+    (tmp_path / "there.py").touch()
+    monkeypatch.setattr(make_venv, "PYTHON", sys.executable)
+    monkeypatch.setattr(make_venv, "IMPORTED", ["not_there", "there"])
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.chdir(tmp_path)
+    with make_venv.compiled_packages():
+        pass
+    assert list((tmp_path / "__pycache__").glob("there.*.pyc"))
+
+
 ENDS = {
     "sys.exit(2)": (2, ""),
     "os.kill(os.getpid(), 9)": (137, "torchrun: rank 0 was ended by signal 9\n"),

@@ -67,6 +67,13 @@ def root(tmp_path):
     return tmp_path / "sweep"
 
 
+@pytest.fixture(autouse=True)
+def _no_plots(request, monkeypatch):
+    """A sweep draws after every cell, in half a second; tests that ask for `pictures` let it."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(sweep, "plot_sweep", lambda _, path: path.touch())
+
+
 @pytest.fixture
 def run(root):
     def call(trainer, *flags):
@@ -79,7 +86,7 @@ def cells_of(root):
     return json.loads((root / "sweep.json").read_text())["cells"]
 
 
-def test_every_cell_is_a_run_of_its_own(root, run, capsys):
+def test_every_cell_is_a_run_of_its_own(root, run, pictures, capsys):
     trainer = FakeTrainer()
     assert run(trainer, "--epochs", "2", "--", "--lr", "0.5") == 0
     assert trainer.names == NAMES
