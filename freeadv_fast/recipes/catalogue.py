@@ -23,6 +23,7 @@ from freeadv_fast.recipes import (
     gradalign,
     pgd,
     shapes,
+    speedrun,
     trades,
     yopo,
 )
@@ -33,6 +34,7 @@ PAPERS: dict[str, dict[str, TrainConfig]] = {
     for title, paper in {
         "The embedded digits, in no paper": digits,
         "The embedded shapes, in no paper": shapes,
+        "The least time to robustness, in no paper": speedrun,
         "Adversarial Training for Free! (Shafahi et al. 2019)": free,
         "PGD training (Madry et al. 2018), as Shafahi et al. 2019 report it": pgd,
         "Fast AdvProp (Mei et al. 2022)": advprop,
