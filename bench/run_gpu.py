@@ -332,7 +332,7 @@ def step_section(
     """
     command = ["bench/bench_step.py", "--arch", arch, "--image-size", str(size)]
     if flags.tiny:
-        small = "retinanet_resnet10_fpn_64" if arch.startswith("retinanet") else "resnet18"
+        small = "retinanet_resnet10_fpn_64" if arch.startswith("retinanet") else "timm/resnet10t"
         command = ["bench/bench_step.py", "--arch", small, "--image-size", "32"]
         command += ["--batch-size", "10", "--m", "2", "--rounds", "3", "--no-memory"]
     else:

@@ -21,8 +21,9 @@ HALVES = ("x_ptr", "w_ptr", "dw_ptr", "scaled_ptr", "square_ptr", "dz_ptr", "dy_
 HALVES += ("z_ptr", "shortcut_ptr", "projection_ptr", "shortcut_dy_ptr")
 OTHERS = {"bits_ptr": "*u8", "num_batches_ptr": "*i64", "counter_ptr": "*i32"}
 OTHERS |= {"momentum": "fp32", "eps": "fp32"}
-architectures = pytest.mark.parametrize("architecture", [80, 90])
-narrow = pytest.mark.parametrize("narrow", [64, 128, 256])
+# Each tile of the card that was measured, and the largest and the smallest of the other.
+CASES = [(90, 64), (90, 128), (90, 256), (80, 64), (80, 256)]
+cases = pytest.mark.parametrize(("architecture", "narrow"), CASES)
 
 
 def build(name, architecture, constants, per_sm=1, **options):
@@ -56,8 +57,7 @@ def num_products(ptx):
     return len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx))
 
 
-@architectures
-@narrow
+@cases
 def test_products_of_activations(architecture, narrow):
     tiles = kernel.TILES[architecture // 10]
     moments, input_gradient = tiles.moments[narrow], tiles.input_gradient[narrow]
@@ -74,9 +74,10 @@ def test_products_of_activations(architecture, narrow):
     assert num_products(build("_input_gradient_kernel", architecture, constants, **options))
 
 
-@architectures
-@narrow
-@pytest.mark.parametrize("projection", [{}, {"projection_ptr": None}], ids=["projected", "added"])
+@pytest.mark.parametrize(
+    ("architecture", "narrow", "projection"),
+    [(*case, {"projection_ptr": None}) for case in CASES] + [(90, 64, {}), (80, 64, {})],
+)
 def test_forward(architecture, narrow, projection):
     tile = kernel.TILES[architecture // 10].forward[narrow]
     options = tile.options
@@ -85,8 +86,7 @@ def test_forward(architecture, narrow, projection):
     assert num_products(build("_forward_kernel", architecture, constants | projection, **options))
 
 
-@architectures
-@narrow
+@pytest.mark.parametrize(("architecture", "narrow"), [CASES[0], CASES[2], CASES[4]])
 def test_small_kernels(architecture, narrow):
     warps = max(4, narrow // 32)
     channels = {"K": narrow, "BN": kernel.CHANNELS}
@@ -98,8 +98,9 @@ def test_small_kernels(architecture, narrow):
     build("_merge_kernel", architecture, constants | {"BP": kernel.ADDED, "BN": 32})
 
 
-@architectures
-@pytest.mark.parametrize("shortcut", [{}, {"shortcut_dy_ptr": None}], ids=["forked", "alone"])
+@pytest.mark.parametrize(
+    ("architecture", "shortcut"), [(90, {}), (90, {"shortcut_dy_ptr": None}), (80, {})]
+)
 def test_rectify(architecture, shortcut):
     schedule = kernel.RECTIFY
     rows = schedule.num_warps * 32 * 8 // schedule.columns
