@@ -48,6 +48,7 @@ FAST_PATHS = {
     "norm-pool",  # batch norm, ReLU and max pooling as one
     "joined-norms",  # the two norms at the end of a projection block as one
     "global-average",  # the last pooling's gradient in the memory format of its input
+    "two-readers",  # a pre-activation block's first norm and its readers' gradients as one
     "product-norm",  # a widening 1x1 convolution and its norm, whose backward skips what is wide
     "cross-entropy",  # cross-entropy and the metrics of a pass as one
     "half-weights",  # the optimizer writes the half-precision weights that convolutions read
@@ -315,8 +316,8 @@ def batch_norm_act(
 
     Returns:
         (N, C, H, W) of x's dtype: channels_last from the kernels, else in x's memory format. With
-        `fork` it and the same once more: one object, or from the kernels, behind ReLU and a
-        residual in training, two for the same memory, each with the gradient of its own readers.
+        `fork` it and the same once more: one object, or from the kernels, behind ReLU where
+        gradients are recorded, two for the same memory, each with the gradient of its own readers.
 
     Raises:
         RuntimeError: shapes, dtypes or devices disagree, a group would hold fewer than two values
@@ -354,6 +355,49 @@ def batch_norm_act(
             num_batches_tracked,
         )
     return y
+
+
+def shared_norm_act(
+    x: Tensor, norm: Norm, *, training: bool, num_groups: int, negative_slope: float
+) -> tuple[Tensor, Tensor]:
+    """``relu(norm(x))``, and x for its other reader: the start of a pre-activation block.
+
+    The kernels are those of `batch_norm_act` and sum the gradients of both; they are differentiable
+    once. All else is `batch_norm_act`, and autograd sums.
+
+    Args:
+        x: (N, C, H, W) activations; for the kernels copied unless channels_last.
+        norm: Its tensors as in `batch_norm_act`; running statistics are updated in training.
+        training: Normalise by the minibatch's statistics, and not by the running ones.
+        num_groups: Groups of consecutive images with statistics of their own, in training.
+        negative_slope: 0 for ReLU, more for leaky ReLU.
+
+    Returns:
+        As from `batch_norm_act`; and x, or from the kernels, where x wants a gradient, an alias of
+        it: the same memory, with the gradient of its own readers.
+
+    Raises:
+        RuntimeError: as from `batch_norm_act`.
+
+    Source: He et al. 2016, "Identity Mappings in Deep Residual Networks", figure 1 (b).
+    """
+    if backend(x.device) == "triton" and _statistics.supports(x, norm):
+        both: tuple[Tensor, Tensor] = _batch_norm.shared_norm_act(
+            x, norm, training=training, num_groups=num_groups, negative_slope=negative_slope
+        )
+        return both
+    y = batch_norm_act(
+        x,
+        *norm[:4],
+        training=training,
+        momentum=norm.momentum,
+        eps=norm.eps,
+        num_groups=num_groups,
+        negative_slope=negative_slope,
+        num_batches_tracked=norm.num_batches_tracked,
+    )
+    assert isinstance(y, Tensor)  # not forked
+    return y, x
 
 
 def joined_norms(

@@ -21,15 +21,22 @@ backward.
 
 Bytes per element, 16-bit activations, forward + backward (residual's gradient included):
 
-    BN + ReLU         6     + 10        eager, ReLU apart           10 + 16
     BN + add + ReLU   8.125 + 12.125    eager, add and ReLU apart   16 + 16
       read twice      8.125 + 14.125    eager, and a sum            16 + 22
+    BN + ReLU         6     + 10        eager, ReLU apart           10 + 16
+      read twice      6     + 14        eager, and a sum            10 + 22
+      x read twice    6     + 12        eager, and a sum            10 + 22
     BN                6     + 10        eager                        6 + 10
 
 The output of a residual block has two readers, the next block and its shortcut, whose gradients
 autograd would sum in a kernel of its own: two reads and a write. With `fork` there is an output for
-each, one and the same tensor in memory, and (3) reads both gradients and sums them. Both live until
-(4) is done, where there was their sum: one tensor more while this backward runs.
+each, one and the same tensor in memory, and (3) reads both gradients and sums them; so does (4)
+where (3) has not written dz. Both live until (4) is done, where there was their sum: one tensor
+more while this backward runs.
+
+A block that normalises first has an input with two readers, its first norm and its shortcut.
+`shared_norm_act` hands the input on to the second as an alias, and (4) adds that one's gradient to
+dx before the one rounding: a read more, where autograd's sum would be two reads and a write.
 
 Numerics: float32 throughout; results are rounded once, except that dx behind a residual follows
 from the rounded dz, which only leaky ReLU's s * dy notices. NaN passes the ReLU, both ways, as in
@@ -463,6 +470,8 @@ def _batch_norm_backward_kernel(
     dx_ptr,  # [M, C] bf16 | fp16 | fp32, output
     dz_ptr,  # [M, C] like dx, output if WRITE_DZ
     dy_ptr,  # [M, C] like dx
+    shortcut_dy_ptr,  # [M, C] like dx, added to dy; or None
+    other_dx_ptr,  # [M, C] like dx, added to it; or None
     x_ptr,  # [M, C] like dx; unused in eval mode unless MASK is RECOMPUTED
     bits_ptr,  # [M, C/8] u8; unused unless MASK is BITS
     coefficients_ptr,  # [4, G, C] fp32: a, b, mean, rstd
@@ -502,6 +511,10 @@ def _batch_norm_backward_kernel(
     at_bits = rows[:, None] * channels8 + (block * (BC // 8) + tl.arange(0, BC // 8))
     inside = (rows < left)[:, None]
     dy = tl.load(dy_ptr + row * C + at, mask=inside)
+    if shortcut_dy_ptr is not None:
+        shortcut_dy = tl.load(shortcut_dy_ptr + row * C + at, mask=inside)
+    if other_dx_ptr is not None:
+        other_dx = tl.load(other_dx_ptr + row * C + at, mask=inside)
     if TRAINING or MASK == 1:
         x = tl.load(x_ptr + row * C + at, mask=inside)
     if MASK == 2:
@@ -511,6 +524,10 @@ def _batch_norm_backward_kernel(
         is_next = (rows < left)[:, None]
         dy_next = tl.load(dy_ptr + (row + BM) * C + at, mask=is_next)
         dz = dy.to(tl.float32)
+        if shortcut_dy_ptr is not None:
+            shortcut_dy_next = tl.load(shortcut_dy_ptr + (row + BM) * C + at, mask=is_next)
+            dz += shortcut_dy.to(tl.float32)
+            shortcut_dy = shortcut_dy_next
         if TRAINING or MASK == 1:
             x_next = tl.load(x_ptr + (row + BM) * C + at, mask=is_next)
             x32 = x.to(tl.float32)
@@ -526,6 +543,11 @@ def _batch_norm_backward_kernel(
         dx = a * dz
         if TRAINING:
             dx = tl.fma(dz, a, tl.fma(x32, k1, k2))
+        if other_dx_ptr is not None:
+            # This late it takes 96 registers on sm_80, and 102, too many for five programs, above.
+            other_dx_next = tl.load(other_dx_ptr + (row + BM) * C + at, mask=is_next)
+            dx += other_dx.to(tl.float32)
+            other_dx = other_dx_next
         tl.store(dx_ptr + row * C + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         inside, dy = is_next, dy_next
         row += BM
@@ -646,6 +668,7 @@ def reduced(
 def _backward(
     dy: Tensor,
     shortcut_dy: Tensor | None,
+    other_dx: Tensor | None,
     x: Tensor,
     coefficients: Tensor,
     bits: Tensor | None,
@@ -656,19 +679,17 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight, dbias and, where ReLU's bits were kept, dz; None where not wanted.
 
-    dy, shortcut_dy and x are channels_last. A shortcut_dy is added to dy; ReLU's bits are there.
+    Activations are channels_last. A shortcut_dy is added to dy, an other_dx to dx.
     """
     mask = mode.mask(bits)
     wants_dz = wants_dz and mask == BITS
     has_sums = wants_affine or (mode.training and wants_dx)
     dx = dweight = dbias = dz = k = None
-    if shortcut_dy is not None and not has_sums:  # only the residual's gradient is wanted
-        dy, shortcut_dy = dy + shortcut_dy, None
     with torch.cuda.device_of(dy):
         if has_sums:
             k, dweight, dbias, dz = reduced(dy, shortcut_dy, x, coefficients, bits, mode)
             if dz is not None:  # from here on it stands for dy
-                dy, mask = dz, NO_MASK
+                dy, shortcut_dy, mask = dz, None, NO_MASK
         if wants_dx or (wants_dz and dz is None):
             dx = torch.empty_like(dy)
             writes_dz = wants_dz and dz is None
@@ -679,6 +700,8 @@ def _backward(
                 dx,
                 dx if dz is None else dz,
                 dy,
+                shortcut_dy,
+                other_dx,
                 x,
                 x if bits is None else bits,
                 coefficients,
@@ -722,6 +745,7 @@ class _BatchNormAct(torch.autograd.Function):
         dx, dweight, dbias, dz = _Gradients.apply(
             given[0],
             given[1] if len(given) > 1 else None,
+            None,
             x,
             weight,
             coefficients,
@@ -736,6 +760,43 @@ class _BatchNormAct(torch.autograd.Function):
         return dx, dweight, dbias if wants_bias else None, dresidual, None, None, None
 
 
+class _SharedNormAct(torch.autograd.Function):
+    """y and x, and their gradients, summed where they meet."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, norm, mode):
+        """Keeps x and the coefficients."""
+        y, coefficients, _ = _forward(x, norm, None, mode, wants_bits=False)
+        ctx.save_for_backward(x, weight, coefficients)
+        ctx.mode = mode
+        ctx.set_materialize_grads(False)
+        return y, x.detach()  # no view to autograd, with x's version, as above
+
+    @staticmethod
+    def backward(ctx, dy, other_dx):
+        """Only what some input needs."""
+        x, weight, coefficients = ctx.saved_tensors
+        wants_dx, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        if dy is None:  # nothing reads y
+            return other_dx if wants_dx else None, None, None, None, None
+        if other_dx is not None:
+            other_dx = other_dx.contiguous(memory_format=torch.channels_last)
+        dx, dweight, dbias, _ = _Gradients.apply(
+            dy.contiguous(memory_format=torch.channels_last),
+            None,
+            other_dx,
+            x,
+            weight,
+            coefficients,
+            None,
+            ctx.mode,
+            wants_dx,
+            wants_weight or wants_bias,
+            False,
+        )
+        return dx, dweight if wants_weight else None, dbias if wants_bias else None, None, None
+
+
 class _Gradients(torch.autograd.Function):
     """`_backward` as a node of its own, whose own derivative is an error that says what to do.
 
@@ -743,9 +804,9 @@ class _Gradients(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, dy, shortcut_dy, x, weight, *arguments):
+    def forward(ctx, dy, shortcut_dy, other_dx, x, weight, *arguments):
         """The weight is named only so that its second derivative is an error too."""
-        return _backward(dy, shortcut_dy, x, *arguments)
+        return _backward(dy, shortcut_dy, other_dx, x, *arguments)
 
     @staticmethod
     def backward(ctx, *gradients):
@@ -802,10 +863,10 @@ def batch_norm_act(
         num_batches_tracked: () int64, one is added in training; None for none.
 
     Returns:
-        (N, C, H, W) of x's dtype, channels_last. With `fork` it and, behind ReLU and a residual in
-        training, an alias of it: the same memory, whose gradient backward takes apart from the
-        output's and adds in float32. Each has the gradient of its own readers only. Else, and
-        without gradients, the same object twice.
+        (N, C, H, W) of x's dtype, channels_last. With `fork` it and, behind ReLU, an alias of it:
+        the same memory, whose gradient backward takes apart from the output's and adds in float32.
+        Each has the gradient of its own readers only. Else, and without gradients, the same object
+        twice.
 
     Raises:
         RuntimeError: shapes, dtypes or devices disagree, a group would hold fewer than two values
@@ -827,7 +888,49 @@ def batch_norm_act(
     if not wants_grad:
         y, *_ = _forward(x, norm, residual, mode, wants_bits=False)
         return (y, y) if fork else y
-    # What other kernels than the reduction behind ReLU's bits would have to sum, autograd sums.
-    is_split = fork and training and relu and residual is not None
+    is_split = fork and relu  # without ReLU the sum itself is the residual's gradient
     y = _BatchNormAct.apply(*inputs, norm, mode, is_split)
     return (y, y) if fork and not is_split else y
+
+
+def shared_norm_act(
+    x: Tensor, norm: Norm, *, training: bool, num_groups: int = 1, negative_slope: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Normalises and rectifies by the kernels, and hands x on; differentiable once.
+
+    Args:
+        x: (N, C, H, W) bfloat16, float16 or float32, C a multiple of 8; copied unless
+            channels_last.
+        norm: Of x's channels; running statistics are updated as by `batch_norm_act`.
+        training: Whether statistics are the minibatch's, and not the running ones.
+        num_groups: Groups of consecutive images with statistics of their own, in training.
+        negative_slope: 0 for ReLU, more for leaky ReLU.
+
+    Returns:
+        (N, C, H, W) of x's dtype, channels_last, and where x wants a gradient an alias of x: the
+        same memory, whose gradient backward adds to that of the norm in float32. Each has the
+        gradient of its own readers only, x that of both. Else x itself.
+
+    Raises:
+        RuntimeError: as from `batch_norm_act`.
+
+    Source: He et al. 2016, "Identity Mappings in Deep Residual Networks", figure 1 (b).
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        y = batch_norm_act(
+            x,
+            *norm[:4],
+            training=training,
+            momentum=norm.momentum,
+            eps=norm.eps,
+            num_groups=num_groups,
+            negative_slope=negative_slope,
+            num_batches_tracked=norm.num_batches_tracked,
+        )
+        assert isinstance(y, Tensor)  # not forked
+        return y, x
+    check(x, *norm[:4], training, num_groups, None, negative_slope)
+    x = x.contiguous(memory_format=torch.channels_last)
+    mode = Mode(training, num_groups, True, negative_slope)
+    outputs: tuple[Tensor, Tensor] = _SharedNormAct.apply(x, norm.weight, norm.bias, norm, mode)
+    return outputs

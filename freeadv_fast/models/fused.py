@@ -8,9 +8,13 @@ calls. Twins share the tensors, the children and the hooks of what they stand fo
 order of parameters and the trees of `DualNetwork` are those of the plain network.
 
 The output of a residual block is read twice, by the next block's first convolution and by its
-shortcut. On a GPU in training twins read it as two tensors in the same memory, so that the kernels
-and not autograd sum the two gradients. `torch.autograd.grad` with respect to such an output gives
+shortcut. On a GPU twins read it as two tensors in the same memory, so that the kernels and not
+autograd sum the two gradients. `torch.autograd.grad` with respect to such an output gives
 the convolution's alone; a forward hook that calls `retain_grad` or `register_hook` gets the sum.
+
+In a block that normalises first, the shortcut reads what its first norm reads, or what that writes.
+On a GPU it gets an alias of that, so that the norm's kernels sum the two gradients. The block's
+input has the whole gradient; a hook on a tensor inside the block has that of its own reader.
 
 Where a block ends in a 1x1 convolution, `ops.product_norm` takes it together with its norm, the
 addition and ReLU: on a GPU in training backward then never reads the convolution's output. The same
@@ -170,6 +174,36 @@ class FusedBatchNorm2d(GhostBatchNorm2d):
         num_groups = self._num_groups(input)
         output = ops.product_norm(product, added, num_groups=num_groups, fork=True)
         return output if isinstance(output, Tensor) else _with_shortcut(*output)
+
+    def with_alias(self, input: Tensor, *, of_input: bool) -> tuple[Tensor, Tensor] | None:
+        """The output, and what a second reader reads, where one call can sum both gradients.
+
+        Args:
+            input: (N, C, H, W) activations.
+            of_input: Whether the second reads the input, and not the output.
+        """
+        norm = self._norm()
+        if "two-readers" not in ops.FAST_PATHS or norm is None or not self.relu or self.pool:
+            return None
+        self._check_input_dim(input)
+        num_groups, slope = self._num_groups(input), self.negative_slope
+        if of_input:
+            return ops.shared_norm_act(
+                input, norm, training=self.training, num_groups=num_groups, negative_slope=slope
+            )
+        both = ops.batch_norm_act(
+            input,
+            *norm[:4],
+            training=self.training,
+            momentum=norm.momentum,
+            eps=norm.eps,
+            num_groups=num_groups,
+            negative_slope=slope,
+            fork=True,
+            num_batches_tracked=norm.num_batches_tracked,
+        )
+        assert isinstance(both, tuple)  # forked
+        return both
 
     def _projected(self, shortcut: Tensor, projection: list[nn.Module]) -> ops.Product | None:
         """A shortcut's convolution and norm where they can join this norm's, else None."""
@@ -482,6 +516,22 @@ def _shortcut(x: Tensor) -> Tensor:
     return alias
 
 
+def _block_start(norm: nn.Module, x: Tensor, *, is_raw: bool) -> tuple[Tensor, Tensor]:
+    """A block's first norm and ReLU, and what its shortcut reads.
+
+    Args:
+        norm: The norm.
+        x: (N, C, H, W), the block's input.
+        is_raw: Whether the shortcut reads x, and not the activation.
+    """
+    if isinstance(norm, FusedBatchNorm2d) and _is_stock(norm, FusedBatchNorm2d):
+        both = norm.with_alias(x, of_input=is_raw)
+        if both is not None:
+            return both
+    activated: Tensor = norm(x)
+    return activated, x if is_raw else activated
+
+
 def _block_end(
     norm: Any, layer: nn.Module, x: Tensor, downsample: nn.Module | None, shortcut: Tensor
 ) -> Tensor:
@@ -557,10 +607,10 @@ def _cifar_resnet(self: Any, x: Tensor) -> Tensor:
 
 def _preact_block(self: Any, x: Tensor) -> Tensor:
     """Batch norm and ReLU before each convolution."""
-    activated = self.bn1(x)
-    shortcut = x
+    is_raw = self.shortcut is None or self.raw_shortcut
+    activated, shortcut = _block_start(self.bn1, x, is_raw=is_raw)
     if self.shortcut is not None:
-        shortcut = self.shortcut(x if self.raw_shortcut else activated)
+        shortcut = self.shortcut(shortcut)
     residual: Tensor = self.conv2(self.bn2(self.conv1(activated)))
     return residual + shortcut
 
@@ -573,8 +623,9 @@ def _preact_resnet18(self: Any, x: Tensor) -> Tensor:
 
 def _wide_block(self: Any, x: Tensor) -> Tensor:
     """Batch norm and ReLU before each convolution."""
-    activated = self.bn1(x)
-    shortcut = x if self.convShortcut is None else self.convShortcut(activated)
+    activated, shortcut = _block_start(self.bn1, x, is_raw=self.convShortcut is None)
+    if self.convShortcut is not None:
+        shortcut = self.convShortcut(shortcut)
     residual: Tensor = self.conv2(self.bn2(self.conv1(activated)))
     return residual + shortcut
 
@@ -587,8 +638,7 @@ def _wide_resnet(self: Any, x: Tensor) -> Tensor:
 
 def _madry_block(self: Any, x: Tensor) -> Tensor:
     """Batch norm and leaky ReLU before each convolution; a shortcut without parameters."""
-    activated = self.bn1(x)
-    shortcut = activated if self.shares_activation else x
+    activated, shortcut = _block_start(self.bn1, x, is_raw=not self.shares_activation)
     if self.stride > 1:
         shortcut = F.avg_pool2d(shortcut, self.stride)
     if self.channel_padding > 0:

@@ -30,11 +30,12 @@ TYPES = {
 }
 
 
-def build(function, dtype, architecture, constants, *, fork=False):
+def build(function, dtype, architecture, constants, *, fork=False, shared=False):
     """PTX and registers of a kernel whose pointers are 16-byte aligned and whose sizes are odd."""
     options = {name: constants[name] for name in ("num_warps", "maxnreg") if name in constants}
     constants = {name: value for name, value in constants.items() if name not in options}
-    constants = constants if fork else {**constants, "shortcut_dy_ptr": None}
+    gradients = {"shortcut_dy_ptr": fork, "other_dx_ptr": shared}
+    constants |= {name: None for name, is_given in gradients.items() if not is_given}
     signature, attributes, values = {}, {}, {}
     for position, argument in enumerate(function.arg_names):
         if argument in constants:
@@ -186,12 +187,40 @@ def test_backward(dtype, channels, mode, architecture):
     assert_fits(registers, 5)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "channels", "architecture", "reader"),
+    [
+        *[("bf16", 2048, architecture, "shared") for architecture in ARCHITECTURES],
+        ("bf16", 64, 90, "shared"),
+        ("fp32", 2048, 80, "shared"),
+        ("bf16", 2048, 90, "fork"),
+        ("bf16", 160, 80, "fork"),
+    ],
+)
+def test_backward_of_two_gradients(dtype, channels, architecture, reader):
+    slope = 0.0 if channels == 2048 else 0.1
+    switches = {"TRAINING": True, "MASK": kernel.RECOMPUTED, "SLOPE": slope, "WRITE_DZ": False}
+    constants = elementwise(channels, dtype) | switches
+    ptx, registers = build(
+        kernel._batch_norm_backward_kernel, dtype, architecture, constants, **{reader: True}
+    )
+    assert_wide(ptx, "ld", 6 * kernel.TILES)
+    assert_wide(ptx, "st", 2 * kernel.TILES)
+    assert_fits(registers, 5 if reader == "shared" else 4)
+    if slope:
+        assert_leaky(ptx)
+
+
 @architectures
-def test_backward_of_eval_mode_with_bits(architecture):
+@pytest.mark.parametrize("fork", [False, True])
+def test_backward_of_eval_mode_with_bits(architecture, fork):
     switches = {"TRAINING": False, "MASK": kernel.BITS, "SLOPE": 0.0, "WRITE_DZ": True}
     constants = elementwise(256, "bf16") | switches
-    ptx, _ = build(kernel._batch_norm_backward_kernel, "bf16", architecture, constants)
+    ptx, registers = build(
+        kernel._batch_norm_backward_kernel, "bf16", architecture, constants, fork=fork
+    )
     assert_wide(ptx, "st", 4 * kernel.TILES)
+    assert_fits(registers, 5)
 
 
 @cases("residual", [False, True])

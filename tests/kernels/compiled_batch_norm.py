@@ -251,6 +251,20 @@ def test_two_gradients(shape, dtype, options):
     assert_near_double(tensors, two_gradients(tensors, dy), fork=True, **options)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.float16, {"negative_slope": 0.1, "num_groups": 2}),
+        (torch.float16, {"training": False}),
+    ],
+    ids=str,
+)
+def test_two_gradients_without_a_residual(dtype, options):
+    tensors, dy = example((5, 8, 5, 5), dtype, residual=False)
+    assert_near_double(tensors, two_gradients(tensors, dy), fork=True, **options)
+
+
 @pytest.mark.parametrize("given", [0, 1])
 def test_one_gradient_of_two(given):
     tensors, dy = example((3, 16, 5, 5), torch.float32)
@@ -281,12 +295,13 @@ def test_no_gradient_at_all(fork):
 
 
 @pytest.mark.parametrize("wanted", ["x", "weight", "bias", "residual"])
-def test_two_gradients_for_one_input(wanted):
+@pytest.mark.parametrize("training", [True, False])
+def test_two_gradients_for_one_input(wanted, training):
     tensors, dy = example((2, 8, 5, 5), torch.float32)
     dys = two_gradients(tensors, dy)
-    expected = outcome(fused, tensors, dys, fork=True)[f"d{wanted}"]
+    expected = outcome(fused, tensors, dys, fork=True, training=training)[f"d{wanted}"]
     tensors[wanted].requires_grad_()
-    torch.autograd.backward(fused(tensors, fork=True), dys)
+    torch.autograd.backward(fused(tensors, fork=True, training=training), dys)
     assert torch.equal(tensors[wanted].grad.double().cpu(), expected)
 
 
@@ -311,10 +326,7 @@ def test_a_fork_copies_nothing():
     assert shortcut is not forked
     assert shortcut.data_ptr() == forked.data_ptr()
     assert shortcut.stride() == forked.stride()
-    for options in ({"training": False}, {"relu": False}):
-        same, shortcut = fused(tensors, fork=True, **options)
-        assert same is shortcut
-    same, shortcut = fused({**tensors, "residual": None}, fork=True)
+    same, shortcut = fused(tensors, fork=True, relu=False)
     assert same is shortcut
 
 
@@ -327,6 +339,100 @@ def test_a_fork_notices_in_place_operations(saved):
     outputs[1 - saved].add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         square.sum().backward()
+
+
+def shared(tensors, *, training=True, **options):
+    """The kernels that hand x on."""
+    norm = statistics.Norm(*[tensors[name] for name in NAMES[1:5]], None, 0.1, 1e-5)
+    return kernel.shared_norm_act(tensors["x"], norm, training=training, **options)
+
+
+def shared_eager(tensors, **options):
+    """PyTorch's own operations, and x."""
+    x = tensors["x"] * 1.0  # no leaf, which is where autograd sums
+    return eager({**tensors, "x": x}, **options), x
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"),
+    [
+        ((3, 32, 9, 11), torch.float16, {}),
+        ((2, 96, 3, 3), torch.float32, {}),
+        ((2, 24, 5, 5), torch.bfloat16, {"negative_slope": 0.1}),
+        ((5, 8, 3, 3), torch.float16, {"num_groups": 2}),
+        ((2, 16, 5, 5), torch.float16, {"training": False, "negative_slope": 0.1}),
+    ],
+    ids=str,
+)
+def test_shared_input(shape, dtype, options):
+    tensors, dy = example(shape, dtype, residual=False)
+    dys = two_gradients(tensors, dy)
+    assert_near_double(tensors, dys, function=shared, reference=shared_eager, **options)
+
+
+def test_shared_input_with_one_gradient_of_two():
+    tensors, dy = example((2, 8, 3, 3), torch.float32, residual=False)
+    single, alone = outcome(fused, tensors, dy), outcome(shared, tensors, (dy, None))
+    assert all(torch.equal(alone[name], single[name]) for name in single)
+    for name in ("x", "weight"):
+        tensors[name].requires_grad_()
+    _, alias = shared(tensors)
+    alias.backward(dy)
+    assert torch.equal(tensors["x"].grad, dy)
+    assert tensors["weight"].grad is None
+    NoGradient.apply(*shared({**tensors, "x": tensors["x"].detach().requires_grad_()})).backward(dy)
+
+
+def test_shared_input_copies_nothing():
+    tensors, _ = example((2, 16, 5, 7), torch.float16, residual=False)
+    x = tensors["x"]
+    expected = fused(tensors)
+    tensors["weight"].requires_grad_()
+    assert shared(tensors)[1] is x  # wants no gradient
+    x.requires_grad_()
+    with torch.no_grad():
+        assert shared(tensors)[1] is x
+    y, alias = shared(tensors)
+    assert torch.equal(y, expected)
+    assert alias is not x
+    assert (alias.data_ptr(), alias.stride()) == (x.data_ptr(), x.stride())
+
+
+def test_shared_input_notices_in_place_operations():
+    tensors, _ = example((2, 8, 5, 7), torch.float32, residual=False)
+    tensors["x"].requires_grad_()
+    y, alias = shared(tensors)
+    alias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_shared_inputs_gradients_are_summed_before_rounding():
+    """In float16, 1 + 2**-11 is 1, and 2048 + 1 is 2048."""
+    x = torch.ones(2, 8, 3, 3, dtype=torch.float16, device=DEVICE, requires_grad=True)
+    ones, zeros = (torch.full((8,), value, device=DEVICE) for value in (1.0, 0.0))
+    norm = statistics.Norm(ones + 2**-11, zeros, zeros, ones, None, 0.1, 0.0)
+    outputs = kernel.shared_norm_act(x, norm, training=False)
+    torch.autograd.backward(outputs, [torch.ones_like(x), torch.full_like(x, 2048)])
+    assert torch.equal(x.grad, torch.full_like(x, 2050))
+
+
+def test_a_shared_input_in_any_layout():
+    tensors, dy = example((2, 16, 5, 5), torch.float32, residual=False)
+    dys = two_gradients(tensors, dy)
+    last = outcome(shared, tensors, dys)
+    first = {name: None if t is None else t.contiguous() for name, t in tensors.items()}
+    for name, value in outcome(shared, first, tuple(d.contiguous() for d in dys)).items():
+        assert torch.equal(value, last[name])
+
+
+def test_a_shared_input_differentiates_once():
+    tensors, dy = example((2, 8, 3, 3), torch.float32, residual=False)
+    tensors["x"].requires_grad_()
+    outputs = shared(tensors)
+    (dx,) = torch.autograd.grad(outputs, tensors["x"], (dy, 2 * dy), create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        dx.square().sum().backward()
 
 
 def test_input_gradient_in_eval_mode_reduces_nothing(monkeypatch):
@@ -505,6 +611,17 @@ def test_two_gradients_at_sizes_of_a_network(shape, dtype):
 
 
 @on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(125, 160, 32, 32), (128, 512, 4, 4)])
+def test_a_block_that_normalises_first_at_sizes_of_a_network(shape, dtype):
+    tensors, dy = example(shape, dtype, residual=False)
+    dy, other = two_gradients(tensors, dy)
+    given = where_relu_is_clear(tensors, dy), where_relu_is_clear(tensors, other)
+    assert_near_double(tensors, given, fork=True)
+    assert_near_double(tensors, (given[0], other), function=shared, reference=shared_eager)
+
+
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(31, 256, 56, 56), (16, 2048, 7, 7)])
 def test_joined_norms_at_sizes_of_a_network(shape, dtype):
@@ -546,6 +663,7 @@ def _network_pass(tensors, dy):
         for residual in (None, tensors["residual"]):
             y = fused({**tensors, "residual": residual}, training=training)
             torch.autograd.grad(y, inputs, dy)
+    torch.autograd.grad(shared(tensors), inputs, (dy, 2 * dy))
     dx, _, _ = torch.autograd.grad(fused(tensors, fork=True), inputs, (dy, 2 * dy))
     return dx
 

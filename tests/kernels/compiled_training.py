@@ -29,6 +29,8 @@ from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.kernels import batch_norm
 from freeadv_fast.kernels import batch_norm_statistics as statistics
 from freeadv_fast.models.fused import fuse_batch_norms
+from freeadv_fast.models.preact_resnet import PreActBlock
+from freeadv_fast.models.wide_resnet import MadryBlock
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
@@ -116,14 +118,24 @@ class Additions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_gradients_of_blocks_are_summed_by_the_kernels(monkeypatch):
-    """Behind a stem that pools, an identity and a downsample shortcut."""
-    monkeypatch.setattr(ops, "backend", lambda device: "triton")
-    torch.manual_seed(0)
+def stem_and_blocks():
+    """A stem that pools, identities and a downsample shortcut."""
     downsample = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
     stem = nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
-    blocks = BasicBlock(8, 8), BasicBlock(8, 8), BasicBlock(8, 16, 2, downsample)
-    plain = nn.Sequential(*stem, *blocks).to(DEVICE, memory_format=torch.channels_last)
+    return *stem, BasicBlock(8, 8), BasicBlock(8, 8), BasicBlock(8, 16, 2, downsample)
+
+
+def blocks_that_normalise_first():
+    """Shortcuts from the input, from the activation, and from the input through a convolution."""
+    projected = PreActBlock(8, 16, 2, raw_shortcut=False)
+    return MadryBlock(8, 8, 1), projected, PreActBlock(16, 16, 2, raw_shortcut=True)
+
+
+@pytest.mark.parametrize("blocks", [stem_and_blocks, blocks_that_normalise_first])
+def test_gradients_of_blocks_are_summed_by_the_kernels(blocks, monkeypatch):
+    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    torch.manual_seed(0)
+    plain = nn.Sequential(*blocks()).to(DEVICE, memory_format=torch.channels_last)
     x = torch.randn(3, 8, 12, 12, device=DEVICE).to(memory_format=torch.channels_last)
     dy = torch.randn(3, 16, 3, 3, device=DEVICE)
     exact, (fused, _) = copy.deepcopy(plain).double(), fuse_batch_norms(copy.deepcopy(plain))

@@ -232,6 +232,37 @@ def norm_of(layer):
 
 
 @pytest.mark.parametrize(("images", "group", "num_groups"), [(4, None, 1), (7, 3, 3)])
+def test_a_shared_input_is_one_object_whose_gradients_autograd_sums(images, group, num_groups):
+    results = []
+    for is_ours in (True, False):
+        x, factor, dy = example((images, 6, 5, 4))
+        norm = layer(6, group)
+        inner = x.requires_grad_() * 2
+        if is_ours:
+            options = {"training": True, "num_groups": num_groups, "negative_slope": 0.1}
+            y, alias = ops.shared_norm_act(inner, norm_of(norm), **options)
+            assert alias is inner
+        else:
+            y, alias = F.leaky_relu(norm(inner), 0.1), inner
+        (y + factor * alias).backward(dy)
+        results.append([y.detach(), x.grad, *(p.grad for p in norm.parameters()), *norm.buffers()])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def test_a_gpu_shares_an_input_where_the_kernels_take_it(monkeypatch):
+    called = []
+    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    monkeypatch.setattr(kernel, "shared_norm_act", lambda *_, **given: called.append(given))
+    monkeypatch.setattr(ops, "batch_norm_act", lambda x, *_, **given: called.append(x) or x)
+    fits, narrow = torch.zeros(2, 8, 3, 3), torch.zeros(2, 12, 3, 3)
+    options = {"training": False, "num_groups": 1, "negative_slope": 0.1}
+    for x in (fits, narrow):
+        ops.shared_norm_act(x, ops.Norm(*[None] * 5, 0.1, 1e-5), **options)
+    assert called[0] == options
+    assert called[1] is narrow
+
+
+@pytest.mark.parametrize(("images", "group", "num_groups"), [(4, None, 1), (7, 3, 3)])
 def test_joined_norms_equal_the_layers(images, group, num_groups):
     results = []
     for is_joined in (True, False):

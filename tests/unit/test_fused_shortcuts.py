@@ -19,6 +19,7 @@ from fused_networks import (
     assert_equal_training,
     build,
     randomize,
+    small_wide,
     with_own_block,
 )
 
@@ -53,7 +54,7 @@ def given(monkeypatch):
     log = []
 
     def forking(reference):
-        def call(*tensors, fork, **options):
+        def call(*tensors, fork=False, **options):
             y = reference(*tensors, fork=False, **options)
             if fork:
                 return Split.apply(y, log) if y.requires_grad else (y, y)
@@ -63,6 +64,13 @@ def given(monkeypatch):
 
     for name in ("batch_norm_act", "batch_norm_relu_pool"):
         monkeypatch.setattr(ops, name, forking(getattr(ops, name)))
+    shared_norm_act = ops.shared_norm_act
+
+    def sharing(x, norm, **options):
+        x, alias = Split.apply(x, log) if x.requires_grad else (x, x)
+        return shared_norm_act(x, norm, **options)[0], alias
+
+    monkeypatch.setattr(ops, "shared_norm_act", sharing)
     return log
 
 
@@ -89,6 +97,45 @@ def test_shortcuts_of_both_branches_read_the_alias(given):
         given.clear()
         assert_equal_training(*duals, torch.randn(4, 3, 32, 32), branch)
         assert given == [OUTPUT] + [BOTH] * 8
+
+
+@pytest.mark.parametrize(
+    ("name", "num_blocks"),
+    [("preact-resnet18", 8), ("preact-resnet18-gradalign", 8), ("wide", 3), ("madry", 6)],
+)
+def test_shortcuts_of_blocks_that_normalise_first_read_an_alias(name, num_blocks, given):
+    plain = FULLY_FUSED[name]()
+    model, _ = fuse_batch_norms(copy.deepcopy(plain))
+    assert_equal_training(model, plain, torch.randn(4, 3, 8, 8))
+    assert given == [BOTH] * num_blocks
+
+
+def test_a_first_norm_that_is_hooked_or_unknown_shares_nothing(given, monkeypatch):
+    model, _ = fuse_batch_norms(small_wide())
+    x = torch.randn(4, 3, 32, 32)
+
+    def num_shared():
+        given.clear()
+        model(x).sum().backward()
+        return len(given)
+
+    assert num_shared() == 3
+    for stage in (model.block1, model.block2):  # one reads the input twice, one the output
+        norm = stage.layer[0].bn1
+        hook = norm.register_forward_hook(lambda *_: None)
+        assert num_shared() == 2
+        hook.remove()
+        norm.momentum = None
+        assert num_shared() == 2
+        norm.momentum = 0.1
+    monkeypatch.setattr(ops, "FAST_PATHS", ops.FAST_PATHS - {"two-readers"})
+    assert num_shared() == 0
+
+
+def test_a_first_norm_refuses_what_its_layer_refuses():
+    block = fuse_batch_norms(small_wide())[0].block1.layer[0]
+    with pytest.raises(ValueError, match="expected 4D input"):
+        block(torch.randn(4, 16))
 
 
 def test_other_blocks_read_the_output(given):
