@@ -194,7 +194,7 @@ def make_environment() -> None:
 def install() -> None:
     """Installs the pinned packages, then this checkout on top of them, editable."""
     UNFINISHED.touch()
-    # pip would compile all 12,800 files on one core, in 59 s; see `compile_packages`.
+    # pip would compile all 12,800 files on one core, in 59 s; `compiled_packages` does some.
     pip = [PYTHON, "-m", "pip", "install", "--no-compile", "--constraint", CONSTRAINTS]
     if not sys.stdout.isatty():
         pip.append("--quiet")

@@ -49,7 +49,7 @@ FAST_PATHS = {
     "joined-norms",  # the two norms at the end of a projection block as one
     "global-average",  # the last pooling's gradient in the memory format of its input
     "two-readers",  # a pre-activation block's first norm and its readers' gradients as one
-    "product-norm",  # a widening 1x1 convolution and its norm, whose backward skips what is wide
+    "product-norm",  # a widening 1x1 convolution and its norm as one
     "cross-entropy",  # cross-entropy and the metrics of a pass as one
     "half-weights",  # the optimizer writes the half-precision weights that convolutions read
 }
@@ -493,10 +493,11 @@ def product_norm(
     if backend(x.device) == "triton" and num_groups == 1 and torch.is_grad_enabled():
         is_cast = torch.is_autocast_enabled("cuda")
         dtype = torch.get_autocast_dtype("cuda") if is_cast else weight.dtype
-        cast = [one._replace(w=one.w.to(dtype)) for one in products]
         is_right = not isinstance(shortcut, Tensor) or shortcut.dtype == dtype
-        if is_right and all(one.x.dtype == dtype and _product_norm.supports(one) for one in cast):
-            first, *second = cast
+        if is_right and all(
+            one.x.dtype == dtype and _product_norm.supports(one) for one in products
+        ):
+            first, *second = [one._replace(w=one.w.to(dtype)) for one in products]
             y: Tensor | tuple[Tensor, Tensor] = _product_norm.product_norm(
                 first, second[0] if second else shortcut, fork=fork
             )

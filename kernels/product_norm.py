@@ -526,15 +526,15 @@ class Product(NamedTuple):
 
 
 def supports(product: Product) -> bool:
-    """Whether the kernels take it, on a GPU."""
+    """Whether the kernels take it on a GPU, its weights cast to the dtype of x."""
     x, w, norm = product
     vectors, counter = norm[:4], norm.num_batches_tracked
     return (
         x.dtype in DTYPES
         and x.dim() == 4
-        and w.dtype == x.dtype
         and w.dim() == 4
         and w.shape[1:] == (x.size(1), 1, 1)
+        and w.is_contiguous()
         and x.size(1) in NARROW
         # What is saved grows with the columns of y, what is read besides with those of x.
         and w.size(0) >= 2 * x.size(1)

@@ -13,7 +13,7 @@ from freeadv_fast.data.formats import bmp, jpeg, png, pnm, tiff, webp
 from freeadv_fast.data.formats.picture_file import BadImage, PictureFile
 
 # Goes up with every change of what is admitted: a verdict of older rules is not remembered.
-RULES = 2
+RULES = 3
 # How the reasons begin that may be gone tomorrow although the file has not changed.
 PASSING = "cannot be"
 

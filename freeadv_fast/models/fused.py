@@ -42,6 +42,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
@@ -170,6 +171,8 @@ class FusedBatchNorm2d(GhostBatchNorm2d):
         product = _product(layer, self, input)
         added = shortcut if projection is None else self._projected(shortcut, projection)
         if product is None or added is None:
+            return None
+        if added is shortcut and shortcut.dtype != _dtype_of_product(input):
             return None
         num_groups = self._num_groups(input)
         output = ops.product_norm(product, added, num_groups=num_groups, fork=True)
@@ -449,6 +452,13 @@ def _is_pooling(layer: nn.Module | None) -> bool:
     sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     plain = not layer.ceil_mode and not layer.return_indices
     return plain and [_pair(size) for size in sizes] == [(3, 3), (2, 2), (1, 1), (1, 1)]
+
+
+def _dtype_of_product(input: Tensor) -> torch.dtype:
+    """What a convolution makes of an input whose weights have its dtype, or under autocast."""
+    device = input.device.type
+    is_cast = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_cast else input.dtype
 
 
 def _product(layer: nn.Module, norm: FusedBatchNorm2d, x: Tensor) -> ops.Product | None:

@@ -294,6 +294,12 @@ REFUSED = {
         without_segment(saved(RGB, "JPEG", keep_rgb=True), 0xEE),
         "stores RGB and not YCbCr",
     ),
+    "RGB JPEG behind a marker that is not JFIF's": (
+        with_adobe(saved(RGB, "JPEG", keep_rgb=True), 0).replace(
+            b"\xff\xd8", b"\xff\xd8\xff\xe0\x00\x06AVI1", 1
+        ),
+        "stores RGB and not YCbCr",
+    ),
     "JPEG of two components": (
         saved(RGB, "JPEG").replace(
             b"\xff\xc0\x00\x11\x08\x00\x3c\x00\x50\x03", b"\xff\xc0\x00\x11\x08\x00\x3c\x00\x50\x02"

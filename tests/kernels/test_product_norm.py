@@ -42,7 +42,7 @@ class Case:
         (Case(narrow=256, wide=256), False),
         (Case(wide=264), False),
         (Case(dtype=torch.float16, weight_dtype=torch.float16), False),
-        (Case(weight_dtype=torch.float32), False),
+        (Case(weight_dtype=torch.float32), True),
         (Case(side=3), False),
         (Case(num=0), False),
     ],
@@ -52,6 +52,8 @@ def test_what_the_kernels_take(case, is_taken, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     product = case.make()
     assert kernel.supports(product) == is_taken
+    strided = product.w.new_empty(1, *product.w.shape[1:]).expand_as(product.w)
+    assert not kernel.supports(product._replace(w=strided))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))
     assert not kernel.supports(product)
 

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torchvision.models.resnet import Bottleneck
 
 from freeadv_fast import ops
 from freeadv_fast.errors import UserError
@@ -163,6 +164,15 @@ def test_a_convolution_that_ends_a_block_joins_its_norm(monkeypatch):
     monkeypatch.setattr(ops, "FAST_PATHS", ops.FAST_PATHS | {"product-norm", "joined-norms"})
     expected = model.eval()(x)
     assert num_joined() == 0
+
+
+def test_a_shortcut_of_another_dtype_than_its_block():
+    """As behind an operation that autocast leaves in float32."""
+    block = Bottleneck(64, 16)
+    plain, x = nn.Sequential(copy.deepcopy(block)), torch.randn(2, 64, 4, 4)
+    model, _ = fuse_batch_norms(nn.Sequential(block))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x), plain(x))
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,9 @@ def _adobe_transform(file: PictureFile) -> int | None:
 
 def _stores_rgb(file: PictureFile, frame: int) -> bool:
     """Whether three components are red, green and blue, by libjpeg's rules."""
-    if any(code == JFIF_MARKER for code, _ in _segments(file)):
+    if any(
+        code == JFIF_MARKER and file.read(at + 4, 5) == b"JFIF\0" for code, at in _segments(file)
+    ):
         return False
     transform = _adobe_transform(file)
     names = bytes(file.unpack(">B", frame + 10 + 3 * i)[0] for i in range(3))
