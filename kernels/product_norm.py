@@ -9,7 +9,7 @@ What is wide costs: N is 4 K in a ResNet. Batch norm by itself reads y for its s
 normalise it and twice in backward, where it writes y's gradient besides. But y is a product, and
 what is asked about it can be asked of its narrow factor:
 
-    mean = w E[x],   M var_o = w_o . u_o        u = w C, C [K, K] the sum of x x^T, both centred
+    mean, rstd, u                               product_moments.py, from the second moments of x
     p    = sum of x dz^T, x centred, [N, K]
     dbias = sum(dz),  dweight_o = rstd_o * (w_o . p_o)
     dy   = a * (dz - dbias / M) + k1 * (y - mean),       k1 = -a * rstd * dweight / M
@@ -32,9 +32,8 @@ An H200 (bench/results/h200/trials/product-norm.log), 256 images, 64 to 256 chan
 ms, where convolutions and batch_norm.py take 1.57. dz moves 4.2 TB/s, dx 4.1; z, with its shortcut
 loaded beside a product, 3.0, and one tile after the other waits for its own loads there.
 
-Kernels: forward (1) partial sums of x and x x^T, (2) their sum, (3) mean, variance, u and running
-statistics, (4) z; backward (5) dz and its sums, cuBLAS's x^T dz, (6) dbias, dweight, dw and a w,
-(7) w^T k1 w and c, (8) dx. (2), (3), (6) and (7) are small.
+Kernels: forward product_moments.py's, then (1) z; backward (2) dz and its sums, cuBLAS's x^T dz,
+(3) dbias, dweight, dw and a w, (4) w^T k1 w and c, (5) dx. (3) and (4) are small.
 
 Numerics: sums, [K, K] and [N, K] in float32; y is not rounded, and the statistics are of just that.
 a w and w^T k1 w are rounded to x's dtype, as dy would be, and c is made of what they are rounded
@@ -46,7 +45,6 @@ Recognition", 2015, section 4.1 (bottlenecks).
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -64,12 +62,20 @@ from freeadv_fast.kernels.batch_norm_statistics import (
     counters,
     is_last,
     last_tile,
-    num_multiprocessors,
     tile_mask,
+)
+from freeadv_fast.kernels.product_moments import (
+    ADDED,
+    CHANNELS,
+    Moments,
+    Tile,
+    find_moments,
+    rows_of,
+    tile_of,
 )
 
 # Arguments that kernels are not compiled anew for.
-SIZES = ("num_rows", "share", "num_programs", "num_chunks", "num_blocks", "channels8")
+SIZES = ("num_rows", "num_chunks", "num_blocks", "channels8")
 
 try:
     import triton
@@ -86,186 +92,21 @@ except ImportError:  # torch builds without CUDA may come without Triton; the re
 DTYPES = (torch.bfloat16,)  # float16 could not hold w^T k1 w, whose k1 has 1 / M in it
 # K: a power of two that a tile holds.
 NARROW = (16, 32, 64, 128, 256)
-# Columns of y that a program of the small kernels takes; rows that it adds up at once.
-CHANNELS, ADDED = 16, 64
 MODE = Mode(training=True, num_groups=1, relu=True, negative_slope=0.0)
 
 
-class Tile(NamedTuple):
-    """How one product is launched.
-
-    Attributes:
-        rows: Of a tile: at least 64 for Hopper's warp groups.
-        columns: Of a tile, at most.
-        num_warps: Of a program.
-        num_stages: Tiles whose loads are under way, that at hand included.
-        per_sm: Programs of an SM at once, where programs share all rows.
-    """
-
-    rows: int
-    columns: int
-    num_warps: int
-    num_stages: int
-    per_sm: int = 0
-
-    @property
-    def options(self) -> dict[str, int]:
-        """The kernel's rows and the compiler's options."""
-        return {"BM": self.rows, "num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
-class Tiles(NamedTuple):
-    """Each product's tiles, by K; those of the smallest K serve smaller ones."""
-
-    moments: dict[int, Tile]
-    forward: dict[int, Tile]
-    input_gradient: dict[int, Tile]
-
-
-# By major compute capability. Measured on an H200 (bench/results/h200/trials/product-norm.log);
-# Ampere's fit into its shared memory.
-TILES = {
-    9: Tiles(
-        {64: Tile(256, 64, 4, 3, 2), 128: Tile(256, 128, 8, 3, 1), 256: Tile(128, 128, 8, 3, 1)},
-        {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 3), 256: Tile(128, 64, 8, 3)},
-        {64: Tile(128, 64, 4, 3), 128: Tile(128, 128, 8, 3), 256: Tile(128, 128, 8, 3)},
-    ),
-    8: Tiles(
-        {64: Tile(128, 64, 4, 3, 2), 128: Tile(64, 128, 8, 3, 2), 256: Tile(64, 128, 8, 3, 1)},
-        {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 64, 4, 3)},
-        {64: Tile(128, 64, 8, 3), 128: Tile(128, 128, 8, 3), 256: Tile(128, 128, 8, 3)},
-    ),
+# By major compute capability and K, as product_moments.py's.
+FORWARD = {
+    9: {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 3), 256: Tile(128, 64, 8, 3)},
+    8: {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(64, 64, 4, 3)},
+}
+INPUT_GRADIENT = {
+    9: {64: Tile(128, 64, 4, 3), 128: Tile(128, 128, 8, 3), 256: Tile(128, 128, 8, 3)},
+    8: {64: Tile(128, 64, 8, 3), 128: Tile(128, 128, 8, 3), 256: Tile(128, 128, 8, 3)},
 }
 # Depth of a step of a product, at most.
 DEPTH = 64
 RECTIFY = Schedule(columns=128, num_warps=8, per_sm=2, depth=2, turn=2)
-
-
-@jit
-def _moments_kernel(
-    partial_ptr,  # [P, PAIRS * BK * BK + K] fp32, output: sums of products and of columns
-    x_ptr,  # [M, K] bf16 | fp16 | fp32
-    num_rows,  # M
-    share,  # rows of a program, a multiple of BM
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BM: tl.constexpr,
-):
-    """A share of the rows; a pair of blocks of BK columns of x: (0, 0), (0, 1), (1, 1)."""
-    pair = tl.program_id(1)
-    rows = tl.arange(0, BM)
-    columns = tl.arange(0, BK)
-    first = tl.program_id(0).to(tl.int64) * share
-    left = tl.minimum(num_rows - first, share).to(tl.int32)
-    left_ptr = x_ptr + (first + rows)[:, None] * K + (pair // 2 * BK + columns)[None, :]
-    right_ptr = x_ptr + (first + rows)[:, None] * K + ((pair + 1) // 2 * BK + columns)[None, :]
-    products = tl.zeros([BK, BK], tl.float32)
-    sums = tl.zeros([BK], tl.float32)
-    for done in range(0, left, BM):
-        inside = (rows < left - done)[:, None]
-        x = tl.load(left_ptr + done * K, mask=inside, other=0.0)
-        other = x
-        if PAIRS > 1:
-            other = tl.load(right_ptr + done * K, mask=inside, other=0.0)
-        products = tl.dot(tl.trans(x), other, products)
-        sums += tl.sum(x.to(tl.float32), 0)
-    partial_ptr += tl.program_id(0).to(tl.int64) * (PAIRS * BK * BK + K)
-    at = columns[:, None] * BK + columns[None, :]
-    tl.store(partial_ptr + pair * (BK * BK) + at, products)
-    if pair != 1:
-        tl.store(partial_ptr + PAIRS * BK * BK + pair // 2 * BK + columns, sums)
-
-
-@jit
-def _merge_kernel(
-    gram_ptr,  # [K, K] fp32, output: sum of x x^T
-    sums_ptr,  # [K] fp32, output
-    partial_ptr,  # [P, PAIRS * BK * BK + K] fp32
-    num_programs,  # P
-    K: tl.constexpr,
-    BK: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BP: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """The sums of all programs, in their order, of BN of their values."""
-    SIZE: tl.constexpr = PAIRS * BK * BK
-    at = tl.program_id(0) * BN + tl.arange(0, BN)
-    program = tl.arange(0, BP)
-    total = tl.zeros([BP, BN], tl.float32)
-    for done in range(0, num_programs, BP):
-        inside = (done + program < num_programs)[:, None] & (at < SIZE + K)[None, :]
-        offsets = (done + program)[:, None] * (SIZE + K) + at[None, :]
-        total += tl.load(partial_ptr + offsets, mask=inside, other=0.0)
-    values = tl.sum(total, 0)
-    pair = at // (BK * BK)
-    row = pair // 2 * BK + at % (BK * BK) // BK
-    column = (pair + 1) // 2 * BK + at % BK
-    tl.store(gram_ptr + row * K + column, values, mask=at < SIZE)
-    if PAIRS > 1:
-        tl.store(gram_ptr + column * K + row, values, mask=pair == 1)
-    tl.store(sums_ptr + at - SIZE, values, mask=(at >= SIZE) & (at < SIZE + K))
-
-
-@jit
-def _coefficients_kernel(
-    coefficients_ptr,  # [4, 1, N] fp32, output: a, b, mean, rstd
-    spread_ptr,  # [N, K] fp32, output: u
-    running_mean_ptr,  # [N] fp32, updated in place; or None
-    running_var_ptr,  # [N] fp32, updated in place; or None
-    num_batches_ptr,  # [] i64, one is added; or None
-    w_ptr,  # [N, K] bf16 | fp16 | fp32
-    gram_ptr,  # [K, K] fp32
-    sums_ptr,  # [K] fp32
-    weight_ptr,  # [N] fp32; or None
-    bias_ptr,  # [N] fp32; or None
-    num_rows,  # M
-    channels8,  # N / 8
-    momentum,
-    eps,
-    K: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """BN columns of y."""
-    N = channels8 * 8
-    k = tl.arange(0, K)
-    some = tl.arange(0, BK)
-    cols = tl.program_id(0) * BN + tl.arange(0, BN)
-    w = tl.load(w_ptr + cols[:, None] * K + k[None, :]).to(tl.float32)
-    sums = tl.load(sums_ptr + k)
-    total = num_rows.to(tl.float32)
-    mean = tl.div_rn(tl.sum(w * sums[None, :], 1), total)
-    spread = tl.zeros([BN, K], tl.float32)
-    for done in range(0, K, BK):
-        part = tl.load(w_ptr + cols[:, None] * K + (done + some)[None, :]).to(tl.float32)
-        gram = tl.load(gram_ptr + (done + some)[:, None] * K + k[None, :])
-        spread = tl.dot(part, gram, spread, input_precision="tf32x3")
-    spread -= mean[:, None] * sums[None, :]
-    tl.store(spread_ptr + cols[:, None] * K + k[None, :], spread)
-    # Rounding may leave a constant column a hair below zero.
-    squared = tl.maximum(tl.sum(w * spread, 1), 0.0, propagate_nan=tl.PropagateNan.ALL)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squared, total) + eps))
-    a = rstd
-    if weight_ptr is not None:
-        a *= tl.load(weight_ptr + cols)
-    b = -mean * a
-    if bias_ptr is not None:
-        b += tl.load(bias_ptr + cols)
-    tl.store(coefficients_ptr + cols, a)
-    tl.store(coefficients_ptr + N + cols, b)
-    tl.store(coefficients_ptr + 2 * N + cols, mean)
-    tl.store(coefficients_ptr + 3 * N + cols, rstd)
-    if running_mean_ptr is not None:
-        running_mean = tl.load(running_mean_ptr + cols)
-        tl.store(running_mean_ptr + cols, (1.0 - momentum) * running_mean + momentum * mean)
-        running_var = tl.load(running_var_ptr + cols)
-        unbiased = tl.div_rn(squared, total - 1.0)
-        tl.store(running_var_ptr + cols, (1.0 - momentum) * running_var + momentum * unbiased)
-    if num_batches_ptr is not None:
-        if tl.program_id(0) == 0:
-            tl.store(num_batches_ptr, tl.load(num_batches_ptr) + 1)
 
 
 @jit
@@ -541,75 +382,10 @@ def supports(product: Product) -> bool:
         and w.size(0) % CHANNELS == 0
         and x.numel() > 0
         and x[:, 0].numel() < 1 << 31
-        and torch.cuda.get_device_capability(x.device)[0] in TILES
+        and torch.cuda.get_device_capability(x.device)[0] in FORWARD
         and all(v is None or (v.dtype is torch.float32 and v.is_contiguous()) for v in vectors)
         and (counter is None or (counter.dtype is torch.int64 and counter.device == x.device))
     )
-
-
-def _rows(t: Tensor) -> Tensor:
-    """A channels_last tensor's memory as a matrix of pixels and channels."""
-    return t.permute(0, 2, 3, 1).reshape(-1, t.size(1))
-
-
-@functools.cache
-def _tiles(device: torch.device) -> Tiles:
-    """How kernels are launched on a device; small tiles for the interpreter."""
-    if device.type != "cuda":
-        small = {64: Tile(32, 16, 4, 1, 3)}
-        return Tiles(small, small, small)
-    return TILES[torch.cuda.get_device_capability(device)[0]]
-
-
-class Moments(NamedTuple):
-    """What is known of x and y before y is met."""
-
-    coefficients: Tensor  # (4, 1, N) float32: a, b, mean, rstd
-    spread: Tensor  # (N, K) float32: u
-    sums: Tensor  # (K,) float32, of x
-
-
-def _moments(x: Tensor, w: Tensor, norm: Norm) -> Moments:
-    """Of x, channels_last, and the weights; updates the running statistics."""
-    rows, (wide, narrow) = _rows(x), w.shape[:2]
-    num_rows, tile = len(rows), _tiles(x.device).moments[max(narrow, 64)]
-    block = min(narrow, tile.columns)
-    pairs = 1 if block == narrow else 3
-    num_tiles = triton.cdiv(num_rows, tile.rows)
-    wanted = max(tile.per_sm * num_multiprocessors(x.device) // pairs, 1)
-    share = triton.cdiv(num_tiles, min(wanted, num_tiles)) * tile.rows
-    num_programs, size = triton.cdiv(num_rows, share), pairs * block * block + narrow
-    partial = x.new_empty((num_programs, size), dtype=torch.float32)
-    shapes = (narrow, narrow), (narrow,), (wide, narrow), (4, 1, wide)
-    gram, sums, spread, coefficients = (partial.new_empty(shape) for shape in shapes)
-    constants = {"K": narrow, "BK": block, "PAIRS": pairs}
-    _moments_kernel[(num_programs, pairs)](
-        partial, rows, num_rows, share, **constants, **tile.options
-    )
-    _merge_kernel[(triton.cdiv(size, 32),)](
-        gram, sums, partial, num_programs, **constants, BP=ADDED, BN=32
-    )
-    _coefficients_kernel[(wide // CHANNELS,)](
-        coefficients,
-        spread,
-        norm.running_mean,
-        norm.running_var,
-        norm.num_batches_tracked,
-        w,
-        gram,
-        sums,
-        norm.weight,
-        norm.bias,
-        num_rows,
-        wide // 8,
-        norm.momentum,
-        norm.eps,
-        K=narrow,
-        BN=CHANNELS,
-        BK=min(narrow, 32),
-        num_warps=max(4, narrow // 32),
-    )
-    return Moments(coefficients, spread, sums)
 
 
 def _forward(
@@ -617,7 +393,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """z and ReLU's bits, of one product and a residual or of two products, all channels_last."""
     (num, narrow, height, width), wide = xs[0].shape, ws[0].size(0)
-    num_rows, tile = num * height * width, _tiles(xs[0].device).forward[max(narrow, 64)]
+    num_rows, tile = num * height * width, tile_of(FORWARD, narrow, xs[0].device)
     columns = min(wide & -wide, tile.columns)
     z = xs[0].new_empty((num, height, width, wide)).permute(0, 3, 1, 2)
     bits = z.new_empty(z.numel() // 8, dtype=torch.uint8)
@@ -675,9 +451,9 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dw, dweight and dbias of one product. dz and x are channels_last."""
     wide, narrow = w.shape[:2]
-    rows = _rows(x)
+    rows = rows_of(x)
     num_rows, num_blocks = len(rows), wide // CHANNELS
-    products = _transposed_product(rows, _rows(dz))
+    products = _transposed_product(rows, rows_of(dz))
     shapes = (wide,), (wide,), (wide,), (num_blocks, narrow), (narrow,)
     dweight, dbias, k1, constants, constant = (partial.new_empty(shape) for shape in shapes)
     dw, scaled = torch.empty_like(w), torch.empty_like(w)
@@ -718,7 +494,7 @@ def _gradients(
         BT=side,
         BN=CHANNELS,
     )
-    dx, tile = torch.empty_like(x), _tiles(x.device).input_gradient[max(narrow, 64)]
+    dx, tile = torch.empty_like(x), tile_of(INPUT_GRADIENT, narrow, x.device)
     columns = min(narrow, tile.columns)
     _input_gradient_kernel[(triton.cdiv(num_rows, tile.rows) * (narrow // columns),)](
         dx,
@@ -755,7 +531,7 @@ class _ProductNorm(torch.autograd.Function):
         """
         xs, ws = tensors[0::4], tensors[1::4]
         with torch.cuda.device_of(xs[0]):
-            moments = [_moments(*given) for given in zip(xs, ws, norms, strict=True)]
+            moments = [find_moments(*given) for given in zip(xs, ws, norms, strict=True)]
             known = [found.coefficients for found in moments]
             z, bits = _forward(xs, ws, known, residual)
         # The norms' weights only so that their second derivatives are errors too.

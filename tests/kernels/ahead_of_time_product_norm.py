@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from cubin import resources
+from freeadv_fast.kernels import product_moments
 from freeadv_fast.kernels import product_norm as kernel
 
 # Shared memory in KiB: of an SM, of which each program costs 1 more than it asks for, and what any
@@ -28,7 +29,7 @@ cases = pytest.mark.parametrize(("architecture", "narrow"), CASES)
 
 def build(name, architecture, constants, per_sm=1, **options):
     """PTX of a kernel whose pointers are 16-byte aligned and whose sizes are odd; no spills."""
-    function = getattr(kernel, name)
+    function = getattr(kernel, name, None) or getattr(product_moments, name)
     signature, attributes, values = {}, {}, {}
     for position, argument in enumerate(function.arg_names):
         if argument in constants:
@@ -59,8 +60,9 @@ def num_products(ptx):
 
 @cases
 def test_products_of_activations(architecture, narrow):
-    tiles = kernel.TILES[architecture // 10]
-    moments, input_gradient = tiles.moments[narrow], tiles.input_gradient[narrow]
+    generation = architecture // 10
+    moments = product_moments.TILES[generation][narrow]
+    input_gradient = kernel.INPUT_GRADIENT[generation][narrow]
     constants = {"K": narrow, "BK": moments.columns, "PAIRS": narrow // moments.columns * 2 - 1}
     options = moments.options
     constants["BM"] = options.pop("BM")
@@ -79,7 +81,7 @@ def test_products_of_activations(architecture, narrow):
     [(*case, {"projection_ptr": None}) for case in CASES] + [(90, 64, {}), (80, 64, {})],
 )
 def test_forward(architecture, narrow, projection):
-    tile = kernel.TILES[architecture // 10].forward[narrow]
+    tile = kernel.FORWARD[architecture // 10][narrow]
     options = tile.options
     constants = {"N": 4 * narrow, "K": narrow, "L": narrow, "BM": options.pop("BM")}
     constants |= {"BN": tile.columns, "BD": kernel.DEPTH, "BL": kernel.DEPTH}
@@ -93,7 +95,7 @@ def test_small_kernels(architecture, narrow):
     build("_coefficients_kernel", architecture, channels | {"BK": 32}, num_warps=warps)
     build("_weights_kernel", architecture, channels | {"BP": kernel.ADDED}, num_warps=warps)
     build("_square_kernel", architecture, channels | {"BT": 32})
-    columns = kernel.TILES[architecture // 10].moments[narrow].columns
+    columns = product_moments.TILES[architecture // 10][narrow].columns
     constants = {"K": narrow, "BK": columns, "PAIRS": narrow // columns * 2 - 1}
     build("_merge_kernel", architecture, constants | {"BP": kernel.ADDED, "BN": 32})
 
