@@ -50,7 +50,7 @@ def test_it_works_word_for_word(repository, checkout):
     assert "error:" not in done.stderr
     run = checkout / "runs" / "first"
     result = json.loads((run / "result.json").read_text())
-    assert (result["method"], result["passes"], result["num_eval_images"]) == ("free", 2674, 50)
+    assert (result["method"], result["passes"], result["num_eval_images"]) == ("free", 5348, 50)
     (evaluation,) = run.glob("evaluation-*.json")
     assert json.loads(evaluation.read_text())["robust_accuracy"].keys() == {"cw-20"}
     last = done.stdout.split("tensor(")
