@@ -54,7 +54,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freeadv_fast.kernels import batch_norm
-from freeadv_fast.kernels.batch_norm import Mode, pack, unpack
+from freeadv_fast.kernels.batch_norm import pack, unpack
 from freeadv_fast.kernels.batch_norm_statistics import (
     Norm,
     Rows,
@@ -92,7 +92,6 @@ except ImportError:  # torch builds without CUDA may come without Triton; the re
 DTYPES = (torch.bfloat16,)  # float16 could not hold w^T k1 w, whose k1 has 1 / M in it
 # K: a power of two that a tile holds.
 NARROW = (16, 32, 64, 128, 256)
-MODE = Mode(training=True, num_groups=1, relu=True, negative_slope=0.0)
 
 
 # By major compute capability and K, as product_moments.py's.
@@ -555,7 +554,7 @@ class _ProductNorm(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """`_backward` as a node of its own, whose own derivative is an error that says what to do."""
+    """The gradients as a node of their own, whose derivative is an error that says what to do."""
 
     @staticmethod
     def forward(ctx, dy, shortcut_dy, bits, *saved):
