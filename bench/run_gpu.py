@@ -9,7 +9,8 @@
 
 Without a part: the tests marked gpu, the headline step with each of its faster ways switched off in
 turn, its profile, the CIFAR networks, peak memory, a run from JPEG files; most important first, and
-at the end a page that sums it up. `bench/reproduce.py` says whether it learns what it should.
+at the end a page that sums it up. `bench/reproduce.py` says whether it learns what it should, and
+`bench/accuracy.py` how accurate the networks are and in how many seconds.
 
 Part 1 measures first: the headline step, the input gradient, batch norm, stem and elementwise
 kernels alone, a profile of the eager step, torch.compile. Part 2 is what the other methods cost.
@@ -125,13 +126,15 @@ def run_sections(sections: list[Section], flags: argparse.Namespace) -> dict[str
     return record
 
 
-def succeeded(earlier: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
-    """The sections of an earlier record that need not run again; none of another commit's."""
+def succeeded(
+    earlier: dict[str, Any], here: dict[str, Any], kind: str = "sections"
+) -> dict[str, Any]:
+    """What of an earlier record need not run again; nothing of another commit or device."""
     if any(earlier["environment"][key] != here[key] for key in ("git", "device")):
         return {}
     return {
         name: outcome
-        for name, outcome in earlier["sections"].items()
+        for name, outcome in earlier[kind].items()
         if not {"error", "skipped"} & set(outcome)
     }
 
