@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freeadv_fast import ops
+from freeadv_fast.ops import dispatch
 
 # Stem, block end of stages 1 and 2, where 62 % of ResNet-50's bytes are; a 64-channel layer of
 # stage 1 and the block end of stage 3.
@@ -48,7 +49,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "benchmark": "batch_norm",
         "environment": harness.environment_record(device),
-        "settings": {"batch_size": num, "backend": ops.backend(device)},
+        "settings": {"batch_size": num, "backend": dispatch.backend(device)},
         "layers": {},
     }
     for layer in layers:
@@ -88,7 +89,7 @@ def layer_rows(
         num_bytes = minimum_bytes(op, x.numel(), dtype.itemsize)
         for provider in ("torch", "ours"):
             pair = Pair(op, provider, x, read, grad)
-            backend = torch_backend(x) if provider == "torch" else ops.backend(device)
+            backend = torch_backend(x) if provider == "torch" else dispatch.backend(device)
             for direction in ("forward", "backward"):
                 row = {"op": op, "direction": direction, "provider": provider, **names}
                 row |= {"backend": backend, "bytes": num_bytes[direction]}

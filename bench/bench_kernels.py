@@ -22,6 +22,7 @@ from bandwidth import copy_kernel
 from torch import Tensor
 
 from freeadv_fast import ops
+from freeadv_fast.ops import dispatch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 STEP = 4.0
@@ -49,7 +50,7 @@ def main() -> None:
     record = {
         "benchmark": "kernels",
         "environment": harness.environment_record(device),
-        "settings": {"shape": shape, "backend": ops.backend(device)},
+        "settings": {"shape": shape, "backend": dispatch.backend(device)},
         **run(shape, device, flags.seconds),
     }
     print(f"copy {record['copy']['gb_per_second']:.1f} GB/s")

@@ -36,7 +36,6 @@ from bandwidth import rate_kernels
 from floors import PLANS, Floors
 from torch import Tensor, nn
 
-from freeadv_fast import ops
 from freeadv_fast.config.budget import Budget
 from freeadv_fast.config.choices import OptimizerName, Switch
 from freeadv_fast.config.method_names import METHODS
@@ -45,6 +44,7 @@ from freeadv_fast.config.task_fields import task_of
 from freeadv_fast.distributed.world import World
 from freeadv_fast.methods.build import build_method
 from freeadv_fast.models.zoo import build_model
+from freeadv_fast.ops import dispatch
 from freeadv_fast.session.method import RankShuffle
 from freeadv_fast.session.network import PRECISIONS, build_learner, build_network, resolve_precision
 from freeadv_fast.step import graphs
@@ -53,7 +53,7 @@ from freeadv_fast.step.optim import build_sgd
 COMPETITORS = ("plain", "compiled-free", "eager", "compiled")
 PROVIDERS = (*METHODS, *COMPETITORS)
 REPLAYED = ("free", "free-trades")  # a step is a replay
-WITHOUT = " without "  # between a method and the faster way (`ops.FAST_PATHS`) taken from it
+WITHOUT = " without "  # between a method and the faster way (`dispatch.FAST_PATHS`) taken from it
 # Methods whose step is one pass for the weights, and whether it takes the image's gradient.
 IMAGE_GRADIENT = {
     "natural": False,
@@ -171,10 +171,18 @@ def main() -> None:
     for flag in ("--fuse", "--graphs"):
         parser.add_argument(flag, default="auto", choices=get_args(Switch), help="the trainer's")
     parser.add_argument(
-        "--without", nargs="+", default=[], choices=sorted(ops.FAST_PATHS), help="ways not taken"
+        "--without",
+        nargs="+",
+        default=[],
+        choices=sorted(dispatch.FAST_PATHS),
+        help="ways not taken",
     )
     parser.add_argument(
-        "--without-each", action="store_true", help="the last method again without each faster way"
+        "--without-each",
+        nargs="+",
+        default=[],
+        choices=sorted(dispatch.FAST_PATHS),
+        help="the last method again, each time without one of these ways",
     )
     parser.add_argument("--optimizer", default="sgd", choices=get_args(OptimizerName))
     parser.add_argument("--attack-steps", type=int, default=1, help="K of the attack")
@@ -192,9 +200,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     flags = parser.parse_args()
     names = flags.methods.split(",")
-    ops.FAST_PATHS.difference_update(flags.without)
-    if flags.without_each:
-        names += [f"{names[-1]}{WITHOUT}{path}" for path in sorted(ops.FAST_PATHS)]
+    dispatch.FAST_PATHS.difference_update(flags.without)
+    names += [f"{names[-1]}{WITHOUT}{path}" for path in flags.without_each]
     if (flags.copy_gb_per_second is None) != (flags.tflops is None):
         parser.error("--copy-gb-per-second and --tflops belong together")
     if flags.rounds is None and flags.seconds is None:
@@ -316,13 +323,13 @@ def prepare(
 
 @contextlib.contextmanager
 def way_not_taken(path: str) -> Iterator[None]:
-    """What is built and recorded in here goes without one of `ops.FAST_PATHS`; "" for all."""
-    taken = ops.FAST_PATHS & {path}
-    ops.FAST_PATHS.difference_update(taken)
+    """What is built and recorded in here goes without one of `dispatch.FAST_PATHS`; "" for all."""
+    taken = dispatch.FAST_PATHS & {path}
+    dispatch.FAST_PATHS.difference_update(taken)
     try:
         yield
     finally:
-        ops.FAST_PATHS.update(taken)
+        dispatch.FAST_PATHS.update(taken)
 
 
 def measure_ceilings(

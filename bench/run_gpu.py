@@ -43,6 +43,7 @@ import torch.nn.functional as F
 
 from freeadv_fast import toolchain
 from freeadv_fast.models.zoo import build_model
+from freeadv_fast.ops import dispatch
 
 BENCH = Path(__file__).resolve().parent
 # Below this a section is not started: the process, CUDA and the network need about as long.
@@ -50,6 +51,11 @@ SHORTEST_SECTION_S = 20
 
 # How the trainer's lines begin that tell of a recording or a fusion which did not happen.
 SAID = ("graphs: off", "fused batch norm: left", "decoding")
+
+# Faster ways (`ops.dispatch.FAST_PATHS`) that only networks which normalise first take, and those
+# that ResNets take. Each costs a recording and a share of the section's seconds.
+NORM_FIRST = ["block-sums", "two-readers"]
+RESIDUAL = sorted(dispatch.FAST_PATHS.difference(NORM_FIRST))
 
 EAGER = ["--fuse", "off", "--graphs", "off"]
 FUSED = ["--fuse", "on", "--graphs", "off"]
@@ -146,12 +152,18 @@ def essentials(flags: argparse.Namespace) -> list[Section]:
     tests += ["--collect-only"] if flags.tiny else ["-n", str(min(os.cpu_count() or 1, 14))]
     # Apart from the competitor: each recording holds an update's activations.
     each = ["--methods", "free", "--without-each"]
+    norm_first = [*each, *NORM_FIRST] + ([] if flags.tiny else ["--m", "8"])
     memory = ["--rounds", "3", *step] if flags.tiny else step
     sections = [
         Section("gpu_tests", tests, 120, writes_out=False),
         step_section("resnet50_224", "resnet50", 224, 256, 8, flags, step),
-        step_section("resnet50_224_without", "resnet50", 224, 256, 8, flags, each, limit_s=150),
+        step_section(
+            "resnet50_224_without", "resnet50", 224, 256, 8, flags, [*each, *RESIDUAL], limit_s=150
+        ),
         profile_section("profile_captured", captured(flags), flags),
+        step_section(
+            "preact_resnet18_32_without", "preact-resnet18", 32, 128, 5, flags, norm_first
+        ),
     ]
     for name, arch, seconds in (
         ("preact_resnet18_32", "preact-resnet18", 6),

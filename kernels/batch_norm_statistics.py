@@ -286,6 +286,27 @@ def merged(
 
 
 @jit
+def group_moments(
+    shift,
+    sums_ptr,
+    squares_ptr,
+    cols,
+    total,
+    num_chunks,
+    C,
+    BP: tl.constexpr,
+    LOADS: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """A group's means, and sums of squared distances from them, of what its programs stored."""
+    deviation, squared = merged(sums_ptr, squares_ptr, cols, num_chunks, C, BP, LOADS, BC)
+    squared -= deviation * tl.div_rn(deviation, total)
+    # Rounding may leave a constant column a hair below zero.
+    squared = tl.maximum(squared, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return shift + tl.div_rn(deviation, total), squared
+
+
+@jit
 def _stats_kernel(
     coefficients_ptr,  # [4, G, C] fp32, output: a, b, mean, rstd
     running_mean_ptr,  # [C] fp32, updated in place; or None
@@ -372,14 +393,20 @@ def _stats_kernel(
             _, count = group_rows(group, num_images, image_rows, num_groups)
             total = count.to(tl.float32)
             out = coefficients_ptr + group.to(tl.int64) * C + cols
-            mean = tl.load(out + 2 * plane, cache_modifier=".cg")
             sums_ptr = partial_ptr + group.to(tl.int64) * num_chunks * C
             squares_ptr = sums_ptr + plane * num_chunks
-            deviation, squared = merged(sums_ptr, squares_ptr, cols, num_chunks, C, BP, LOADS, BC)
-            mean += tl.div_rn(deviation, total)
-            squared -= deviation * tl.div_rn(deviation, total)
-            # Rounding may leave a constant column a hair below zero.
-            squared = tl.maximum(squared, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            mean, squared = group_moments(
+                tl.load(out + 2 * plane, cache_modifier=".cg"),
+                sums_ptr,
+                squares_ptr,
+                cols,
+                total,
+                num_chunks,
+                C,
+                BP,
+                LOADS,
+                BC,
+            )
             rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squared, total) + eps))
             a = rstd
             if weight_ptr is not None:

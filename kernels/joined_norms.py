@@ -32,7 +32,8 @@ from torch import Tensor
 
 from freeadv_fast.kernels import batch_norm
 from freeadv_fast.kernels import batch_norm_statistics as statistics
-from freeadv_fast.kernels.batch_norm import Mode, elementwise, merge_sums
+from freeadv_fast.kernels.batch_norm_backward import merge_sums
+from freeadv_fast.kernels.batch_norm_forward import Mode, elementwise
 from freeadv_fast.kernels.batch_norm_statistics import (
     Norm,
     Schedule,

@@ -9,8 +9,9 @@
 The end of a ResNet's stem. Only the pooled y reaches memory, and beside it for backward `peak` and
 a byte: which of the nine taps won, or that ReLU let nothing through. Every window hands its
 gradient to one pixel, so the sums over all pixels are sums over the windows, of dy and of
-dy * (peak - mean) where a * peak + b > 0: batch_norm.py's reduction, of a quarter of the rows. dx
-gathers: in a block of 2x2 pixels the first lies in one window, two lie in two, the last in four.
+dy * (peak - mean) where a * peak + b > 0: the reduction of batch_norm_backward.py, of a quarter of
+the rows. dx gathers: in a block of 2x2 pixels the first lies in one window, two lie in two, the
+last in four.
 
 Bytes per element of x, 16-bit activations, statistics' 2 apart, forward + backward:
 
@@ -48,7 +49,8 @@ from torch import Tensor
 
 from freeadv_fast.kernels import batch_norm
 from freeadv_fast.kernels import batch_norm_statistics as statistics
-from freeadv_fast.kernels.batch_norm import Mode
+from freeadv_fast.kernels.batch_norm_backward import reduced
+from freeadv_fast.kernels.batch_norm_forward import Mode
 from freeadv_fast.kernels.batch_norm_statistics import Norm, Rows, group_rows, jit
 
 try:
@@ -395,9 +397,7 @@ def _backward(
     with torch.cuda.device_of(dy):
         if wants_affine or mode.training:
             pixels = x.shape[2] * x.shape[3]
-            k, dweight, dbias, _ = batch_norm.reduced(
-                dy, shortcut_dy, peak, coefficients, None, mode, pixels
-            )
+            k, dweight, dbias, _ = reduced(dy, shortcut_dy, peak, coefficients, None, mode, pixels)
         if wants_dx:
             dx = torch.empty_like(x)
             _launch(

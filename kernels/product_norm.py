@@ -54,7 +54,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freeadv_fast.kernels import batch_norm
-from freeadv_fast.kernels.batch_norm import pack, unpack
+from freeadv_fast.kernels.batch_norm_forward import pack, unpack
 from freeadv_fast.kernels.batch_norm_statistics import (
     Norm,
     Rows,

@@ -23,3 +23,17 @@ def twin_of(module: nn.Module, twin_class: type[nn.Module]) -> Any:
     twin = twin_class.__new__(twin_class)
     twin.__dict__.update(module.__dict__)
     return twin
+
+
+def is_stock(module: nn.Module | None, *classes: type[nn.Module]) -> bool:
+    """Whether a module is of one of these classes, not of a subclass, and nothing hooks it."""
+    return type(module) in classes and not any(
+        module.__dict__.get(name)  # type: ignore[union-attr]
+        for name in (
+            "forward",
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_backward_hooks",
+            "_backward_pre_hooks",
+        )
+    )

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from freeadv_fast import ops
 from freeadv_fast.config.budget import Budget
 from freeadv_fast.config.method_names import SUMMING
 from freeadv_fast.config.run import TrainConfig
@@ -24,12 +23,13 @@ from freeadv_fast.models.batch_norm import (
     add_auxiliary_bn,
     apply_bn_groups,
 )
-from freeadv_fast.models.fused import fuse_batch_norms
+from freeadv_fast.models.fused.fuse import fuse_batch_norms
 from freeadv_fast.models.half_weights import use_half_weights
 from freeadv_fast.models.own import adopt, is_own
 from freeadv_fast.models.retinanet import Detector, build_detector
 from freeadv_fast.models.stem import use_space_to_depth
 from freeadv_fast.models.zoo import build_model, check_image_size
+from freeadv_fast.ops import dispatch
 from freeadv_fast.runs import checkpoint
 from freeadv_fast.runs.backbone import load_into_detector
 from freeadv_fast.session.run import say
@@ -247,7 +247,7 @@ def learning_rates(config: TrainConfig, budget: Budget) -> Callable[[int], float
 def has_fused_norms(config: TrainConfig, world: World) -> bool:
     """Whether batch norms are fused: by default where that is a kernel, on a GPU."""
     if config.fuse == "auto":
-        return ops.backend(world.device) == "triton" and not config.is_second_order
+        return dispatch.backend(world.device) == "triton" and not config.is_second_order
     return config.fuse == "on"
 
 
@@ -273,8 +273,8 @@ def wants_half_weights(config: TrainConfig, world: World) -> bool:
     gradients of five maps up in one weight.
     """
     return (
-        "half-weights" in ops.FAST_PATHS
-        and ops.backend(world.device) == "triton"
+        "half-weights" in dispatch.FAST_PATHS
+        and dispatch.backend(world.device) == "triton"
         and has_fused_norms(config, world)
         and resolve_precision(config.precision, world.device) != "fp32"
         and config.optimizer == "sgd"

@@ -12,14 +12,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from cubin import accesses, resources
-from freeadv_fast.kernels import batch_norm as kernel
+from freeadv_fast.kernels import batch_norm_backward as backward
+from freeadv_fast.kernels import batch_norm_forward as forward
 from freeadv_fast.kernels import batch_norm_statistics as statistics
+from freeadv_fast.kernels import block_sum
 from freeadv_fast.kernels import joined_norms as joined
 from pairwise import every_pair
 
 BYTES = {"bf16": 2, "fp32": 4}
 REGISTERS_PER_SM = 65536
-VECTORS = ("weight", "bias", "running_mean", "running_var", "dweight", "dbias")
+VECTORS = ("weight", "bias", "running_mean", "running_var", "moments", "dweight", "dbias")
+# Of a forward kernel that is told its input's moments.
+OF_MOMENTS = (*VECTORS[:5], "num_batches")
 # What is not an activation.
 TYPES = {
     "bits_ptr": "u8",
@@ -30,12 +34,14 @@ TYPES = {
 }
 
 
-def build(function, dtype, architecture, constants, *, fork=False, shared=False):
+def build(function, dtype, architecture, constants, *, fork=False, shared=False, moments=False):
     """PTX and registers of a kernel whose pointers are 16-byte aligned and whose sizes are odd."""
     options = {name: constants[name] for name in ("num_warps", "maxnreg") if name in constants}
     constants = {name: value for name, value in constants.items() if name not in options}
-    gradients = {"shortcut_dy_ptr": fork, "other_dx_ptr": shared}
-    constants |= {name: None for name, is_given in gradients.items() if not is_given}
+    given = {"shortcut_dy_ptr": fork, "other_dx_ptr": shared}
+    if function is forward._batch_norm_forward_kernel:
+        given |= {f"{name}_ptr": moments for name in OF_MOMENTS}
+    constants |= {name: None for name, is_given in given.items() if not is_given}
     signature, attributes, values = {}, {}, {}
     for position, argument in enumerate(function.arg_names):
         if argument in constants:
@@ -55,12 +61,12 @@ def build(function, dtype, architecture, constants, *, fork=False, shared=False)
 
 def rows(channels, dtype):
     """Activations of one row."""
-    return kernel.Rows(1, 1, 1, channels, BYTES[dtype])
+    return statistics.Rows(1, 1, 1, channels, BYTES[dtype])
 
 
-def elementwise(channels, dtype, accesses=kernel.ACCESSES):
+def elementwise(channels, dtype, accesses=forward.ACCESSES):
     """What the launcher chooses."""
-    return kernel.elementwise(rows(channels, dtype), accesses)[1]
+    return forward.elementwise(rows(channels, dtype), accesses)[1]
 
 
 def assert_wide(ptx, kind, num_wide, *, bits=False):
@@ -77,7 +83,7 @@ def assert_leaky(ptx):
     assert "f64" not in ptx
 
 
-def assert_fits(registers, programs, num_warps=kernel.NUM_WARPS):
+def assert_fits(registers, programs, num_warps=forward.NUM_WARPS):
     """So many programs are on an SM at once; registers are given out in eights."""
     per_thread = -(-registers // 8) * 8
     assert per_thread * num_warps * 32 * programs <= REGISTERS_PER_SM
@@ -132,58 +138,77 @@ def test_stats(dtype, channels, architecture):
 def test_forward(dtype, channels, residual, architecture):
     switches = {"HAS_RESIDUAL": residual, "RELU": True, "SLOPE": 0.0, "WRITE_BITS": residual}
     constants = elementwise(channels, dtype) | switches
-    ptx, registers = build(kernel._batch_norm_forward_kernel, dtype, architecture, constants)
-    assert_wide(ptx, "ld", 2 * kernel.TILES * (1 + residual))
-    assert_wide(ptx, "st", 2 * kernel.TILES, bits=residual)
+    ptx, registers = build(forward._batch_norm_forward_kernel, dtype, architecture, constants)
+    assert_wide(ptx, "ld", 2 * forward.TILES * (1 + residual))
+    assert_wide(ptx, "st", 2 * forward.TILES, bits=residual)
     # A multiply-add is one instruction in both directions, else masks would differ.
     assert "fma.rn.f32" in ptx
+    assert_fits(registers, 6)
+
+
+@few_cases
+def test_block_sum(dtype, channels, architecture):
+    constants = block_sum.SUM.options(rows(channels, dtype).tiled(block_sum.SUM))
+    ptx, registers = build(block_sum._block_sum_kernel, dtype, architecture, constants)
+    assert_scheduled(ptx, registers, block_sum.SUM, 2)
+    assert_wide(ptx, "st", block_sum.SUM.turn)
+
+
+@few_cases
+def test_forward_of_moments(dtype, channels, architecture):
+    switches = {"HAS_RESIDUAL": False, "RELU": True, "SLOPE": 0.0, "WRITE_BITS": False}
+    constants = elementwise(channels, dtype) | switches
+    ptx, registers = build(
+        forward._batch_norm_forward_kernel, dtype, architecture, constants, moments=True
+    )
+    assert_wide(ptx, "ld", 2 * forward.TILES)
     assert_fits(registers, 6)
 
 
 def reduction(channels, dtype, mask, slope=0.0):
     """What the launcher chooses."""
     switches = {"TRAINING": True, "MASK": mask, "SLOPE": slope}
-    return kernel.REDUCTION.options(rows(channels, dtype).tiled(kernel.REDUCTION)) | switches
+    return backward.REDUCTION.options(rows(channels, dtype).tiled(backward.REDUCTION)) | switches
 
 
 @pytest.mark.parametrize(
     ("dtype", "channels", "architecture", "mask"),
     [
-        *[("bf16", 2048, 90, mask) for mask in (kernel.NO_MASK, kernel.RECOMPUTED, kernel.BITS)],
-        *[("bf16", 2048, 80, mask) for mask in (kernel.RECOMPUTED, kernel.BITS)],
-        ("bf16", 64, 90, kernel.RECOMPUTED),
-        ("bf16", 160, 80, kernel.BITS),
-        ("fp32", 2048, 90, kernel.NO_MASK),
+        *[("bf16", 2048, 90, mask) for mask in (forward.NO_MASK, forward.RECOMPUTED, forward.BITS)],
+        *[("bf16", 2048, 80, mask) for mask in (forward.RECOMPUTED, forward.BITS)],
+        ("bf16", 64, 90, forward.RECOMPUTED),
+        ("bf16", 160, 80, forward.BITS),
+        ("fp32", 2048, 90, forward.NO_MASK),
     ],
 )
 def test_backward_reduce(dtype, channels, architecture, mask):
     constants = reduction(channels, dtype, mask)
-    ptx, registers = build(kernel._batch_norm_reduce_kernel, dtype, architecture, constants)
-    assert_scheduled(ptx, registers, kernel.REDUCTION, 2)
-    assert_wide(ptx, "st", mask == kernel.BITS)
+    ptx, registers = build(backward._batch_norm_reduce_kernel, dtype, architecture, constants)
+    assert_scheduled(ptx, registers, backward.REDUCTION, 2)
+    assert_wide(ptx, "st", mask == forward.BITS)
 
 
 @few_cases
 def test_backward_reduce_of_two_gradients(dtype, channels, architecture):
     slope = 0.0 if channels == 2048 else 0.1
-    constants = reduction(channels, dtype, kernel.BITS, slope)
+    constants = reduction(channels, dtype, forward.BITS, slope)
     ptx, registers = build(
-        kernel._batch_norm_reduce_kernel, dtype, architecture, constants, fork=True
+        backward._batch_norm_reduce_kernel, dtype, architecture, constants, fork=True
     )
-    assert_scheduled(ptx, registers, kernel.REDUCTION, 3)
+    assert_scheduled(ptx, registers, backward.REDUCTION, 3)
     assert_wide(ptx, "st", 1)
     if slope:
         assert_leaky(ptx)
 
 
-@cases("mode", [(True, kernel.NO_MASK), (True, kernel.RECOMPUTED), (False, kernel.RECOMPUTED)])
+@cases("mode", [(True, forward.NO_MASK), (True, forward.RECOMPUTED), (False, forward.RECOMPUTED)])
 def test_backward(dtype, channels, mode, architecture):
     training, mask = mode
     switches = {"TRAINING": training, "MASK": mask, "SLOPE": 0.0, "WRITE_DZ": False}
     constants = elementwise(channels, dtype) | switches
-    ptx, registers = build(kernel._batch_norm_backward_kernel, dtype, architecture, constants)
-    assert_wide(ptx, "ld", 4 * kernel.TILES)
-    assert_wide(ptx, "st", 2 * kernel.TILES)
+    ptx, registers = build(backward._batch_norm_backward_kernel, dtype, architecture, constants)
+    assert_wide(ptx, "ld", 4 * forward.TILES)
+    assert_wide(ptx, "st", 2 * forward.TILES)
     assert_fits(registers, 5)
 
 
@@ -199,13 +224,13 @@ def test_backward(dtype, channels, mode, architecture):
 )
 def test_backward_of_two_gradients(dtype, channels, architecture, reader):
     slope = 0.0 if channels == 2048 else 0.1
-    switches = {"TRAINING": True, "MASK": kernel.RECOMPUTED, "SLOPE": slope, "WRITE_DZ": False}
+    switches = {"TRAINING": True, "MASK": forward.RECOMPUTED, "SLOPE": slope, "WRITE_DZ": False}
     constants = elementwise(channels, dtype) | switches
     ptx, registers = build(
-        kernel._batch_norm_backward_kernel, dtype, architecture, constants, **{reader: True}
+        backward._batch_norm_backward_kernel, dtype, architecture, constants, **{reader: True}
     )
-    assert_wide(ptx, "ld", 6 * kernel.TILES)
-    assert_wide(ptx, "st", 2 * kernel.TILES)
+    assert_wide(ptx, "ld", 6 * forward.TILES)
+    assert_wide(ptx, "st", 2 * forward.TILES)
     assert_fits(registers, 5 if reader == "shared" else 4)
     if slope:
         assert_leaky(ptx)
@@ -214,24 +239,24 @@ def test_backward_of_two_gradients(dtype, channels, architecture, reader):
 @architectures
 @pytest.mark.parametrize("fork", [False, True])
 def test_backward_of_eval_mode_with_bits(architecture, fork):
-    switches = {"TRAINING": False, "MASK": kernel.BITS, "SLOPE": 0.0, "WRITE_DZ": True}
+    switches = {"TRAINING": False, "MASK": forward.BITS, "SLOPE": 0.0, "WRITE_DZ": True}
     constants = elementwise(256, "bf16") | switches
     ptx, registers = build(
-        kernel._batch_norm_backward_kernel, "bf16", architecture, constants, fork=fork
+        backward._batch_norm_backward_kernel, "bf16", architecture, constants, fork=fork
     )
-    assert_wide(ptx, "st", 4 * kernel.TILES)
+    assert_wide(ptx, "st", 4 * forward.TILES)
     assert_fits(registers, 5)
 
 
 @cases("residual", [False, True])
 def test_leaky_relu(dtype, channels, residual, architecture):
-    mask = kernel.BITS if residual else kernel.RECOMPUTED
+    mask = forward.BITS if residual else forward.RECOMPUTED
     common = elementwise(channels, dtype) | {"SLOPE": 0.1}
-    forward = {"HAS_RESIDUAL": residual, "RELU": True, "WRITE_BITS": residual}
-    backward = {"TRAINING": not residual, "MASK": mask, "WRITE_DZ": residual}
+    there = {"HAS_RESIDUAL": residual, "RELU": True, "WRITE_BITS": residual}
+    back = {"TRAINING": not residual, "MASK": mask, "WRITE_DZ": residual}
     for function, constants, programs in (
-        (kernel._batch_norm_forward_kernel, common | forward, 5 if residual else 6),
-        (kernel._batch_norm_backward_kernel, common | backward, 5),
+        (forward._batch_norm_forward_kernel, common | there, 5 if residual else 6),
+        (backward._batch_norm_backward_kernel, common | back, 5),
     ):
         ptx, registers = build(function, dtype, architecture, constants)
         assert_leaky(ptx)
@@ -250,13 +275,13 @@ def test_joined_norms(dtype, channels, architecture):
     ptx, registers = build(
         joined._joined_norms_backward_kernel, dtype, architecture, constants, fork=fork
     )
-    assert_wide(ptx, "ld", (3 + fork) * kernel.TILES)
-    assert_wide(ptx, "st", 2 * kernel.TILES)
+    assert_wide(ptx, "ld", (3 + fork) * forward.TILES)
+    assert_wide(ptx, "st", 2 * forward.TILES)
     assert_fits(registers, 4)
     constants = elementwise(channels, dtype)
     ptx, registers = build(joined._joined_norms_forward_kernel, dtype, architecture, constants)
-    assert_wide(ptx, "ld", 4 * kernel.TILES)
-    assert_wide(ptx, "st", 2 * kernel.TILES)
+    assert_wide(ptx, "ld", 4 * forward.TILES)
+    assert_wide(ptx, "st", 2 * forward.TILES)
     assert_fits(registers, 6)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from freeadv_fast import ops
 from freeadv_fast.kernels import averaging as kernel
+from freeadv_fast.ops import dispatch
 from freeadv_fast.step.averaging import WeightAverage
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -84,7 +84,7 @@ def test_weights_in_another_order_are_copied():
 
 
 def test_a_network_is_averaged_by_it(monkeypatch):
-    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    monkeypatch.setattr(dispatch, "backend", lambda device: "triton")
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(DEVICE)
     network.to(memory_format=torch.channels_last)

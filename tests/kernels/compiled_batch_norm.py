@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from freeadv_fast.kernels import batch_norm as kernel
+from freeadv_fast.kernels import batch_norm_backward as backward
+from freeadv_fast.kernels import batch_norm_forward as forward
 from freeadv_fast.kernels import batch_norm_statistics as statistics
 from freeadv_fast.kernels import joined_norms as joined
 
@@ -19,7 +21,7 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 if IS_INTERPRETED:  # loads far ahead of the few tiles here are loads of nothing
     SHALLOW = statistics.Schedule(128, num_warps=8, per_sm=2, depth=1, turn=1)
-    statistics.STATISTICS = kernel.REDUCTION = joined.REDUCTION = SHALLOW
+    statistics.STATISTICS = backward.REDUCTION = joined.REDUCTION = SHALLOW
     statistics.MERGE_LOADS = 1
 NAMES = ("x", "weight", "bias", "running_mean", "running_var", "residual")
 # Several chunks, the last one ragged; one image; 96 channels (tiles of 32); 24 (tiles of 8).
@@ -178,7 +180,7 @@ def test_number_of_chunks_does_not_show(depth, turn, num_groups, monkeypatch):
     monkeypatch.setattr(statistics, "num_multiprocessors", lambda device: 1)
     monkeypatch.setattr(statistics, "MERGE_LOADS", depth)
     # Two blocks of columns. Of one group 61 tiles of 16 rows for 5 programs, of two 41 for 2 each.
-    rows = kernel.Mode(True, num_groups, True, 0.0).rows(tensors["x"]).tiled(schedule)
+    rows = forward.Mode(True, num_groups, True, 0.0).rows(tensors["x"]).tiled(schedule)
     assert rows.num_chunks(schedule, DEVICE) == 5 // num_groups
     assert_near_double(tensors, dy, num_groups=num_groups)
 
@@ -437,7 +439,7 @@ def test_a_shared_input_differentiates_once():
 
 def test_input_gradient_in_eval_mode_reduces_nothing(monkeypatch):
     tensors, dy = example((2, 8, 5, 5), torch.float32)
-    monkeypatch.setattr(kernel, "_batch_norm_reduce_kernel", None)  # a launch would be an error
+    monkeypatch.setattr(backward, "_batch_norm_reduce_kernel", None)  # a launch would be an error
     tensors["x"].requires_grad_()
     fused(tensors, training=False).backward(dy)
     assert tensors["x"].grad.any()

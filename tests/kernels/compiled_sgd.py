@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from freeadv_fast import ops
 from freeadv_fast.kernels import sgd as kernel
 from freeadv_fast.models.half_weights import half_copy, state_of, use_half_weights
+from freeadv_fast.ops import dispatch
 from freeadv_fast.step.optim import build_sgd, is_capturable
 from freeadv_fast.step.sgd import MasterSgd
 
@@ -159,7 +159,7 @@ def test_gradients_in_another_order_are_copied_and_of_two_types_refused():
 
 def test_an_optimizer_steps_by_it(monkeypatch):
     """Two groups under fp16's scaler: an overflow, then an update as torch makes it."""
-    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    monkeypatch.setattr(dispatch, "backend", lambda device: "triton")
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 2))
     network = network.to(DEVICE).to(memory_format=torch.channels_last)

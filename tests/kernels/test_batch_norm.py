@@ -10,9 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from freeadv_fast import ops
 from freeadv_fast.kernels import batch_norm as kernel
+from freeadv_fast.kernels import batch_norm_forward as forward
 from freeadv_fast.kernels import batch_norm_statistics as statistics
 from freeadv_fast.kernels import joined_norms
 from freeadv_fast.models.batch_norm import GhostBatchNorm2d
+from freeadv_fast.ops import dispatch, norms
 
 
 def example(shape, dtype=torch.float32, *, last=True):
@@ -212,14 +214,14 @@ def test_what_the_kernels_take(dtype, channels, parameters, is_supported):
 def test_a_gpu_runs_the_kernels_where_they_apply(monkeypatch):
     """Which function the door calls; the kernels themselves are tested elsewhere."""
     called = []
-    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    monkeypatch.setattr(dispatch, "backend", lambda device: "triton")
     for name in ("batch_norm_act", "batch_norm_act_ref"):
         monkeypatch.setattr(
             kernel, name, lambda *_, name=name, **given: called.append((name, given))
         )
     options = {"training": True, "momentum": 0.1, "eps": 1e-5, "num_groups": 2, "relu": False}
     options |= {"residual": torch.zeros(1), "negative_slope": 0.1, "fork": True}
-    options |= {"num_batches_tracked": None}
+    options |= {"num_batches_tracked": None, "moments": None}
     for channels in (8, 12):
         ops.batch_norm_act(torch.zeros(2, channels, 3, 3), None, None, None, None, **options)
     assert called == [("batch_norm_act", options), ("batch_norm_act_ref", {})]
@@ -251,11 +253,11 @@ def test_a_shared_input_is_one_object_whose_gradients_autograd_sums(images, grou
 
 def test_a_gpu_shares_an_input_where_the_kernels_take_it(monkeypatch):
     called = []
-    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    monkeypatch.setattr(dispatch, "backend", lambda device: "triton")
     monkeypatch.setattr(kernel, "shared_norm_act", lambda *_, **given: called.append(given))
-    monkeypatch.setattr(ops, "batch_norm_act", lambda x, *_, **given: called.append(x) or x)
+    monkeypatch.setattr(norms, "batch_norm_act", lambda x, *_, **given: called.append(x) or x)
     fits, narrow = torch.zeros(2, 8, 3, 3), torch.zeros(2, 12, 3, 3)
-    options = {"training": False, "num_groups": 1, "negative_slope": 0.1}
+    options = {"training": False, "num_groups": 1, "negative_slope": 0.1, "moments": None}
     for x in (fits, narrow):
         ops.shared_norm_act(x, ops.Norm(*[None] * 5, 0.1, 1e-5), **options)
     assert called[0] == options
@@ -285,9 +287,9 @@ def test_joined_norms_equal_the_layers(images, group, num_groups):
 
 def test_a_gpu_joins_norms_where_it_takes_both(monkeypatch):
     called = []
-    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    monkeypatch.setattr(dispatch, "backend", lambda device: "triton")
     monkeypatch.setattr(joined_norms, "joined_norms", lambda *_, **given: called.append(given))
-    monkeypatch.setattr(ops, "batch_norm_act", lambda x, *_, **given: called.append(x) or x)
+    monkeypatch.setattr(norms, "batch_norm_act", lambda x, *_, **given: called.append(x) or x)
     fits, narrow = torch.zeros(2, 8, 3, 3), torch.zeros(2, 12, 3, 3)
     norm, options = ops.Norm(*[None] * 5, 0.1, 1e-5), {"num_groups": 1, "fork": False}
     ops.joined_norms(fits, norm, fits, norm, **options)
@@ -303,7 +305,7 @@ def test_a_gpu_joins_norms_where_it_takes_both(monkeypatch):
     [(256, 112 * 112, 1, 64), (256, 49, 4, 2048), (7, 9, 3, 160), (1, 1, 1, 8), (2**16, 1, 5, 24)],
 )
 def test_every_row_is_in_one_tile(images, image_rows, num_groups, channels, per_sm, monkeypatch):
-    rows = kernel.Rows(images, image_rows, num_groups, channels, 2)
+    rows = statistics.Rows(images, image_rows, num_groups, channels, 2)
     groups = torch.empty(images, 0).tensor_split(num_groups)
     assert rows.largest_group == len(groups[0]) * image_rows
     monkeypatch.setattr(statistics, "num_multiprocessors", lambda device: 132)
@@ -316,8 +318,8 @@ def test_every_row_is_in_one_tile(images, image_rows, num_groups, channels, per_
     assert channels == tiled.columns * tiled.column_blocks
     blocks = tiled.column_blocks * num_groups
     assert num_chunks * blocks <= max(132 * per_sm, blocks)
-    grid, options = kernel.elementwise(rows)
+    grid, options = forward.elementwise(rows)
     per_column, rest = divmod(grid[0], rows.column_blocks)
     assert rest == 0
-    assert per_column * kernel.TILES * options["BM"] >= rows.largest_group
+    assert per_column * forward.TILES * options["BM"] >= rows.largest_group
     assert channels % rows.columns == 0

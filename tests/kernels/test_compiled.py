@@ -22,7 +22,7 @@ BY_VALUE = pytest.mark.parametrize(
     [
         # Small ones together, for a process takes seconds to start.
         "compiled_kernels.py compiled_stem_convolution.py compiled_product_norm.py",
-        "compiled_batch_norm.py compiled_norm_pool.py",
+        "compiled_batch_norm.py compiled_block_sum.py compiled_norm_pool.py",
         "compiled_training.py",
         "compiled_lalr.py compiled_sgd.py compiled_averaging.py compiled_cross_entropy.py",
     ],

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from freeadv_fast import ops
 from freeadv_fast.kernels import norm_pool as kernel
+from freeadv_fast.ops import dispatch, norms
 
 OPTIONS = {"training": True, "momentum": 0.1, "eps": 1e-5}
 
@@ -93,9 +94,9 @@ def test_refuses(function, place, value, message):
 def test_a_gpu_runs_the_kernels_where_they_apply(monkeypatch):
     """Which function the door calls; the kernels themselves are tested elsewhere."""
     called = []
-    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    monkeypatch.setattr(dispatch, "backend", lambda device: "triton")
     monkeypatch.setattr(kernel, "batch_norm_relu_pool", lambda *_, **given: called.append(given))
-    monkeypatch.setattr(ops, "batch_norm_act", lambda x, *_, **given: x)
+    monkeypatch.setattr(norms, "batch_norm_act", lambda x, *_, **given: x)
     options = {**OPTIONS, "num_groups": 2, "fork": True, "num_batches_tracked": None}
     ops.batch_norm_relu_pool(*tensors(), **options)
     assert called == [options]

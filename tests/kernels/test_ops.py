@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from freeadv_fast import ops
+from freeadv_fast.ops import dispatch
 
 
 class HostReads(TorchDispatchMode):
@@ -23,7 +24,7 @@ class HostReads(TorchDispatchMode):
 
 
 def test_a_cpu_runs_the_references():
-    assert ops.backend("cpu") == ops.backend(torch.device("cpu")) == "eager"
+    assert dispatch.backend("cpu") == dispatch.backend(torch.device("cpu")) == "eager"
 
 
 def test_the_host_reads_nothing():

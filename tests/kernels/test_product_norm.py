@@ -11,6 +11,7 @@ from freeadv_fast import ops
 from freeadv_fast.kernels import product_norm as kernel
 from freeadv_fast.kernels.batch_norm_statistics import Norm
 from freeadv_fast.kernels.product_norm import Product
+from freeadv_fast.ops import block_ends, dispatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +75,14 @@ def test_the_door_takes_what_the_kernels_do(projected, num_groups, monkeypatch):
     """Weights in float32 under autocast; groups, no gradients and other dtypes go elsewhere."""
     given = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(ops, "backend", lambda _: "triton")
+    monkeypatch.setattr(dispatch, "backend", lambda _: "triton")
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: True)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
     monkeypatch.setattr(kernel, "product_norm", lambda *a, **k: given.append((*a, k)))
     others = []
     for name in ("_normalized", "joined_norms"):
-        monkeypatch.setattr(ops, name, lambda *a, name=name, **k: others.append(name))
-    monkeypatch.setattr(ops.F, "conv2d", lambda x, w: x)
+        monkeypatch.setattr(block_ends, name, lambda *a, name=name, **k: others.append(name))
+    monkeypatch.setattr(block_ends.F, "conv2d", lambda x, w: x)
     product, shortcut = (
         Case(weight_dtype=torch.float32).make(),
         torch.zeros(2, 256, 3, 3).bfloat16(),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from freeadv_fast import ops
 from freeadv_fast.kernels import stem_convolution as kernel
+from freeadv_fast.ops import dispatch
 
 
 def example(dtype=torch.float64, out=2):
@@ -80,7 +81,7 @@ def test_gradients_keep_layout_and_dtype_and_enter_grad_as_they_are():
 def on_a_gpu(monkeypatch, capability=(9, 0)):
     """Lets the door believe that there is a GPU; notes what reaches the kernels."""
     called = []
-    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    monkeypatch.setattr(dispatch, "backend", lambda device: "triton")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(kernel, "stem_convolution", lambda *given: called.append(given))
     return called
@@ -120,7 +121,7 @@ def test_the_door_keeps_out_what_does_not(change, monkeypatch):
 def test_the_door_is_shut(obstacle, monkeypatch):
     called = on_a_gpu(monkeypatch, (7, 5) if obstacle == "old-gpu" else (9, 0))
     if obstacle == "switched-off":
-        monkeypatch.setattr(ops, "FAST_PATHS", ops.FAST_PATHS - {"stem"})
+        monkeypatch.setattr(dispatch, "FAST_PATHS", dispatch.FAST_PATHS - {"stem"})
     given = example(torch.bfloat16, 16)
     assert torch.equal(ops.stem_convolution(*given), F.conv2d(*given))
     assert not called

@@ -13,7 +13,7 @@ from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.errors import UserError
 from freeadv_fast.methods.build import build_method
-from freeadv_fast.models.fused import FusedBatchNorm2d
+from freeadv_fast.models.fused.norm import FusedBatchNorm2d
 from freeadv_fast.models.stem import SpaceToDepthConv2d
 from freeadv_fast.models.zoo import build_model
 from freeadv_fast.session.network import build_learner

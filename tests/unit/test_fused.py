@@ -19,7 +19,9 @@ from freeadv_fast.models.batch_norm import (
     apply_bn_groups,
 )
 from freeadv_fast.models.double_backward import FastDoubleBackward
-from freeadv_fast.models.fused import FusedBatchNorm2d, fuse_batch_norms
+from freeadv_fast.models.fused.fuse import fuse_batch_norms
+from freeadv_fast.models.fused.norm import FusedBatchNorm2d
+from freeadv_fast.ops import dispatch, norms
 from freeadv_fast.step.learner import evaluating_tree
 from fused_networks import (
     FULLY_FUSED,
@@ -87,7 +89,8 @@ def test_every_layer_runs_fused(monkeypatch):
         calls.append((options["relu"], options["residual"] is not None, options["num_groups"]))
         return fused(x, *tensors, **options)
 
-    monkeypatch.setattr(ops, "batch_norm_act", watch)
+    for module in (ops, norms):  # what fused layers call, and what ends a block without kernels
+        monkeypatch.setattr(module, "batch_norm_act", watch)
     model, _ = fuse_batch_norms(build("resnet18", bn_group=2))
     model(torch.randn(5, 3, 32, 32))
     plain, last, downsample = (True, False, 2), (True, True, 2), (False, False, 2)
@@ -122,9 +125,9 @@ def test_the_norm_that_ends_a_shortcut_joins_the_blocks_last(monkeypatch):
     norm.momentum = None
     assert num_joined() == 2
     norm.momentum = 0.1
-    monkeypatch.setattr(ops, "FAST_PATHS", ops.FAST_PATHS - {"joined-norms"})
+    monkeypatch.setattr(dispatch, "FAST_PATHS", dispatch.FAST_PATHS - {"joined-norms"})
     assert num_joined() == 0
-    monkeypatch.setattr(ops, "FAST_PATHS", {"joined-norms"})
+    monkeypatch.setattr(dispatch, "FAST_PATHS", {"joined-norms"})
     expected = model.eval()(x)
     assert num_joined() == 0
 
@@ -157,11 +160,12 @@ def test_a_convolution_that_ends_a_block_joins_its_norm(monkeypatch):
     block.bn3.momentum = None
     assert num_joined() == len(blocks) + 1
     block.bn3.momentum = 0.1
-    monkeypatch.setattr(ops, "FAST_PATHS", ops.FAST_PATHS - {"joined-norms"})
+    monkeypatch.setattr(dispatch, "FAST_PATHS", dispatch.FAST_PATHS - {"joined-norms"})
     assert num_joined() == len(blocks) + 1
-    monkeypatch.setattr(ops, "FAST_PATHS", ops.FAST_PATHS - {"product-norm"})
+    monkeypatch.setattr(dispatch, "FAST_PATHS", dispatch.FAST_PATHS - {"product-norm"})
     assert num_joined() == 0
-    monkeypatch.setattr(ops, "FAST_PATHS", ops.FAST_PATHS | {"product-norm", "joined-norms"})
+    both = {"product-norm", "joined-norms"}
+    monkeypatch.setattr(dispatch, "FAST_PATHS", dispatch.FAST_PATHS | both)
     expected = model.eval()(x)
     assert num_joined() == 0
 

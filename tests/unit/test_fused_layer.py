@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from freeadv_fast.models.batch_norm import GhostBatchNorm2d
-from freeadv_fast.models.fused import FusedBatchNorm2d
+from freeadv_fast.models.fused.norm import FusedBatchNorm2d
 
 
 @pytest.fixture(autouse=True)

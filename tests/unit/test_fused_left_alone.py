@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from freeadv_fast.models.batch_norm import add_auxiliary_bn
-from freeadv_fast.models.fused import fuse_batch_norms
+from freeadv_fast.models.fused.fuse import fuse_batch_norms
 from fused_networks import BLOCK, batch_norms, build, timm_resnet, with_own_block
 
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from freeadv_fast import ops
 from freeadv_fast.models.batch_norm import DualNetwork, GhostBatchNorm2d, add_auxiliary_bn
-from freeadv_fast.models.fused import FusedBatchNorm2d, fuse_batch_norms
+from freeadv_fast.models.fused.fuse import fuse_batch_norms
+from freeadv_fast.models.fused.norm import FusedBatchNorm2d
+from freeadv_fast.ops import dispatch
 from fused_networks import assert_equal_training, randomize, timm_resnet
 
 
@@ -135,7 +136,7 @@ def test_a_replaced_pooling_stays():
 
 
 def test_without_its_name_among_the_fast_paths(monkeypatch):
-    monkeypatch.setattr(ops, "FAST_PATHS", ops.FAST_PATHS - {"norm-pool"})
+    monkeypatch.setattr(dispatch, "FAST_PATHS", dispatch.FAST_PATHS - {"norm-pool"})
     model, _ = fuse_batch_norms(sequence(stem_pool()))
     assert type(model[0]) is FusedBatchNorm2d
     assert type(model[2]) is nn.MaxPool2d

@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 from freeadv_fast import ops
 from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn
-from freeadv_fast.models.fused import FusedBatchNorm2d, fuse_batch_norms
+from freeadv_fast.models.fused.fuse import fuse_batch_norms
+from freeadv_fast.models.fused.norm import FusedBatchNorm2d
+from freeadv_fast.ops import dispatch, norms
 from fused_networks import (
     BLOCK,
     FULLY_FUSED,
@@ -62,8 +64,10 @@ def given(monkeypatch):
 
         return call
 
-    for name in ("batch_norm_act", "batch_norm_relu_pool"):
-        monkeypatch.setattr(ops, name, forking(getattr(ops, name)))
+    batch_norm_act = forking(ops.batch_norm_act)
+    for module in (ops, norms):  # what fused layers call, and what ends a block without kernels
+        monkeypatch.setattr(module, "batch_norm_act", batch_norm_act)
+    monkeypatch.setattr(ops, "batch_norm_relu_pool", forking(ops.batch_norm_relu_pool))
     shared_norm_act = ops.shared_norm_act
 
     def sharing(x, norm, **options):
@@ -128,7 +132,7 @@ def test_a_first_norm_that_is_hooked_or_unknown_shares_nothing(given, monkeypatc
         norm.momentum = None
         assert num_shared() == 2
         norm.momentum = 0.1
-    monkeypatch.setattr(ops, "FAST_PATHS", ops.FAST_PATHS - {"two-readers"})
+    monkeypatch.setattr(dispatch, "FAST_PATHS", dispatch.FAST_PATHS - {"two-readers"})
     assert num_shared() == 0
 
 

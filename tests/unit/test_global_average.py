@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from freeadv_fast import ops
-from freeadv_fast.models.fused import fuse_batch_norms
+from freeadv_fast.models.fused.fuse import fuse_batch_norms
 from freeadv_fast.models.global_average import GlobalAverage2d
 from fused_networks import (
     assert_equal_training,

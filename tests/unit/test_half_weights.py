@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from freeadv_fast import ops
 from freeadv_fast.config.method_names import METHODS, SUMMING
 from freeadv_fast.distributed.world import World
 from freeadv_fast.models.half_weights import (
@@ -22,6 +21,7 @@ from freeadv_fast.models.half_weights import (
     use_half_weights,
     weight_for,
 )
+from freeadv_fast.ops import dispatch
 from freeadv_fast.recipes.catalogue import RECIPES
 from freeadv_fast.session.network import adds_gradients_up, wants_half_weights
 from freeadv_fast.step.graphs import WARM_UP, CudaRecorder, GraphRunner
@@ -262,9 +262,9 @@ def test_the_rule(monkeypatch, world, changes, expected):
     config = dataclasses.replace(FREE, m=1) if "method" in changes else FREE
     config = dataclasses.replace(config, **changes)
     assert not wants_half_weights(config, world)  # a CPU trains as ever
-    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    monkeypatch.setattr(dispatch, "backend", lambda device: "triton")
     assert wants_half_weights(config, world) == expected
-    monkeypatch.setattr(ops, "FAST_PATHS", ops.FAST_PATHS - {"half-weights"})
+    monkeypatch.setattr(dispatch, "FAST_PATHS", dispatch.FAST_PATHS - {"half-weights"})
     assert not wants_half_weights(config, world)
 
 

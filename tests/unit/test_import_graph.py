@@ -94,13 +94,25 @@ def test_kernels_import_nothing_of_ours(path):
 
 @pytest.mark.parametrize("path", files("freeadv_fast"), ids=shown)
 def test_ops_is_the_only_door_to_compiled_code(path):
-    if path.name == "ops.py":
+    if path.parent == PACKAGE / "ops":
         pytest.skip("the door itself")
     compiled = {"freeadv_fast.kernels", "freeadv_fast._C", "kernels"}
     if path == PACKAGE / "runs" / "environment.py":
         compiled.remove("freeadv_fast._C")  # it reports how _C was built
     found = {name for name in imported_modules(path) if any(is_within(name, c) for c in compiled)}
     assert not found
+
+
+def test_what_ops_dispatches_by_has_one_name():
+    """Whoever imported it by name would keep the old one where tests and benches set another."""
+    dispatched = {f"freeadv_fast.ops.dispatch.{name}" for name in ("backend", "FAST_PATHS")}
+    imported = {
+        path: imported_modules(path)
+        for folder in ("freeadv_fast", "bench", "tests")
+        for path in files(folder)
+    }
+    assert "freeadv_fast.ops.dispatch" in imported[PACKAGE / "ops" / "norms.py"]
+    assert not [shown(path) for path, names in imported.items() if names & dispatched]
 
 
 def floor_of(module: str) -> str:

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from freeadv_fast import ops
 from freeadv_fast.config.budget import Budget
 from freeadv_fast.errors import UserError
 from freeadv_fast.kernels import lalr as kernel
+from freeadv_fast.ops import dispatch
 from freeadv_fast.recipes.catalogue import RECIPES
 from freeadv_fast.session.network import build_learner
 from freeadv_fast.step.lalr import Lalr
@@ -242,7 +242,7 @@ def test_an_overflow_skips_the_update(small_network):
 def test_kernels_take_the_scalers_verdict_and_can_be_captured(small_network, monkeypatch):
     """What a GPU would run, with the kernels' calls written down in their place."""
     calls = []
-    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    monkeypatch.setattr(dispatch, "backend", lambda device: "triton")
     monkeypatch.setattr(kernel, "Table", lambda params, exempt: (len(params), exempt))
     monkeypatch.setattr(kernel, "lalr_", lambda *args, **rest: calls.append((args, rest)))
     network = small_network()
@@ -263,7 +263,7 @@ def test_kernels_take_the_scalers_verdict_and_can_be_captured(small_network, mon
 
 def test_kernels_take_float32_alone(small_network, monkeypatch):
     """Other weights go by the reference, also on a GPU, and are not recorded."""
-    monkeypatch.setattr(ops, "backend", lambda device: "triton")
+    monkeypatch.setattr(dispatch, "backend", lambda device: "triton")
     monkeypatch.setattr(kernel, "Table", lambda params, exempt: pytest.fail("made a table"))
     assert not is_capturable(build(small_network(torch.float64)))
 

@@ -15,7 +15,8 @@ from torchvision.ops import box_iou
 
 from freeadv_fast.errors import UserError
 from freeadv_fast.models.batch_norm import DualNetwork, add_auxiliary_bn, apply_bn_groups
-from freeadv_fast.models.fused import FusedBatchNorm2d, fuse_batch_norms
+from freeadv_fast.models.fused.fuse import fuse_batch_norms
+from freeadv_fast.models.fused.norm import FusedBatchNorm2d
 from freeadv_fast.models.retinanet import (
     DETECTORS,
     Detector,

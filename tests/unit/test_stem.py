@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from freeadv_fast.models.fused import fuse_batch_norms
+from freeadv_fast.models.fused.fuse import fuse_batch_norms
 from freeadv_fast.models.stem import SpaceToDepthConv2d, use_space_to_depth
 from freeadv_fast.models.zoo import build_model
 
