@@ -7,6 +7,7 @@ checkpoints and epoch ends only.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from freeadv_fast.runs import checkpoint
 from freeadv_fast.runs.environment import environment
 from freeadv_fast.runs.log import RunFolder, labelled
 from freeadv_fast.session import rewind
+from freeadv_fast.session.ahead import Ahead
 from freeadv_fast.session.averages import average_state, chosen_among
 from freeadv_fast.session.conclude import conclude
 from freeadv_fast.session.guard import Count
@@ -85,17 +87,18 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> Result:
 def train_epochs(run: Run, stop: StopRequests) -> None:
     """Trains until the budget is spent; each data epoch ends with a selection and a checkpoint."""
     progress = run.progress
-    while not run.is_complete:
-        run.clock.start()
-        if train_epoch(run, stop):
-            end_epoch(run)
-        save(run)
-        obey_requests(run, stop)
-        run.clock.pause()
-        progress.train_seconds = run.clock.seconds
+    with contextlib.closing(Ahead(run)) as ahead:
+        while not run.is_complete:
+            run.clock.start()
+            if train_epoch(run, ahead, stop):
+                end_epoch(run)
+            save(run)
+            obey_requests(run, stop)
+            run.clock.pause()
+            progress.train_seconds = run.clock.seconds
 
 
-def train_epoch(run: Run, stop: StopRequests) -> bool:
+def train_epoch(run: Run, ahead: Ahead, stop: StopRequests) -> bool:
     """Trains on what is left of one data epoch, saving in between as often as asked.
 
     Returns:
@@ -103,8 +106,8 @@ def train_epoch(run: Run, stop: StopRequests) -> bool:
     """
     config, progress, loader = run.config, run.progress, run.loaders.train
     run.model.train()
-    batches = loader.epoch(progress.epoch, progress.minibatch)
-    while (batch := run.world.together(lambda: next(batches, None))) is not None:
+    while progress.minibatch < loader.num_batches:
+        batch = run.world.together(ahead.next)
         # cuDNN times its algorithms, which takes seconds, but not for the shape of an epoch's last
         # minibatch, which may be smaller than the others. (The only one of an epoch is whole.)
         is_last = progress.minibatch + 1 == loader.num_batches > 1

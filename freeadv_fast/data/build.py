@@ -36,7 +36,7 @@ from freeadv_fast.data.folder import (
     split_folder,
 )
 from freeadv_fast.data.index import ImageIndex, index_images, shortened
-from freeadv_fast.data.loader import Loader
+from freeadv_fast.data.loader import Loader, TrainingLoader
 from freeadv_fast.data.resident import ResidentImages, ResidentLoader
 from freeadv_fast.data.roll import Changes, Roll
 from freeadv_fast.data.split import balanced_rows, evenly_spaced_rows
@@ -79,7 +79,7 @@ class Loaders:
         unlabelled: What --unlabelled holds; None without.
     """
 
-    train: Loader
+    train: TrainingLoader
     holdout: Loader | None
     guard: Loader | None
     val: Loader
@@ -413,7 +413,7 @@ class _Split(Protocol):
         """Rows of the images that a view takes."""
         ...
 
-    def loader(self, stream: Stream) -> Loader:
+    def loader(self, stream: Stream) -> TrainingLoader:
         """A loader for some of its rows."""
         ...
 
@@ -501,7 +501,7 @@ class _ResidentSplit:
         refuse_files_only(view, self.config.data)
         return np.arange(len(self.labels))
 
-    def loader(self, stream: Stream) -> Loader:
+    def loader(self, stream: Stream) -> ResidentLoader:
         """A loader for some of its rows."""
         return ResidentLoader(self.images, stream, self.config)
 

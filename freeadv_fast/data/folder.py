@@ -166,7 +166,11 @@ class FolderLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yields the minibatches of `epoch` from position `start` on, decoded ahead."""
-        return prefetched(self._batches(epoch, start), self.device)
+        return self.epochs(epoch, start, epoch)
+
+    def epochs(self, epoch: int, start: int, last: int) -> Generator[Batch, None, None]:
+        """As `epoch`, and then the epochs after it up to `last`, with the same queue."""
+        return prefetched(self._batches(epoch, start, last), self.device)
 
     def move(self, epoch: int, minibatch: int) -> None:
         """Has `later` execute the plans from a position on.
@@ -203,39 +207,35 @@ class FolderLoader:
             seconds = time.perf_counter() - started
         return sum(drawn[UNTIMED : UNTIMED + TIMED]) / seconds
 
-    def _batches(self, epoch: int, start: int) -> Generator[Batch, None, None]:
+    def _batches(self, epoch: int, start: int, last: int) -> Generator[Batch, None, None]:
         """The minibatches on the current stream, from one decoder after the other."""
-        position = start
-        for decoder in (self.decoder, self.later):
-            if decoder is None or decoder is not self._decoder_at(epoch, position):
-                continue
-            with contextlib.closing(self._decoded(decoder, epoch, position)) as batches:
-                for batch in batches:
-                    position += 1
-                    yield batch
+        drawn = self.stream.walk(epoch, start, last)
+        for decoder, own in itertools.groupby(drawn, lambda place: self.decoder_at(*place[:2])):
+            with contextlib.closing(self._decoded(decoder, own)) as batches:
+                yield from batches
 
-    def _decoder_at(self, epoch: int, position: int) -> Decoder:
+    def decoder_at(self, epoch: int, position: int) -> Decoder:
         """What executes the plans of a minibatch."""
         if self.later is None or self.moves_at is None or (epoch, position) < self.moves_at:
             return self.decoder
         return self.later
 
-    def _decoded(self, decoder: Decoder, epoch: int, start: int) -> Generator[Batch, None, None]:
-        """The minibatches up to the first one of another decoder."""
+    def _decoded(
+        self, decoder: Decoder, drawn: Iterator[tuple[int, int, Share]]
+    ) -> Generator[Batch, None, None]:
+        """The minibatches of some shares, given with their epochs and positions."""
         dealt: collections.deque[Share] = collections.deque()
-        decoding: collections.deque[Share] = collections.deque()
+        decoding: collections.deque[tuple[Share, int]] = collections.deque()
 
         def plans() -> Iterator[Plan]:
-            for position, share in enumerate(self.stream.shares(epoch, start), start):
-                if self._decoder_at(epoch, position) is not decoder:
-                    return
+            for epoch, _, share in drawn:
                 dealt.append(share)
                 for part in share.parts(self.stream.batch_size):
-                    decoding.append(part)
+                    decoding.append((part, epoch))
                     yield self._plan(part, epoch)
 
         with contextlib.closing(decoder.decode(plans())) as decoded:
-            parts = (self._augmented(images, decoding.popleft(), epoch) for images in decoded)
+            parts = (self._augmented(images, *decoding.popleft()) for images in decoded)
             for first in parts:
                 share = dealt.popleft()
                 rows = torch.from_numpy(share.rows.copy())

@@ -27,7 +27,8 @@ from freeadv_fast.data.verdict import name_undecodable
 class DaliDecoder:
     """Executes plans with a DALI pipeline that is told every path and window.
 
-    A pipeline is built on first use and used again by the next epoch.
+    A pipeline is built on first use and used again; one that another is at work beside is let go
+    of after its use, such as that of a timing.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class DaliDecoder:
         self.device = device
         self.place: Place = place if device.type == "cuda" else "CPU"
         self._idle: _PlanPipeline | None = None
+        self._at_work: set[_PlanPipeline] = set()
 
     def __str__(self) -> str:
         """What the user reads of it."""
@@ -71,11 +73,13 @@ class DaliDecoder:
             UserError: a file that DALI cannot decode; the message names it.
         """
         pipeline, self._idle = self._idle or _PlanPipeline(self), None
-        yield from pipeline.run(plans)
-
-    def give_back(self, pipeline: _PlanPipeline) -> None:
-        """Takes a drained pipeline back for the next epoch; of two, one was for a timing, one."""
-        self._idle = pipeline
+        self._at_work.add(pipeline)
+        try:
+            yield from pipeline.run(plans)
+        finally:
+            self._at_work.remove(pipeline)
+            if pipeline.is_drained and not self._at_work:
+                self._idle = pipeline
 
 
 class _PlanPipeline:
@@ -86,12 +90,15 @@ class _PlanPipeline:
         self.decoder = decoder
         self.plans: Iterator[Plan] = iter(())
         self.in_flight: collections.deque[Plan] = collections.deque()
+        self.is_drained = True
         self.pipeline = self._build()
 
     def run(self, plans: Iterator[Plan]) -> Generator[Tensor, None, None]:
-        """Yields the decoded plans; afterwards, also when abandoned, the pipeline is reusable."""
-        self.plans = plans
-        failed = False
+        """Yields the decoded plans; afterwards, also when abandoned, the pipeline is reusable.
+
+        Unless a file was damaged: then it is not `is_drained`.
+        """
+        self.plans, self.is_drained, failed = plans, False, False
         try:
             while True:
                 try:
@@ -104,8 +111,7 @@ class _PlanPipeline:
                 self.in_flight.popleft()
                 yield images
         finally:
-            if not failed and self._drain():
-                self.decoder.give_back(self)
+            self.is_drained = not failed and self._drain()
 
     def _next_images(self) -> Tensor | None:
         """The oldest minibatch in flight; None at the end of the plans."""

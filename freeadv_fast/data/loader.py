@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -45,5 +45,17 @@ class Loader(Protocol):
         """Yields the minibatches of `epoch` from position `start` on.
 
         Abandoning the iterator early is allowed and frees what it held.
+        """
+        ...
+
+
+class TrainingLoader(Loader, Protocol):
+    """A loader whose epochs may follow each other without a pause."""
+
+    def epochs(self, epoch: int, start: int, last: int) -> Generator[Batch, None, None]:
+        """Yields what `epoch(epoch, start)` does, and then the epochs after it up to `last`.
+
+        Minibatches are made ahead across the ends of epochs. Closing the generator frees them and
+        what makes them.
         """
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
@@ -68,11 +68,15 @@ class ResidentLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yields the minibatches of `epoch` from position `start` on."""
+        return self.epochs(epoch, start, epoch)
+
+    def epochs(self, epoch: int, start: int, last: int) -> Generator[Batch, None, None]:
+        """As `epoch`, and then the epochs after it up to `last`."""
         device = self.images.device
-        for share in self.stream.shares(epoch, start):
+        for number, _, share in self.stream.walk(epoch, start, last):
             rows = torch.from_numpy(share.rows.copy())
             labels = self.labels[rows].to(device, non_blocking=True)
-            yield Batch(self._pixels(share, epoch), labels, share.global_size, rows)
+            yield Batch(self._pixels(share, number), labels, share.global_size, rows)
 
     def _pixels(self, share: Share, epoch: int) -> Tensor:
         """The images of a share."""

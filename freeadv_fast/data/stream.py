@@ -264,3 +264,13 @@ class Stream:
             groups = () if self.groups is None else np.unique(self.groups[places]).tolist()
             if len(mine) > 0:
                 yield Share(self.rows[mine], keys[mine], len(places), tuple(groups))
+
+    def walk(self, epoch: int, start: int, last: int) -> Iterator[tuple[int, int, Share]]:
+        """Yields the shares of `epoch` from `start` on, then those of the epochs up to `last`.
+
+        Each with its epoch and its position in it.
+        """
+        for number in range(epoch, last + 1):
+            for position, share in enumerate(self.shares(number, start), start):
+                yield number, position, share
+            start = 0

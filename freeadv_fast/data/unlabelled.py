@@ -34,7 +34,7 @@ from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.data.cache import cache_folder, written_atomically
 from freeadv_fast.data.cifar import ArrayUnpickler
 from freeadv_fast.data.crop import pad_images, random_crop_flip
-from freeadv_fast.data.loader import Batch, Loader
+from freeadv_fast.data.loader import Batch, TrainingLoader
 from freeadv_fast.data.names import keys_of
 from freeadv_fast.data.prefetch import prefetched
 from freeadv_fast.data.roll import Roll
@@ -345,7 +345,11 @@ class SemiSupervisedLoader:
     """
 
     def __init__(
-        self, labelled: Loader, unlabelled: UnlabelledImages, config: TrainConfig, world: World
+        self,
+        labelled: TrainingLoader,
+        unlabelled: UnlabelledImages,
+        config: TrainConfig,
+        world: World,
     ) -> None:
         """Adds them.
 
@@ -384,17 +388,29 @@ class SemiSupervisedLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yields the minibatches of `epoch` from position `start` on."""
-        batches = self._unlabelled_batches(epoch, start)
+        return self.epochs(epoch, start, epoch)
+
+    def epochs(self, epoch: int, start: int, last: int) -> Generator[Batch, None, None]:
+        """As `epoch`, and then the epochs after it up to `last`."""
+        unlabelled = self._unlabelled_batches(epoch, start, last)
         if self.unlabelled.place != RESIDENT:
-            batches = prefetched(batches, self.world.device)
-        with contextlib.closing(batches):
-            pairs = zip(self.labelled.epoch(epoch, start), batches, strict=True)
+            unlabelled = prefetched(unlabelled, self.world.device)
+        labelled = self.labelled.epochs(epoch, start, last)
+        with contextlib.closing(unlabelled), contextlib.closing(labelled):
+            pairs = zip(labelled, unlabelled, strict=True)
             yield from (self._mixed(*pair) for pair in pairs)
 
-    def _unlabelled_batches(self, epoch: int, start: int) -> Generator[Batch, None, None]:
+    def _unlabelled_batches(
+        self, epoch: int, start: int, last: int
+    ) -> Generator[Batch, None, None]:
         """The unlabelled part of each minibatch, on the current stream."""
         device, labels = self.world.device, self.unlabelled.labels
-        for share in self.stream.shares(epoch, start):
+        shares = (
+            share
+            for number in range(epoch, last + 1)
+            for share in self.stream.shares(number, start if number == epoch else 0)
+        )
+        for share in shares:
             pseudo_labels = torch.from_numpy(labels[share.rows])
             if self.marks:
                 pseudo_labels = ~pseudo_labels

@@ -86,7 +86,8 @@ class Decoding:
         begin: Callable[[], Span] | None = None,
     ) -> None:
         """Nothing is decided, nothing measured."""
-        self._loaders = [_of_files(loader) for loader in train_loaders]
+        files = [files_of(loader) for loader in train_loaders]
+        self._loaders = [loader if loader and loader.later else None for loader in files]
         self._world = world
         self._num_threads = max(num_threads, 1)
         self._begin = begin or DeviceSpan
@@ -129,6 +130,7 @@ class Decoding:
             return []
         asked = statistics.median(number / span.seconds for number, span in watched)
         decoded = self._world.together(lambda: loader.decoding_rate(epoch + 1))
+        epochs, position = divmod(minibatch + AHEAD, loader.num_batches)
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         # The fastest rank's training, the slowest rank's threads.
         fastest, slowest, fewest = self._world.max_on_host([round(asked), -round(decoded), -cores])
@@ -139,8 +141,8 @@ class Decoding:
             decoded=-slowest,
             asked=fastest,
             cores=-fewest,
-            epoch=epoch,
-            minibatch=minibatch + AHEAD,
+            epoch=epoch + epochs,
+            minibatch=position,
         )
         self._choose(phase, choice, loader)
         del self._watched[phase]
@@ -179,10 +181,8 @@ class Decoding:
             loader.move(choice.epoch, choice.minibatch)
 
 
-def _of_files(loader: Loader) -> FolderLoader | None:
-    """The part of a training loader that can decode in two places; None where there is none."""
+def files_of(loader: Loader) -> FolderLoader | None:
+    """The part of a training loader that decodes an ImageFolder; None where there is none."""
     if isinstance(loader, SemiSupervisedLoader):
         loader = loader.labelled
-    if not isinstance(loader, FolderLoader) or loader.later is None:
-        return None
-    return loader
+    return loader if isinstance(loader, FolderLoader) else None

@@ -135,6 +135,44 @@ def test_the_place_is_that_of_the_position(train_loader):
     assert len(loader.decoder.rows) == len(loader.later.rows) == NUM_BATCHES
 
 
+def test_the_next_epoch_is_decoded_behind_the_last_minibatch(train_loader):
+    """As far ahead as within an epoch, by the same pipeline; an epoch alone stays within itself."""
+    loader = train_loader()
+    first, second = list(loader.epoch(0)), list(loader.epoch(1))
+    for last, ahead in ((0, 0), (1, AHEAD)):
+        loader.decoder.rows = []
+        stream = loader.epochs(0, 0, last)
+        taken = [next(stream) for _ in range(NUM_BATCHES)]
+        wait_until_still(loader.decoder)
+        assert_same(taken, first)
+        beyond = loader.decoder.rows[NUM_BATCHES:]
+        assert (len(beyond) > 1) == (last == 1)
+        assert len(beyond) < max(ahead, 1)
+        assert images_of(beyond) == indices_of(second)[: 2 * len(beyond)]
+        assert_same(list(stream), second * last)
+
+
+def test_one_pipeline_is_kept(train_loader, monkeypatch):
+    """Through all epochs and for the next ones; not that of a timing beside it."""
+    built, real = [], dali._PlanPipeline
+
+    def build(decoder):
+        built.append(real(decoder))
+        return built[-1]
+
+    monkeypatch.setattr(dali, "_PlanPipeline", build)
+    loader = train_loader()
+    stream = loader.epochs(0, 0, 2)
+    taken = [next(stream) for _ in range(NUM_BATCHES + 1)]
+    loader.decoding_rate(1)
+    assert len(built) == 2
+    assert loader.decoder._idle is None
+    assert len([*taken, *stream]) == 3 * NUM_BATCHES
+    assert loader.decoder._idle is built[0]
+    list(loader.epoch(0))
+    assert len(built) == 2
+
+
 def test_a_decoder_is_timed_beside_an_epoch(train_loader):
     """As many minibatches as are timed may be more than an epoch has."""
     whole = list(train_loader().epoch(0))
@@ -166,9 +204,9 @@ def test_a_processor_alone_has_no_choice(build_tree, config, world_of):
 
 @pytest.mark.parametrize(
     ("decoded", "asked", "place"),
-    [(5600, 2330, "CPU"), (1250, 1000, "CPU"), (1249, 1000, "GPU"), (5600, 9380, "GPU")],
+    [(5600, 2330, "CPU"), (900, 1000, "CPU"), (899, 1000, "GPU"), (8765, 9090, "CPU")],
 )
-def test_threads_decode_where_they_have_a_quarter_to_spare(decoded, asked, place):
+def test_threads_decode_unless_training_waits_longer_for_them(decoded, asked, place):
     assert place_for(decoded, asked) == place
 
 
@@ -176,11 +214,15 @@ def test_a_choice_in_words():
     cpu = Choice("CPU", 14, 1, 5600, 2330, 16, 0, 20)
     assert str(cpu) == "on the CPU: 14 threads decode 5,600 images/s, training asks for 2,330"
     few = Choice("GPU", 4, 1, 1600, 2330, 16, 0, 20)
-    assert str(few).endswith("2,330 and a quarter to spare (--workers 8 may do)")
+    assert str(few) == (
+        "on the GPU: 4 threads decode 1,600 images/s on the CPU, training asks for 2,330 "
+        "(--workers 6 may do)"
+    )
+    nearly = Choice("CPU", 14, 1, 8765, 9090, 16, 0, 20)
+    assert str(nearly).endswith("training asks for 9,090 (--workers 15 may do)")
     gpu = Choice("GPU", 1, 4, 400, 9380, 16, 0, 20)
     assert str(gpu) == (
-        "on the GPU: each rank's 1 thread decodes 400 images/s on the CPU, training asks for 9,380 "
-        "and a quarter to spare"
+        "on the GPU: each rank's 1 thread decodes 400 images/s on the CPU, training asks for 9,380"
     )
 
 
@@ -213,7 +255,7 @@ def test_a_run_decides_once_and_goes_on_so(train_loader, world_of):
     loader = train_loader()
     decoding, (line,) = decided(loader, world_of(), [1e-6] * 7 + [9.0])
     assert line.startswith("decoding    on the GPU: 1 thread decodes ")
-    assert line.endswith("on the CPU, training asks for 2,000,000 and a quarter to spare")
+    assert line.endswith("on the CPU, training asks for 2,000,000")
     since = 2 + WATCHED + AHEAD
     assert loader.moves_at == (0, since)
     # Those that were timed are in `decoder.rows` as well.
@@ -231,6 +273,24 @@ def test_a_run_decides_once_and_goes_on_so(train_loader, world_of):
     anew = Decoding([other], world_of(), 2)
     anew.load_state_dict(decoding.state_dict())
     assert (other.moves_at, anew.lines(0), anew.record(0)) == (None, [], None)
+
+
+def test_a_place_is_left_where_the_queue_ends_in_the_next_epoch(train_loader, world_of):
+    """Decided at an epoch's end, when plans of the next one are drawn: each has one decoder."""
+    whole = [*train_loader().epoch(0), *train_loader().epoch(1)]
+    loader, decided_at = train_loader(), NUM_BATCHES - 2
+    decoding = Decoding([loader], world_of(), 1, begin=lambda: Stretch(1e-6))
+    taken = []
+    for number, batch in enumerate(loader.epochs(0, 0, 1), start=1):
+        taken.append(batch)
+        with decoding.watching(0, batch, is_steady=number > decided_at - WATCHED):
+            pass
+        if number == decided_at:
+            wait_until_still(loader.decoder)
+            (_line,) = decoding.decide(0, 0, number)
+    assert loader.moves_at == (1, AHEAD - 2)
+    assert_same(taken, whole)
+    assert images_of(loader.later.rows) == indices_of(whole[decided_at + AHEAD :])
 
 
 def test_a_run_whose_threads_suffice_stays_on_the_cpu(train_loader, world_of):

@@ -1,16 +1,79 @@
-"""build_loaders and build_val_loader: splits, subsets, words for the user."""
+"""build_loaders and build_val_loader: splits, subsets, epochs in a row, words for the user."""
 
 from __future__ import annotations
 
+import multiprocessing
+import threading
+
+import numpy as np
 import pytest
 import torch
 
+from freeadv_fast.data import synthetic
 from freeadv_fast.data.build import build_loaders, build_val_loader
+from freeadv_fast.data.coco import shapes
 from freeadv_fast.errors import UserError
 
 
 def indices(loader, epoch=0):
     return [index for batch in loader.epoch(epoch) for index in batch.indices.tolist()]
+
+
+@pytest.fixture
+def loader_of(build_tree, config, world_of, tmp_path, monkeypatch):
+    """Training loaders of every kind."""
+
+    def build(kind):
+        options = {"batch_size": 5, "workers": 2, "m": 1}
+        if kind.startswith("files"):
+            data = build_tree(classes=2, train=16)
+            options |= {"accumulate": 2} if kind.endswith("accumulated") else {}
+        elif kind == "boxes":
+            monkeypatch.setattr(shapes, "NUM_IMAGES", {"train": 12, "val": 3})
+            data = "shapes"
+            options |= {"arch": "retinanet_resnet10_fpn_64", "image_size": 64, "augment": "flip"}
+            options |= {"method": "natural"}
+        else:
+            monkeypatch.setattr(synthetic, "NUM_IMAGES", {"train": 33, "val": 3})
+            data = "synthetic:3"
+            options |= {"image_size": 8, "augment": "pad-crop-flip"}
+        if kind == "unlabelled":
+            pixels = np.random.default_rng(1).integers(0, 256, (500, 8, 8, 3), np.uint8)
+            file = tmp_path / "more.npz"
+            np.savez(file, image=pixels, label=np.arange(500) % 3)
+            options |= {"unlabelled": str(file), "method": "dat"}
+        return build_loaders(config(data, **options), world_of()).train
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("files", "dali"), ("files", "torchvision"), ("files, accumulated", "dali"),
+        ("files, accumulated", "torchvision"), ("resident", None), ("unlabelled", None),
+        ("boxes", None),
+    ],
+)  # fmt: skip
+def test_epochs_in_a_row_are_those_apart(kind, backend, loader_of, use_backend):
+    """From within one on, in one stream; closed in another epoch, it leaves nothing behind."""
+    if backend:
+        use_backend(backend)
+    loader = loader_of(kind)
+    apart = [*loader.epoch(3, 1), *loader.epoch(4), *loader.epoch(5)]
+    assert len(apart) == 3 * loader.num_batches - 1
+    for mine, other in zip(loader.epochs(3, 1, 5), apart, strict=True):
+        assert torch.equal(mine.images, other.images)
+        assert torch.equal(mine.labels, other.labels)
+        assert torch.equal(mine.indices, other.indices)
+        assert mine.global_size == other.global_size
+    threads = threading.active_count()
+    begun = loader.epochs(3, 0, 5)
+    for _ in range(loader.num_batches + 1):
+        next(begun)
+    begun.close()
+    assert threading.active_count() <= threads
+    assert not multiprocessing.active_children()
 
 
 def test_held_out_images_never_train_and_never_change(build_tree, config, world_of):

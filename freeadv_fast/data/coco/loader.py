@@ -111,15 +111,19 @@ class DetectionLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yields the minibatches of `epoch` from position `start` on, decoded ahead."""
-        return prefetched(self._batches(epoch, start), self.device)
+        return self.epochs(epoch, start, epoch)
 
-    def _batches(self, epoch: int, start: int) -> Generator[Batch, None, None]:
+    def epochs(self, epoch: int, start: int, last: int) -> Generator[Batch, None, None]:
+        """As `epoch`, and then the epochs after it up to `last`."""
+        return prefetched(self._batches(epoch, start, last), self.device)
+
+    def _batches(self, epoch: int, start: int, last: int) -> Generator[Batch, None, None]:
         """The minibatches on the current stream."""
         dealt: collections.deque[tuple[Share, list[BoxPlan]]] = collections.deque()
 
         def plans() -> Iterator[BoxPlan]:
-            for share in self.stream.shares(epoch, start):
-                parts = [self._plan(p, epoch) for p in share.parts(self.stream.batch_size)]
+            for number, _, share in self.stream.walk(epoch, start, last):
+                parts = [self._plan(p, number) for p in share.parts(self.stream.batch_size)]
                 dealt.append((share, parts))
                 yield from parts
 
