@@ -20,7 +20,7 @@ from freeadv_fast.session.guard import Guard
 PLACES: dict[str, tuple[Any, str]] = {
     "start": (training, "prepare"),
     "minibatch": (training, "arrive"),
-    "saving": (checkpoint, "save_checkpoint"),
+    "saving": (checkpoint, "write_checkpoint"),
     "guard": (Guard, "check"),
     "selection": (training, "select"),
     "evaluation": (conclude, "evaluate"),

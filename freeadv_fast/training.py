@@ -87,7 +87,7 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> Result:
 def train_epochs(run: Run, stop: StopRequests) -> None:
     """Trains until the budget is spent; each data epoch ends with a selection and a checkpoint."""
     progress = run.progress
-    with contextlib.closing(Ahead(run)) as ahead:
+    with run.saver.finishing(run.log.say), contextlib.closing(Ahead(run)) as ahead:
         while not run.is_complete:
             run.clock.start()
             if train_epoch(run, ahead, stop):
@@ -96,6 +96,7 @@ def train_epochs(run: Run, stop: StopRequests) -> None:
             obey_requests(run, stop)
             run.clock.pause()
             progress.train_seconds = run.clock.seconds
+        run.world.on_main(run.saver.finish)
 
 
 def train_epoch(run: Run, ahead: Ahead, stop: StopRequests) -> bool:
@@ -186,6 +187,7 @@ def obey_requests(run: Run, stop: StopRequests) -> None:
     if signum or must_save:
         save(run)
     if signum:
+        run.world.on_main(run.saver.finish)
         raise Interrupted(signum)
 
 
@@ -317,11 +319,11 @@ def identity(run: Run) -> dict[str, Any]:
 
 
 def write(run: Run, state: dict[str, Any], name: str) -> None:
-    """Rank 0 writes; if it cannot, every rank learns why."""
+    """Rank 0 begins to write; if it could not write what came before, every rank learns why."""
 
     def save_own() -> None:
         run.lock.refuse_if_lost()
-        checkpoint.save_checkpoint(state, run.folder.checkpoints, name)
+        run.saver.save(state, run.folder.checkpoints, name)
 
     run.world.on_main(save_own)
 

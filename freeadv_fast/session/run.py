@@ -15,6 +15,7 @@ from freeadv_fast.config.threat import AnyThreatModel
 from freeadv_fast.data.build import Loaders
 from freeadv_fast.distributed.world import World
 from freeadv_fast.methods.build import TrainingMethod
+from freeadv_fast.runs.checkpoint import Saver
 from freeadv_fast.runs.lock import FolderLock
 from freeadv_fast.runs.log import RunFolder, RunLog
 from freeadv_fast.session.decoding import Decoding
@@ -96,7 +97,8 @@ class Run:
         model: The network in training. own_model: The caller's module, of which it is a copy; None
             where the config names the network.
         lock: Of the folder; held by rank 0.
-        saved_at: When the last checkpoint was written, in seconds of `time.monotonic`.
+        saved_at: When the last checkpoint was made, in seconds of `time.monotonic`.
+        saver: Of rank 0, writes them.
     """
 
     config: TrainConfig
@@ -117,6 +119,7 @@ class Run:
     made_for: int
     saved_at: float
     own_model: nn.Module | None = None
+    saver: Saver = dataclasses.field(default_factory=Saver)
 
     @property
     def phase(self) -> int:

@@ -185,13 +185,13 @@ def test_a_checkpoint_is_written_after_what_it_counts(run, monkeypatch):
         flushed.append("flush")
         real(self)
 
-    def save(state, folder, name="last.pt"):
+    def save(self, state, folder, name):
         flushed.append(name)
-        return real_save(state, folder, name)
+        return real_save(self, state, folder, name)
 
-    real_save = training.checkpoint.save_checkpoint
+    real_save = training.checkpoint.Saver.save
     monkeypatch.setattr(log.SummaryWriter, "flush", flush)
-    monkeypatch.setattr(training.checkpoint, "save_checkpoint", save)
+    monkeypatch.setattr(training.checkpoint.Saver, "save", save)
     run("--max-passes", "48", "--guard-every", "0")
     assert flushed[: flushed.index("last.pt") + 1] == ["best.pt", "flush", "last.pt"]
 
