@@ -155,6 +155,8 @@ def main() -> None:
     if flags.out.is_file():
         earlier = json.loads(flags.out.read_text())
         record["rows"] = succeeded(earlier, record["environment"], "rows")
+        if gone := sorted(set(earlier["rows"]) - set(record["rows"])):
+            print(f"{flags.out}: {', '.join(gone)} without a result of this commit and device")
     for method in flags.methods:
         command = command_of(method, flags)
         row: dict[str, Any] = {

@@ -3,8 +3,8 @@
 Training crops (RandomResizedCrop to 224 pixels, flip), all decoders in turn, so that another user
 of the machine disturbs them alike. What is timed is what training waits for: the interval between
 minibatches on the device, after the first of each turn. On a GPU DALI decodes there (`dali`), and
-on the CPU into the GPU's memory (`dali_on_cpu`): of this rate a run needs 1.25 times what training
-asks for to leave the GPU alone.
+on the CPU into the GPU's memory (`dali_on_cpu`): of this rate a run needs nine tenths of what
+training asks for to leave the GPU alone.
 
     python bench/bench_loader.py --data /imagenet --seconds 60 --out bench/results/cpu/loader.json
 """

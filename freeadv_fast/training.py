@@ -87,16 +87,31 @@ def train(config: TrainConfig, model: nn.Module | None = None) -> Result:
 def train_epochs(run: Run, stop: StopRequests) -> None:
     """Trains until the budget is spent; each data epoch ends with a selection and a checkpoint."""
     progress = run.progress
-    with run.saver.finishing(run.log.say), contextlib.closing(Ahead(run)) as ahead:
-        while not run.is_complete:
-            run.clock.start()
-            if train_epoch(run, ahead, stop):
-                end_epoch(run)
-            save(run)
-            obey_requests(run, stop)
-            run.clock.pause()
-            progress.train_seconds = run.clock.seconds
-        run.world.on_main(run.saver.finish)
+    try:
+        with contextlib.closing(Ahead(run)) as ahead:
+            while not run.is_complete:
+                run.clock.start()
+                if train_epoch(run, ahead, stop):
+                    end_epoch(run)
+                save(run)
+                obey_requests(run, stop)
+                if run.is_complete:
+                    run.world.on_main(run.saver.finish)
+                run.clock.pause()
+                progress.train_seconds = run.clock.seconds
+    except Interrupted:  # all is saved; or it is the second Ctrl-C, which waits for nothing
+        raise
+    except Exception:
+        say_what_is_not_saved(run)
+        raise
+
+
+def say_what_is_not_saved(run: Run) -> None:
+    """Waits for the disk where a run fails, and says so if that fails as well."""
+    try:
+        run.saver.finish()
+    except UserError as error:
+        run.log.say(str(error))
 
 
 def train_epoch(run: Run, ahead: Ahead, stop: StopRequests) -> bool:

@@ -11,8 +11,13 @@ import torch
 from torch import Tensor
 
 from freeadv_fast.kernels import batch_norm_statistics as statistics
-from freeadv_fast.kernels.batch_norm_statistics import Norm, Rows, group_rows, jit
-from freeadv_fast.kernels.block_sum import coefficients_of_moments
+from freeadv_fast.kernels.batch_norm_statistics import (
+    Norm,
+    Rows,
+    coefficients_of_moments,
+    group_rows,
+    jit,
+)
 
 try:
     import triton.language as tl

@@ -11,7 +11,8 @@ Activations are rows of a matrix [M, C] with M = N*H*W; every channel is a colum
 One kernel reads x once, 2 bytes an element in half precision. Each of its programs sums tiles of
 rows; whichever of them is the last to store its sums adds up all of theirs, always in the same
 order, so that no kernel of its own is launched for that (106 a ResNet-50 pass, 4.8 us each) and
-results are the same in every run. The sums of the backward pass (batch_norm.py) end likewise.
+results are the same in every run. The sums of the backward pass (batch_norm_backward.py) end
+likewise.
 
 Programs start at the last rows. The convolution before has just written them, and up to 50 MB are
 still in an H200's L2 cache; the kernels after this one start at the first rows, which it read last.
@@ -307,6 +308,12 @@ def group_moments(
 
 
 @jit
+def update_running(running_ptrs, running, found, momentum):
+    """Moves running statistics, which have been loaded, towards a minibatch's."""
+    tl.store(running_ptrs, (1.0 - momentum) * running + momentum * found)
+
+
+@jit
 def _stats_kernel(
     coefficients_ptr,  # [4, G, C] fp32, output: a, b, mean, rstd
     running_mean_ptr,  # [C] fp32, updated in place; or None
@@ -423,13 +430,73 @@ def _stats_kernel(
             group += 1
         if running_mean_ptr is not None:
             groups = num_groups.to(tl.float32)
-            running_mean = (1.0 - momentum) * running_mean + momentum * tl.div_rn(means, groups)
-            tl.store(running_mean_ptr + cols, running_mean)
-            running_var = (1.0 - momentum) * running_var + momentum * tl.div_rn(variances, groups)
-            tl.store(running_var_ptr + cols, running_var)
+            found = tl.div_rn(means, groups)
+            update_running(running_mean_ptr + cols, running_mean, found, momentum)
+            found = tl.div_rn(variances, groups)
+            update_running(running_var_ptr + cols, running_var, found, momentum)
         if num_batches_ptr is not None:
             if block == 0:
                 tl.store(num_batches_ptr, tl.load(num_batches_ptr) + 1)
+
+
+@jit
+def coefficients_of_moments(
+    coefficients_ptr,  # [4, G, C] fp32, output: a, b, mean, rstd
+    running_mean_ptr,  # [C] fp32, updated in place; or None
+    running_var_ptr,  # [C] fp32, updated in place; or None
+    num_batches_ptr,  # [] i64, one is added; or None
+    moments_ptr,  # [2, G, C] fp32: mean, var
+    weight_ptr,  # [C] fp32; or None
+    bias_ptr,  # [C] fp32; or None
+    cols,
+    group,
+    is_first,  # of the programs of these columns and this group
+    num_images,
+    image_rows,
+    num_groups,
+    C,
+    momentum,
+    eps,
+    BC: tl.constexpr,
+):
+    """a and b of BC columns; the group's first program writes what others will ask for."""
+    plane = num_groups.to(tl.int64) * C
+    known = group.to(tl.int64) * C + cols
+    mean = tl.load(moments_ptr + known)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.load(moments_ptr + plane + known) + eps))
+    a = rstd
+    if weight_ptr is not None:
+        a *= tl.load(weight_ptr + cols)
+    b = -mean * a
+    if bias_ptr is not None:
+        b += tl.load(bias_ptr + cols)
+    if is_first:
+        tl.store(coefficients_ptr + known, a)
+        tl.store(coefficients_ptr + plane + known, b)
+        tl.store(coefficients_ptr + 2 * plane + known, mean)
+        tl.store(coefficients_ptr + 3 * plane + known, rstd)
+        if running_mean_ptr is not None:
+            if group == 0:
+                means = tl.zeros([BC], tl.float32)
+                variances = tl.zeros([BC], tl.float32)
+                other = tl.full([], 0, tl.int32)
+                while other < num_groups:
+                    _, count = group_rows(other, num_images, image_rows, num_groups)
+                    total = count.to(tl.float32)
+                    theirs = moments_ptr + other.to(tl.int64) * C + cols
+                    means += tl.load(theirs)
+                    variances += tl.load(theirs + plane) * tl.div_rn(total, total - 1.0)
+                    other += 1
+                groups = num_groups.to(tl.float32)
+                running = tl.load(running_mean_ptr + cols)
+                update_running(running_mean_ptr + cols, running, tl.div_rn(means, groups), momentum)
+                running = tl.load(running_var_ptr + cols)
+                found = tl.div_rn(variances, groups)
+                update_running(running_var_ptr + cols, running, found, momentum)
+        if num_batches_ptr is not None:
+            if tl.program_id(0) + tl.program_id(1) == 0:
+                tl.store(num_batches_ptr, tl.load(num_batches_ptr) + 1)
+    return a, b
 
 
 @jit

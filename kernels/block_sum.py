@@ -135,69 +135,6 @@ def _block_sum_kernel(
             group += 1
 
 
-@jit
-def move(running_ptrs, found, momentum):
-    """Moves running statistics towards a minibatch's."""
-    tl.store(running_ptrs, (1.0 - momentum) * tl.load(running_ptrs) + momentum * found)
-
-
-@jit
-def coefficients_of_moments(
-    coefficients_ptr,  # [4, G, C] fp32, output: a, b, mean, rstd
-    running_mean_ptr,  # [C] fp32, updated in place; or None
-    running_var_ptr,  # [C] fp32, updated in place; or None
-    num_batches_ptr,  # [] i64, one is added; or None
-    moments_ptr,  # [2, G, C] fp32: mean, var
-    weight_ptr,  # [C] fp32; or None
-    bias_ptr,  # [C] fp32; or None
-    cols,
-    group,
-    is_first,  # of the programs of these columns and this group
-    num_images,
-    image_rows,
-    num_groups,
-    C,
-    momentum,
-    eps,
-    BC: tl.constexpr,
-):
-    """a and b of BC columns; the group's first program writes what others will ask for."""
-    plane = num_groups.to(tl.int64) * C
-    known = group.to(tl.int64) * C + cols
-    mean = tl.load(moments_ptr + known)
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.load(moments_ptr + plane + known) + eps))
-    a = rstd
-    if weight_ptr is not None:
-        a *= tl.load(weight_ptr + cols)
-    b = -mean * a
-    if bias_ptr is not None:
-        b += tl.load(bias_ptr + cols)
-    if is_first:
-        tl.store(coefficients_ptr + known, a)
-        tl.store(coefficients_ptr + plane + known, b)
-        tl.store(coefficients_ptr + 2 * plane + known, mean)
-        tl.store(coefficients_ptr + 3 * plane + known, rstd)
-        if running_mean_ptr is not None:
-            if group == 0:
-                means = tl.zeros([BC], tl.float32)
-                variances = tl.zeros([BC], tl.float32)
-                other = tl.full([], 0, tl.int32)
-                while other < num_groups:
-                    _, count = group_rows(other, num_images, image_rows, num_groups)
-                    total = count.to(tl.float32)
-                    found = moments_ptr + other.to(tl.int64) * C + cols
-                    means += tl.load(found)
-                    variances += tl.load(found + plane) * tl.div_rn(total, total - 1.0)
-                    other += 1
-                groups = num_groups.to(tl.float32)
-                move(running_mean_ptr + cols, tl.div_rn(means, groups), momentum)
-                move(running_var_ptr + cols, tl.div_rn(variances, groups), momentum)
-        if num_batches_ptr is not None:
-            if tl.program_id(0) + tl.program_id(1) == 0:
-                tl.store(num_batches_ptr, tl.load(num_batches_ptr) + 1)
-    return a, b
-
-
 class _BlockSum(torch.autograd.Function):
     """y and its moments; y's gradient is that of both."""
 

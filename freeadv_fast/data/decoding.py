@@ -19,8 +19,8 @@ Place = Literal["CPU", "GPU"]
 QUEUE_DEPTH = 2
 
 # Images a second that the threads must be able to decode, in those that training asks for. The H200
-# that decoded made 0.80 of them (7,300 of 9,090, from-jpeg.json); and threads that are timed alone
-# are left a tenth to lose to training, whose own launch kernels.
+# that decoded made 0.80 of them (7,300 of 9,090, from-jpeg.json), and a tenth is what threads that
+# are timed alone may lose to training's own threads, which launch kernels.
 ENOUGH = 0.9
 
 

@@ -27,7 +27,7 @@ from freeadv_fast.data.plan import Plan, plan_evaluation, plan_random_resized_cr
 from freeadv_fast.data.prefetch import DEPTH, prefetched
 from freeadv_fast.data.preprocessing import BILINEAR, Preprocessing
 from freeadv_fast.data.roll import Roll, Stamps
-from freeadv_fast.data.stream import Share, Stream
+from freeadv_fast.data.stream import Share, Stream, shares_of_epochs
 from freeadv_fast.errors import UserError
 
 Backend = Literal["dali", "torchvision"]
@@ -209,7 +209,7 @@ class FolderLoader:
 
     def _batches(self, epoch: int, start: int, last: int) -> Generator[Batch, None, None]:
         """The minibatches on the current stream, from one decoder after the other."""
-        drawn = self.stream.walk(epoch, start, last)
+        drawn = shares_of_epochs(self.stream, epoch, start, last)
         for decoder, own in itertools.groupby(drawn, lambda place: self.decoder_at(*place[:2])):
             with contextlib.closing(self._decoded(decoder, own)) as batches:
                 yield from batches

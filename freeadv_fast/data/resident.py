@@ -14,7 +14,7 @@ from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.data.crop import pad_images, random_crop_flip
 from freeadv_fast.data.loader import Batch
 from freeadv_fast.data.roll import Roll
-from freeadv_fast.data.stream import Ints, Share, Stream
+from freeadv_fast.data.stream import Ints, Share, Stream, shares_of_epochs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class ResidentLoader:
     def epochs(self, epoch: int, start: int, last: int) -> Generator[Batch, None, None]:
         """As `epoch`, and then the epochs after it up to `last`."""
         device = self.images.device
-        for number, _, share in self.stream.walk(epoch, start, last):
+        for number, _, share in shares_of_epochs(self.stream, epoch, start, last):
             rows = torch.from_numpy(share.rows.copy())
             labels = self.labels[rows].to(device, non_blocking=True)
             yield Batch(self._pixels(share, number), labels, share.global_size, rows)

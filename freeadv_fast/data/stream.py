@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -265,12 +265,23 @@ class Stream:
             if len(mine) > 0:
                 yield Share(self.rows[mine], keys[mine], len(places), tuple(groups))
 
-    def walk(self, epoch: int, start: int, last: int) -> Iterator[tuple[int, int, Share]]:
-        """Yields the shares of `epoch` from `start` on, then those of the epochs up to `last`.
 
-        Each with its epoch and its position in it.
-        """
-        for number in range(epoch, last + 1):
-            for position, share in enumerate(self.shares(number, start), start):
-                yield number, position, share
-            start = 0
+class HasShares(Protocol):
+    """Deals the minibatches of an epoch."""
+
+    def shares(self, epoch: int, start: int = 0) -> Iterator[Share]:
+        """Yields this rank's share of each minibatch of `epoch` from position `start` on."""
+        ...
+
+
+def shares_of_epochs(
+    stream: HasShares, epoch: int, start: int, last: int
+) -> Iterator[tuple[int, int, Share]]:
+    """Yields the shares of `epoch` from `start` on, then those of the epochs up to `last`.
+
+    Each with its epoch and its position in it.
+    """
+    for number in range(epoch, last + 1):
+        for position, share in enumerate(stream.shares(number, start), start):
+            yield number, position, share
+        start = 0

@@ -39,7 +39,7 @@ from freeadv_fast.data.names import keys_of
 from freeadv_fast.data.prefetch import prefetched
 from freeadv_fast.data.roll import Roll
 from freeadv_fast.data.split import evenly_spaced_rows
-from freeadv_fast.data.stream import ORDER_DRAW, Ints, Share, random_bits
+from freeadv_fast.data.stream import ORDER_DRAW, Ints, Share, random_bits, shares_of_epochs
 from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError, remedy
 
@@ -405,12 +405,7 @@ class SemiSupervisedLoader:
     ) -> Generator[Batch, None, None]:
         """The unlabelled part of each minibatch, on the current stream."""
         device, labels = self.world.device, self.unlabelled.labels
-        shares = (
-            share
-            for number in range(epoch, last + 1)
-            for share in self.stream.shares(number, start if number == epoch else 0)
-        )
-        for share in shares:
+        for _, _, share in shares_of_epochs(self.stream, epoch, start, last):
             pseudo_labels = torch.from_numpy(labels[share.rows])
             if self.marks:
                 pseudo_labels = ~pseudo_labels

@@ -115,11 +115,15 @@ def or_none(ask: Callable[[], T]) -> T | None:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of a checkout and whether its files differ from it; None outside of one."""
+    """Commit of a checkout and whether its files differ from it; None outside of one.
+
+    Measured results are no part of it: a benchmark's own would make its next call another commit's.
+    """
     if not (folder / ".git").exists():
         return None
     commit = _command_output(["git", "-C", str(folder), "rev-parse", "HEAD"])
-    changes = _command_output(["git", "-C", str(folder), "status", "--porcelain"])
+    files = [".", ":(exclude)bench/results"]
+    changes = _command_output(["git", "-C", str(folder), "status", "--porcelain", "--", *files])
     return {"commit": commit, "dirty": bool(changes)} if commit else None
 
 

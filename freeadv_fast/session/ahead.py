@@ -81,6 +81,8 @@ class Ahead:
     def _must_pause(self) -> bool:
         """Whether what decodes the next epoch is needed for held-out images before."""
         files, holdout = files_of(self._run.loaders.train), self._run.loaders.holdout
-        if files is None or not isinstance(holdout, FolderLoader):
-            return holdout is not None
-        return files.decoder_at(self._run.progress.epoch + 1, 0) is holdout.decoder
+        return (
+            files is not None
+            and isinstance(holdout, FolderLoader)
+            and files.decoder_at(self._run.progress.epoch + 1, 0) is holdout.decoder
+        )

@@ -177,8 +177,8 @@ class CudaRecorder:
     def __init__(self) -> None:
         """Takes a stream of the current device.
 
-        Of high priority: torch hands out 32 ordinary ones in turn, and each epoch's prefetcher
-        takes another, so that one of them would come to record its copies as well.
+        Of high priority: torch hands out 32 ordinary ones in turn, and each new prefetcher takes
+        another, so that one of them would come to record its copies as well.
         """
         self.stream = torch.cuda.Stream(priority=-1)  # type: ignore[no-untyped-call]
 

@@ -68,20 +68,26 @@ def test_what_could_not_be_written_is_told_by_the_next_call(asked, full_disk, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_who_fails_otherwise_hears_of_both(full_disk, tmp_path):
-    saver, said = Saver(), []
-    saver.save({"model": torch.ones(1)}, tmp_path)
-    with pytest.raises(KeyError), saver.finishing(said.append):
-        raise KeyError
-    (line,) = said
-    assert "cannot save" in line
+def test_nothing_is_written_behind_what_could_not_be(tmp_path, monkeypatch):
+    """A last.pt that names a best.pt which is not there would be worse than none."""
+    real = checkpoint.write_checkpoint
 
+    def write(content, folder, name):
+        if name == BEST:
+            raise UserError("no room")
+        real(content, folder, name)
 
-def test_a_block_that_ends_well_ends_with_the_disk(full_disk, tmp_path):
-    saver, said = Saver(), []
-    with pytest.raises(UserError, match="cannot save"), saver.finishing(said.append):
-        saver.save({"model": torch.ones(1)}, tmp_path)
-    assert not said
+    monkeypatch.setattr(checkpoint, "write_checkpoint", write)
+    saver = Saver()
+
+    def save(*names):
+        for name in names:
+            saver.save({"model": torch.ones(1)}, tmp_path, name)
+
+    with pytest.raises(UserError, match="no room"):
+        save(BEST, LAST, LAST)  # the second may not know yet
+    saver.finish()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
@@ -136,3 +142,23 @@ def test_a_checkpoint_that_finds_no_room_ends_the_run_in_one_line(
     assert len(said.err.splitlines()) == 1
     assert not (folder / "result.json").exists()
     assert (folder / "checkpoints" / LAST).exists() is (failing == 2)
+
+
+def test_a_run_that_fails_otherwise_says_both(run, monkeypatch, capsys):
+    real, calls = training.train_epoch, []
+
+    def train_epoch(run, *rest):
+        calls.append(1)
+        if len(calls) == 2:
+            raise UserError("something else")
+        return real(run, *rest)
+
+    def no_room(content, folder, name):
+        raise UserError("no room")
+
+    monkeypatch.setattr(training, "train_epoch", train_epoch)
+    monkeypatch.setattr(checkpoint, "write_checkpoint", no_room)
+    assert run()[0] == 2
+    said = capsys.readouterr()
+    assert "something else" in said.err
+    assert "no room" in said.out

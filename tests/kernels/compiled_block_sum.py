@@ -88,6 +88,20 @@ def test_a_norm_that_is_told_its_inputs_moments(shape, dtype, options, fork):
     assert_near_double(tensors, gradients, function=summed, reference=summed_eager, **options)
 
 
+@pytest.mark.parametrize(("depth", "turn", "num_groups"), [(4, 4, 1), (2, 1, 2)])
+def test_number_of_chunks_does_not_show(depth, turn, num_groups, monkeypatch):
+    tensors, _ = example((3, 16, 19, 17), torch.float32)
+    schedule = statistics.Schedule(8, num_warps=1, per_sm=10, depth=depth, turn=turn)
+    monkeypatch.setattr(block_sum, "SUM", schedule)
+    monkeypatch.setattr(statistics, "num_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(statistics, "MERGE_LOADS", depth)
+    both = tensors["x"], tensors["residual"]
+    y, moments = block_sum.block_sum(*both, num_groups)
+    wanted = block_sum.block_sum_ref(*both, num_groups)
+    assert torch.equal(y, wanted[0])
+    torch.testing.assert_close(moments, wanted[1])
+
+
 def test_a_large_mean_costs_no_digits():
     tensors, _ = example((3, 32, 9, 11), torch.float32, mean=1000.0)
     y, moments = block_sum.block_sum(tensors["x"], tensors["residual"], 1)

@@ -22,7 +22,7 @@ from freeadv_fast.data.coco.corruption import SMALLEST_SIDE, corrupted, load_cor
 from freeadv_fast.data.loader import Batch
 from freeadv_fast.data.pixels import read_rgb
 from freeadv_fast.data.prefetch import prefetched
-from freeadv_fast.data.stream import Ints, Share, Stream, random_flips
+from freeadv_fast.data.stream import Ints, Share, Stream, random_flips, shares_of_epochs
 from freeadv_fast.data.verdict import undecodable
 from freeadv_fast.data.workers import Pixels, executed
 from freeadv_fast.errors import UserError
@@ -122,7 +122,7 @@ class DetectionLoader:
         dealt: collections.deque[tuple[Share, list[BoxPlan]]] = collections.deque()
 
         def plans() -> Iterator[BoxPlan]:
-            for number, _, share in self.stream.walk(epoch, start, last):
+            for number, _, share in shares_of_epochs(self.stream, epoch, start, last):
                 parts = [self._plan(p, number) for p in share.parts(self.stream.batch_size)]
                 dealt.append((share, parts))
                 yield from parts

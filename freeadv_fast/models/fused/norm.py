@@ -187,8 +187,8 @@ class FusedBatchNorm2d(GhostBatchNorm2d):
             input: (N, C, H, W), of the block's last convolution.
             shortcut: What is added.
         """
-        is_known = input.dim() == 4 and input.shape == shortcut.shape
-        if "block-sums" not in dispatch.FAST_PATHS or not self.training or not is_known:
+        is_alike = input.dim() == 4 and input.shape == shortcut.shape
+        if "block-sums" not in dispatch.FAST_PATHS or not self.training or not is_alike:
             return input + shortcut
         y, moments = ops.block_sum(input, shortcut, num_groups=self._num_groups(input))
         return y if moments is None else with_moments(y, moments)
