@@ -8,12 +8,14 @@ import importlib
 import json
 import math
 import runpy
+import subprocess
 import sys
 import time
 
 import pytest
 import torch
 
+from freeadv_fast.runs.environment import git_state
 from freeadv_fast.step.averaging import WeightAverage
 
 TINY_STEP = ["--arch", "resnet18", "--image-size", "32", "--batch-size", "2"]
@@ -325,3 +327,22 @@ def test_every_section_is_a_command_that_its_script_takes(
                 runpy.run_path(str(script), run_name="__main__")
             assert stopped.value.code == 0, section.name
     assert taken
+
+
+def test_results_are_no_change_of_a_checkout(tmp_path):
+    """A second call goes on with what the first one left in bench/results."""
+
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
+
+    git("init", "--quiet")
+    (tmp_path / "code.py").write_text("1")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    results = tmp_path / "bench" / "results"
+    results.mkdir(parents=True)
+    (results / "step.json").write_text("{}")
+    assert git_state(tmp_path)["dirty"] is False
+    (tmp_path / "code.py").write_text("2")
+    assert git_state(tmp_path)["dirty"] is True
