@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import typing
@@ -47,13 +48,22 @@ def check_method(config: RunFields) -> None:
         raise UserError(f"--m {config.m}: {config.method} does not replay minibatches; use --m 1")
 
 
+@functools.cache
+def choices() -> dict[str, tuple[str, ...]]:
+    """The fields that hold one of some words, with these."""
+    return {
+        name: typing.get_args(hint)
+        for name, hint in field_types().items()
+        if typing.get_origin(hint) is Literal
+    }
+
+
 def check_choices(config: RunFields) -> None:
     """A field with choices holds one of them; typed flags always do, a config.yaml may not."""
-    for name, hint in field_types().items():
+    for name, words in choices().items():
         value = getattr(config, name)
-        if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
-            choices = ", ".join(typing.get_args(hint))
-            raise UserError(f"{flag_of(name)} {value}: choose one of {choices}")
+        if value not in words:
+            raise UserError(f"{flag_of(name)} {value}: choose one of {', '.join(words)}")
 
 
 def check_values(config: RunFields) -> None:

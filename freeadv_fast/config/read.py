@@ -11,6 +11,7 @@ import numbers
 import os
 import types
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from freeadv_fast.config.fields import RunFields
@@ -34,43 +35,65 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def read_value(name: str, hint: Any, value: Any) -> Any:
-    """A field's value as its type.
+@functools.cache
+def readers() -> dict[str, Callable[[Any], Any]]:
+    """For each field of a run the function that reads what users write in it.
+
+    Kept, for the recipes alone are some 850 configs, and every command makes them.
+    """
+    return {name: _reader_of(name, hint) for name, hint in field_types().items()}
+
+
+def _reader_of(name: str, hint: Any) -> Callable[[Any], Any]:
+    """What reads a field's value as its type.
+
+    It takes ``8/255``, ``"8/255"`` or ``"every:30"`` as users write them, a tuple as a list or as
+    words between commas, a path as a `pathlib.Path`, numpy's numbers; or the type. A value of
+    another type is a UserError whose message names the flag.
 
     Args:
-        name: The field, for the message.
+        name: The field.
         hint: Its annotation, evaluated.
-        value: ``8/255``, ``"8/255"`` or ``"every:30"`` as users write them, a tuple as a list or
-            as words between commas, a path as a `pathlib.Path`, numpy's numbers; or the type.
-
-    Raises:
-        UserError: a value of another type; the message names the flag.
     """
     alternatives = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in alternatives:
-        return None
     (kind,) = (kind for kind in alternatives if kind is not type(None))
-    flag = flag_of(name)
-    if kind is Perturbation:
-        if isinstance(value, bool) or not isinstance(value, str | numbers.Real | Perturbation):
-            raise UserError(f"{flag} {value}: not a perturbation; write it as 4/255")
-        return Perturbation.parse(value if isinstance(value, Perturbation) else str(value), flag)
+    by_kind: dict[Any, Callable[[str, Any], Any]] = {
+        Perturbation: read_perturbation,
+        tuple[str, ...]: read_words,
+        bool: read_bool,
+        int: read_whole,
+        float: read_number,
+        str: read_path if name in PATHS else read_text,
+    }
     if kind in (Schedule, Phases):
-        return kind.parse(value if isinstance(value, kind) else str(value))
-    if kind == tuple[str, ...]:
-        return read_words(flag, value)
-    if kind is bool:
-        return read_bool(flag, value)
-    if kind is int:
-        return read_whole(flag, value)
-    if kind is float:
-        return read_number(flag, value)
-    if kind is str:
-        if not isinstance(value, str | os.PathLike):
-            raise UserError(f"{flag} {value}: must be text")
-        path = os.fspath(value)
-        return os.path.expanduser(path) if name in PATHS else path
-    return value  # one of some words: `checks.check_choices` knows them
+        return lambda value: kind.parse(value if isinstance(value, kind) else str(value))
+    if kind not in by_kind:  # one of some words: `checks.check_choices` knows them
+        return lambda value: value
+    read = functools.partial(by_kind[kind], flag_of(name))
+    if type(None) in alternatives:
+        return lambda value: None if value is None else read(value)
+    return read
+
+
+def read_perturbation(flag: str, value: Any) -> Perturbation:
+    """A distance: as text, as a share of the pixel range, or as itself."""
+    if isinstance(value, Perturbation):
+        return value
+    if isinstance(value, bool) or not isinstance(value, str | numbers.Real):
+        raise UserError(f"{flag} {value}: not a perturbation; write it as 4/255")
+    return Perturbation.parse(str(value), flag)
+
+
+def read_text(flag: str, value: Any) -> str:
+    """Text, or a path."""
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f"{flag} {value}: must be text")
+    return os.fspath(value)
+
+
+def read_path(flag: str, value: Any) -> str:
+    """A path in the user's home, or anywhere."""
+    return os.path.expanduser(read_text(flag, value))
 
 
 def read_words(flag: str, value: Any) -> tuple[str, ...]:

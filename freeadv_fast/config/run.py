@@ -11,7 +11,7 @@ from typing import Any
 
 from freeadv_fast.config.checks import check
 from freeadv_fast.config.fields import RunFields
-from freeadv_fast.config.read import field_types, read_value
+from freeadv_fast.config.read import readers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class TrainConfig(RunFields):
 
     def __post_init__(self) -> None:
         """Reads every field, lets steps follow the radius, and checks all of it."""
-        for name, hint in field_types().items():
-            self._set(name, read_value(name, hint, getattr(self, name)))
+        for name, read in readers().items():
+            self._set(name, read(getattr(self, name)))
         if self.phases:  # what is evaluated, exported and saved is what the last phase trains
             self._set("image_size", self.phases[-1].image_size)
             self._set("batch_size", self.phases[-1].batch_size)

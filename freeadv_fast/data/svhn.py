@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.io import loadmat
 
 from freeadv_fast.data.resident import ResidentImages
 from freeadv_fast.errors import UserError
@@ -29,6 +28,8 @@ def load_svhn(folder: str, split: Literal["train", "val"], device: torch.device)
     Raises:
         UserError: a file is missing or damaged.
     """
+    from scipy.io import loadmat  # a quarter of a second that other data need not spend
+
     path = os.path.join(folder, FILES[split])
     if not os.path.isfile(path):
         raise UserError(f"--data svhn:{folder}: no {FILES[split]} in this folder")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from torch import nn
@@ -11,9 +9,8 @@ from torch import nn
 from freeadv_fast.kernels import averaging as kernel
 from freeadv_fast.ops import dispatch
 from freeadv_fast.step.averaging import WeightAverage
+from interpreted import DEVICE, IS_INTERPRETED
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 if IS_INTERPRETED:  # seconds instead of minutes
     kernel.TILES, kernel.CHUNK = 2, 2 * kernel.BLOCK
 # Two chunks and a ragged one, one whole chunk, a kernel in channels_last, one value, none.

@@ -6,8 +6,6 @@ the eager operation's error" is made of float32 and float16 there; bfloat16 may 
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
@@ -16,9 +14,8 @@ from freeadv_fast.kernels import batch_norm_backward as backward
 from freeadv_fast.kernels import batch_norm_forward as forward
 from freeadv_fast.kernels import batch_norm_statistics as statistics
 from freeadv_fast.kernels import joined_norms as joined
+from interpreted import DEVICE, IS_INTERPRETED
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 if IS_INTERPRETED:  # loads far ahead of the few tiles here are loads of nothing
     SHALLOW = statistics.Schedule(128, num_warps=8, per_sm=2, depth=1, turn=1)
     statistics.STATISTICS = backward.REDUCTION = joined.REDUCTION = SHALLOW
@@ -175,7 +172,7 @@ def test_keeps_digits_far_from_zero():
 def test_number_of_chunks_does_not_show(depth, turn, num_groups, monkeypatch):
     tensors, dy = example((3, 16, 19, 17), torch.float32)
     schedule = statistics.Schedule(8, num_warps=1, per_sm=10, depth=depth, turn=turn)
-    for module, name in ((statistics, "STATISTICS"), (kernel, "REDUCTION")):
+    for module, name in ((statistics, "STATISTICS"), (backward, "REDUCTION")):
         monkeypatch.setattr(module, name, schedule)
     monkeypatch.setattr(statistics, "num_multiprocessors", lambda device: 1)
     monkeypatch.setattr(statistics, "MERGE_LOADS", depth)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from freeadv_fast.kernels import cross_entropy as kernel
+from interpreted import DEVICE
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 SHAPES = [(5, 10), (3, 1000), (1, 2), (4, 1), (37, 33)]
 
 

@@ -7,7 +7,6 @@ hardware rounds float32 to bfloat16, so bfloat16 may be one ulp low there.
 from __future__ import annotations
 
 import itertools
-import os
 
 import pytest
 import torch
@@ -16,10 +15,9 @@ from freeadv_fast.kernels import ascend_normalize as fused
 from freeadv_fast.kernels import perturb_normalize as perturb
 from freeadv_fast.kernels import sign_ascent as ascent
 from freeadv_fast.kernels.space_to_depth import is_packed, pack
+from interpreted import DEVICE, IS_INTERPRETED
 from pairwise import every_pair
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 # Odd totals, one channel, whole spans without and with a remainder.
 SHAPES = [(3, 41, 37, 3), (1, 5, 7, 1), (2, 9, 4, 4), (2, 64, 64, 3), (0, 8, 8, 3)]
 # (shape, packed): several programs and a remainder, odd heights and widths, one pixel.

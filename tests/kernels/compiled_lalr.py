@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from freeadv_fast.kernels import lalr as kernel
 from freeadv_fast.kernels import multi_tensor
+from interpreted import DEVICE, IS_INTERPRETED
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 if IS_INTERPRETED:  # seconds instead of minutes
     kernel.TILES, kernel.CHUNK = 2, 2 * kernel.BLOCK
 # Two chunks and a ragged one, one whole chunk, a kernel in channels_last, one value, none; a

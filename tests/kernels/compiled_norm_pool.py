@@ -5,17 +5,14 @@ Tolerances are those of compiled_batch_norm.py: bfloat16 is truncated in the int
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from freeadv_fast.kernels import norm_pool as kernel
 from freeadv_fast.kernels.batch_norm import batch_norm_act, batch_norm_act_ref
+from interpreted import DEVICE, IS_INTERPRETED
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 NAMES = ("x", "weight", "bias", "running_mean", "running_var")
 OPTIONS = {"training": True, "momentum": 0.1, "eps": 1e-5}
 

@@ -6,8 +6,6 @@ it there.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,9 +14,8 @@ from freeadv_fast.kernels import batch_norm, joined_norms
 from freeadv_fast.kernels import product_norm as kernel
 from freeadv_fast.kernels.batch_norm_statistics import Norm
 from freeadv_fast.kernels.product_norm import Product
+from interpreted import DEVICE, IS_INTERPRETED
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 # (N, H, W, K, K of the projection or 0, C); rows end within a tile. Interpreted, 32 columns are two
 # tiles, as 256 are on a GPU.
 SHAPES = [(2, 5, 7, 16, 0, 64), (3, 4, 5, 32, 16, 96)]
@@ -33,23 +30,6 @@ DTYPES = [torch.float32, torch.float16] if IS_INTERPRETED else [torch.bfloat16]
 CASES = [(s, d) for s in SHAPES + (LARGE_SHAPES if not IS_INTERPRETED else []) for d in DTYPES]
 cases = pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 SMALL, DTYPE = (2, 4, 5, 16, 0, 32), torch.float32 if IS_INTERPRETED else torch.bfloat16
-
-
-@pytest.fixture(autouse=True)
-def _interpreter(monkeypatch):
-    """Lets it count to bounds known at run time."""
-    if not IS_INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        # Its own, int(array), is an error of NumPy 2.4 for arrays of one dimension.
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 def normal(*shape, dtype=torch.float32):

@@ -6,7 +6,6 @@ Values in bfloat16 are compared on a GPU alone: the interpreter truncates where 
 from __future__ import annotations
 
 import copy
-import os
 
 import pytest
 import torch
@@ -17,9 +16,8 @@ from freeadv_fast.models.half_weights import half_copy, state_of, use_half_weigh
 from freeadv_fast.ops import dispatch
 from freeadv_fast.step.optim import build_sgd, is_capturable
 from freeadv_fast.step.sgd import MasterSgd
+from interpreted import DEVICE, IS_INTERPRETED
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 if IS_INTERPRETED:  # seconds instead of minutes
     kernel.TILES, kernel.CHUNK = 2, 2 * kernel.BLOCK
 # Two chunks and a ragged one, one whole chunk, a kernel in channels_last, one value, none; a

@@ -5,17 +5,14 @@ The interpreter multiplies the bits of bfloat16 instead of its values: float32 s
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 from freeadv_fast import ops
 from freeadv_fast.kernels import stem_convolution as kernel
 from freeadv_fast.ops import dispatch
+from interpreted import DEVICE, IS_INTERPRETED
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 on_the_device = pytest.mark.skipif(IS_INTERPRETED, reason="needs a CUDA device")
 # (N, H, W, O): odd and even widths; shares that end within a block of columns, and the next begins.
 SHAPES = [(2, 5, 14, 16), (1, 1, 1, 32), (3, 9, 5, 64)]
@@ -29,21 +26,10 @@ cases = pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def _interpreter(monkeypatch):
-    """Lets it count to bounds known at run time, and spares it operations: it takes 1 ms each."""
-    if not IS_INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        # Its own, int(array), is an error of NumPy 2.4 for arrays of one dimension.
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
-    monkeypatch.setattr(kernel, "MERGE_COLUMNS", 1024)
+def _few_operations(monkeypatch):
+    """The interpreter takes 1 ms for each."""
+    if IS_INTERPRETED:
+        monkeypatch.setattr(kernel, "MERGE_COLUMNS", 1024)
 
 
 def example(shape, dtype, weight_dtype=torch.float32):

@@ -31,9 +31,8 @@ from freeadv_fast.models.fused.fuse import fuse_batch_norms
 from freeadv_fast.models.preact_resnet import PreActBlock
 from freeadv_fast.models.wide_resnet import MadryBlock
 from freeadv_fast.ops import dispatch
+from interpreted import DEVICE, IS_INTERPRETED
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if IS_INTERPRETED else "cuda")
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 CIFAR = Path(os.environ.get("FREEADV_TEST_DATA", SHARED)) / "cifar10" / "cifar10_jpeg_train.npz"
 if IS_INTERPRETED:  # loads far ahead of the few tiles here are loads of nothing
