@@ -7,7 +7,6 @@ from pathlib import Path
 
 import tyro
 
-from freeadv_fast.cli import run_tool
 from freeadv_fast.data.resize.copies import BAD_LIST, resize_folder
 
 
@@ -34,5 +33,7 @@ def main(
     return 0
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # workers import this file, and no command line with it
+    from freeadv_fast.cli import run_tool
+
     raise SystemExit(run_tool(main))

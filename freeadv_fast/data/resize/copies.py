@@ -17,6 +17,7 @@ import concurrent.futures
 import errno
 import functools
 import io
+import json
 import multiprocessing
 import os
 import signal
@@ -37,7 +38,6 @@ from freeadv_fast.data.names import class_folders, walk
 from freeadv_fast.data.pixels import read_rgb
 from freeadv_fast.data.verdict import first_line
 from freeadv_fast.errors import UserError
-from freeadv_fast.runs.log import read_json, write_json
 from freeadv_fast.runs.whole_file import renamed_when_whole
 
 SPLITS = ("train", "val")
@@ -192,8 +192,9 @@ def claim(resizing: Resizing) -> None:
     if not path.exists():
         if any(resizing.target.iterdir()):
             raise UserError(f"TARGET {resizing.target}: holds other files; choose a new folder")
-        write_json(path, settings)
-    for flag, begun in read_json(path).items():
+        with renamed_when_whole(path) as partial:
+            partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    for flag, begun in json.loads(path.read_text(encoding="utf-8")).items():
         if begun != settings[flag]:
             raise UserError(
                 f"{flag} {settings[flag]}: {resizing.target} was begun with {flag} {begun}; "
@@ -229,7 +230,7 @@ def start_fork_server() -> None:
     blocked: one that ignored the signal only once it runs could die of it while it starts, and
     the pool would kill the others in the middle of a file.
     """
-    context().set_forkserver_preload(["freeadv_fast.data"])
+    context().set_forkserver_preload([__name__])
     resource_tracker.ensure_running()  # the fork server would start it, and it unblocks the signal
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
