@@ -25,6 +25,7 @@ from freeadv_fast.models.batch_norm import (
 )
 from freeadv_fast.models.fused.fuse import fuse_batch_norms
 from freeadv_fast.models.half_weights import use_half_weights
+from freeadv_fast.models.one_pixel import use_products_for_one_pixel
 from freeadv_fast.models.own import adopt, is_own
 from freeadv_fast.models.retinanet import Detector, build_detector
 from freeadv_fast.models.stem import use_space_to_depth
@@ -112,6 +113,8 @@ def build_learner(model: nn.Module, config: TrainConfig, world: World, budget: B
         if left:
             say(world, f"fused batch norm: left as they are: {', '.join(left)}")
     has_packed_input = wants_packed_input(config, world) and use_space_to_depth(model)
+    if world.device.type == "cpu":
+        use_products_for_one_pixel(model)
     precision = PRECISIONS[resolve_precision(config.precision, world.device)]
     if wants_half_weights(config, world):
         is_sum = adds_gradients_up(config, world)
