@@ -40,7 +40,7 @@ from run_gpu import SHORTEST_SECTION_S, run_limited, succeeded
 
 from freeadv_fast.recipes.listing import percent, table_lines
 from freeadv_fast.recipes.papers import REPORTED
-from freeadv_fast.runs.log import read_json
+from freeadv_fast.runs.json_file import read_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from freeadv_fast.config.run import TrainConfig
-from freeadv_fast.runs.log import read_json, read_log
+from freeadv_fast.runs.json_file import read_json
+from freeadv_fast.runs.log import read_log
 from freeadv_fast.training import train
 
 SEEDS = (0, 1, 2)

@@ -23,7 +23,8 @@ from matplotlib.ticker import PercentFormatter
 from freeadv_fast.config.threat import Perturbation
 from freeadv_fast.evaluation.report import BLUE, GREEN, GREY, VERMILION
 from freeadv_fast.recipes.catalogue import RECIPES
-from freeadv_fast.runs.log import read_json, read_log
+from freeadv_fast.runs.json_file import read_json
+from freeadv_fast.runs.log import read_log
 from freeadv_fast.training import train
 
 # Name in the figure, method and what else is special about the run, colour.

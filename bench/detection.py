@@ -28,7 +28,7 @@ from matplotlib.ticker import PercentFormatter
 
 from freeadv_fast.config.file import config_to_dict
 from freeadv_fast.recipes.catalogue import RECIPES
-from freeadv_fast.runs.log import read_json
+from freeadv_fast.runs.json_file import read_json
 
 METHODS = {"natural": "#999999", "fast-advprop": "#0072B2", "free": "#D55E00"}
 SCRIPT = harness.REPOSITORY / "launch" / "coco_retinanet.py"

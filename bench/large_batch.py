@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from freeadv_fast.config.fields import RunFields
 from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.recipes.catalogue import RECIPES
-from freeadv_fast.runs.log import read_json, read_log
+from freeadv_fast.runs.json_file import read_json
+from freeadv_fast.runs.log import read_log
 from freeadv_fast.training import train
 
 RANKS, MINIBATCH, BN_GROUP = 2, 64, 32

@@ -41,8 +41,9 @@ from freeadv_fast.evaluation.accuracy import attack_columns
 from freeadv_fast.evaluation.report import plot_sweep
 from freeadv_fast.evaluation.tables import markdown_table, results_table
 from freeadv_fast.recipes.catalogue import DEFAULTS
+from freeadv_fast.runs.json_file import read_json, write_json
 from freeadv_fast.runs.lock import FolderLock
-from freeadv_fast.runs.log import RunFolder, read_json, write_json
+from freeadv_fast.runs.log import RunFolder
 from freeadv_fast.runs.whole_file import renamed_when_whole
 from freeadv_fast.session.side_by_side import Job, run_side_by_side, visible_gpus
 from freeadv_fast.training import train

@@ -13,7 +13,7 @@ from freeadv_fast.cli import run_training
 from freeadv_fast.cli.flags import share_of
 from freeadv_fast.evaluation.accuracy import side_by_side
 from freeadv_fast.evaluation.page import write_comparison
-from freeadv_fast.runs.log import read_json
+from freeadv_fast.runs.json_file import read_json
 
 
 def main() -> int:

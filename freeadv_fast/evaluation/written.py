@@ -11,7 +11,7 @@ from freeadv_fast.data.view import AS_CONFIGURED, View
 from freeadv_fast.evaluation.accuracy import accuracy_table
 from freeadv_fast.evaluation.evaluate import Evaluation
 from freeadv_fast.runs.environment import versions
-from freeadv_fast.runs.log import write_json
+from freeadv_fast.runs.json_file import write_json
 
 
 def print_accuracies(

@@ -42,22 +42,10 @@ SHOWN = (
 )
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    with renamed_when_whole(path) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
 def save_config(config: TrainConfig, path: Path) -> None:
     """Writes a config so that ``--config PATH`` replays the run, whole or not at all."""
     with renamed_when_whole(path) as partial:
         partial.write_text(config_to_yaml(config), encoding="utf-8")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object."""
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return record
 
 
 def labelled(label: str, lines: Sequence[str]) -> list[str]:

@@ -23,7 +23,7 @@ from freeadv_fast.models.retinanet import Detector
 from freeadv_fast.runs import checkpoint
 from freeadv_fast.runs.environment import hardware, versions
 from freeadv_fast.runs.export.trained import withdraw
-from freeadv_fast.runs.log import write_json
+from freeadv_fast.runs.json_file import write_json
 from freeadv_fast.session import outputs
 from freeadv_fast.session.averages import average_state, weights_of
 from freeadv_fast.session.guard import Count

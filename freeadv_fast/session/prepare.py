@@ -28,8 +28,9 @@ from freeadv_fast.evaluation.detection.evaluate import refuse_unmeasurable
 from freeadv_fast.models.own import arch_of, freeze_unused, refuse_unnamed_network
 from freeadv_fast.runs.checkpoint import LAST, PREVIOUS
 from freeadv_fast.runs.environment import environment
+from freeadv_fast.runs.json_file import write_json
 from freeadv_fast.runs.lock import FolderLock
-from freeadv_fast.runs.log import Forecast, RunFolder, RunLog, save_config, write_json
+from freeadv_fast.runs.log import Forecast, RunFolder, RunLog, save_config
 from freeadv_fast.session.changes import (
     BUDGET,
     EVALUATION,

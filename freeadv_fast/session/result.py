@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from freeadv_fast.models.own import hand_back
-from freeadv_fast.runs.log import RunFolder, read_json
+from freeadv_fast.runs.json_file import read_json
+from freeadv_fast.runs.log import RunFolder
 from freeadv_fast.runs.saved import load_run
 
 # What a result knows beside what result.json holds: a path and a function say nothing elsewhere.

@@ -14,7 +14,8 @@ from freeadv_fast.distributed.world import World
 from freeadv_fast.errors import UserError
 from freeadv_fast.methods.build import TrainingMethod
 from freeadv_fast.runs import checkpoint
-from freeadv_fast.runs.log import RunFolder, read_json
+from freeadv_fast.runs.json_file import read_json
+from freeadv_fast.runs.log import RunFolder
 from freeadv_fast.session.averages import own_statistics, restore_average
 from freeadv_fast.session.changes import changes_for_ranks, refuse_fixed, with_consequences
 from freeadv_fast.session.run import Progress, Run, say

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from freeadv_fast.runs.log import write_json
+from freeadv_fast.runs.json_file import write_json
 
 CLEAN, ROBUST = {"natural": 0.958, "free": 0.947}, {"natural": 0.086, "free": 0.497}
 

@@ -15,7 +15,8 @@ from freeadv_fast import sweep
 from freeadv_fast.errors import UserError
 from freeadv_fast.evaluation.report import plot_sweep
 from freeadv_fast.evaluation.tables import markdown_table
-from freeadv_fast.runs.log import RunFolder, save_config, write_json
+from freeadv_fast.runs.json_file import write_json
+from freeadv_fast.runs.log import RunFolder, save_config
 from freeadv_fast.session import side_by_side
 from freeadv_fast.session.signals import Interrupted
 from freeadv_fast.sweep import Cell, run_sweep, split_arguments

@@ -17,7 +17,6 @@ import concurrent.futures
 import errno
 import functools
 import io
-import json
 import multiprocessing
 import os
 import signal
@@ -38,6 +37,7 @@ from freeadv_fast.data.names import class_folders, walk
 from freeadv_fast.data.pixels import read_rgb
 from freeadv_fast.data.verdict import first_line
 from freeadv_fast.errors import UserError
+from freeadv_fast.runs.json_file import read_json, write_json
 from freeadv_fast.runs.whole_file import renamed_when_whole
 
 SPLITS = ("train", "val")
@@ -192,9 +192,8 @@ def claim(resizing: Resizing) -> None:
     if not path.exists():
         if any(resizing.target.iterdir()):
             raise UserError(f"TARGET {resizing.target}: holds other files; choose a new folder")
-        with renamed_when_whole(path) as partial:
-            partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    for flag, begun in json.loads(path.read_text(encoding="utf-8")).items():
+        write_json(path, settings)
+    for flag, begun in read_json(path).items():
         if begun != settings[flag]:
             raise UserError(
                 f"{flag} {settings[flag]}: {resizing.target} was begun with {flag} {begun}; "

@@ -27,7 +27,8 @@ from freeadv_fast.evaluation.evaluate import eval_mode, exact_arithmetic
 from freeadv_fast.evaluation.sample import Sample, load_sample, lone_world
 from freeadv_fast.evaluation.tables import results_table
 from freeadv_fast.runs.environment import versions
-from freeadv_fast.runs.log import duration, write_json
+from freeadv_fast.runs.json_file import write_json
+from freeadv_fast.runs.log import duration
 from freeadv_fast.runs.saved import SavedRun, is_run, load_run, refuse_detector
 
 # Some 300 passes an image: two minutes of a ResNet-18 at 32 pixels on two cores; a GPU's seconds.

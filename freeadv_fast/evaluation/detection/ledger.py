@@ -16,7 +16,7 @@ from torch import nn
 
 from freeadv_fast.data.coco.loader import DetectionLoader
 from freeadv_fast.models.digest import digest_weights
-from freeadv_fast.runs.log import read_json, write_json
+from freeadv_fast.runs.json_file import read_json, write_json
 
 DIGEST_LENGTH = 12
 

@@ -18,7 +18,7 @@ from freeadv_fast.evaluation.detection.evaluate import DetectionEvaluation, eval
 from freeadv_fast.evaluation.images import open_val, other_classes
 from freeadv_fast.evaluation.written import ball_of, evaluation_name
 from freeadv_fast.runs.environment import versions
-from freeadv_fast.runs.log import write_json
+from freeadv_fast.runs.json_file import write_json
 from freeadv_fast.runs.saved import SavedRun
 
 

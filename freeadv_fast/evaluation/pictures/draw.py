@@ -22,7 +22,7 @@ from freeadv_fast.evaluation.pictures.saliency import plot_saliency
 from freeadv_fast.evaluation.pictures.subjects import Subject, choose, line_up
 from freeadv_fast.evaluation.pictures.surface import plot_surfaces
 from freeadv_fast.evaluation.sample import Sample, load_sample, lone_world
-from freeadv_fast.runs.log import write_json
+from freeadv_fast.runs.json_file import write_json
 from freeadv_fast.runs.saved import SavedRun, load_run, refuse_detector
 from freeadv_fast.runs.whole_file import renamed_when_whole
 

@@ -19,7 +19,7 @@ from freeadv_fast.evaluation.shifts.imagenet_c import (
 from freeadv_fast.evaluation.shifts.report import corruption_table, plot_corruptions
 from freeadv_fast.evaluation.shifts.trial import Trial
 from freeadv_fast.runs.environment import versions
-from freeadv_fast.runs.log import write_json
+from freeadv_fast.runs.json_file import write_json
 
 ON_THE_FLY = {
     group: tuple(name for name, corruption in CORRUPTIONS.items() if corruption.group == group)

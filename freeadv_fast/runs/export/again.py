@@ -12,7 +12,7 @@ from freeadv_fast.runs.export.claims import read_claims, read_record
 from freeadv_fast.runs.export.detector import export_detector
 from freeadv_fast.runs.export.network import CONFIG
 from freeadv_fast.runs.export.trained import CARD, card_left_alone, export_trained
-from freeadv_fast.runs.log import read_json
+from freeadv_fast.runs.json_file import read_json
 from freeadv_fast.runs.saved import SavedRun, load_run, refuse_detector
 
 

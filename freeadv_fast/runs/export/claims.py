@@ -13,7 +13,8 @@ from freeadv_fast.config.run import TrainConfig
 from freeadv_fast.errors import UserError
 from freeadv_fast.runs.chance import wilson_interval
 from freeadv_fast.runs.export.datasets import dataset_of
-from freeadv_fast.runs.log import RunFolder, read_json
+from freeadv_fast.runs.json_file import read_json
+from freeadv_fast.runs.log import RunFolder
 from freeadv_fast.runs.saved import AVERAGE
 
 RESULT = "result.json"

@@ -16,7 +16,7 @@ from freeadv_fast.runs.export.claims import read_claims
 from freeadv_fast.runs.export.folder import write_text
 from freeadv_fast.runs.export.network import CONFIG, NORMALIZED, ONNX, PLAIN, export_model
 from freeadv_fast.runs.export.onnx import export_onnx
-from freeadv_fast.runs.log import read_json
+from freeadv_fast.runs.json_file import read_json
 
 CARD = "README.md"
 # Ours, where the user's own card stays beside other weights or numbers.
